@@ -1,0 +1,76 @@
+"""What the tests share: the scripts run as a user runs them, without a network, on one small adapter."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Where the kernel allows it, scripts run in a network namespace of their own, in which there is no way out.
+NO_NETWORK = ["unshare", "--map-root-user", "--net"]
+CAN_CUT_NETWORK = (
+    shutil.which("unshare") is not None
+    and subprocess.run([*NO_NETWORK, "true"], capture_output=True, check=False).returncode == 0
+)
+
+
+def run_script(*arguments, cwd, env=None, stdin=None):
+    """`python SCRIPT ...` in the folder `cwd`, offline; returns the finished process with its text."""
+    prefix = NO_NETWORK if CAN_CUT_NETWORK else []
+    script, *flags = map(str, arguments)
+    return subprocess.run(
+        [*prefix, sys.executable, str(ROOT / script), *flags],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """One finished `python train.py`, and where it ran."""
+
+    cwd: Path
+    flags: list[str]
+    process: subprocess.CompletedProcess
+
+    @property
+    def folder(self):
+        return self.cwd / "runs" / "train" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A tiny adapter from the real train.py: a few steps on a part of the sample rows. Tests must not change it."""
+    cwd = tmp_path_factory.mktemp("trained")
+    flags = ["--name", "tiny", "--max-steps", "4", "--profile", "cpu"]
+    for source, count in (("conversational", 60), ("encyclopedic", 20)):
+        lines = (ROOT / "samples" / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        part = cwd / f"{source}.jsonl"
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        flags += [f"--{source}", str(part)]
+    return TrainedRun(cwd, flags, run_script("train.py", *flags, cwd=cwd))
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """The small base model and its tokenizer, loaded as infer.py loads them for asking."""
+    import infer
+
+    infer.prepare_environment("cpu", offline=True)
+    return infer.load_base("cpu", dtype=infer.PROFILES["cpu"].dtype)
