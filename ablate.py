@@ -1,0 +1,232 @@
+"""What made the difference: the same questions to base model and adapter, under every decoding, in one table.
+
+    python ablate.py                              the story's five questions, four decodings, base and latest adapter
+    python ablate.py --num-probes 26              all probe questions
+    python ablate.py --adapter runs/train/NAME/adapter --study other
+    python ablate.py --table                      make the table again from the records; loads no model
+
+Writes runs/ablate/STUDY/ablation.md. What is already answered is not asked again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import html
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import data
+import infer
+from data import UsageError
+from infer import DECODINGS, Answer, DecodingName
+
+ABLATE_RUNS = infer.RUNS / "ablate"
+PROBES = data.HERE / "samples" / "probes.jsonl"
+
+ModelName = Literal["base", "adapter"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model under one decoding, asked all questions."""
+
+    model: ModelName
+    decoding: DecodingName
+    model_fingerprint: str
+    """The base model's name, or sha256 of the adapter's weights: what was recorded for another one is not reused."""
+    questions: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        """Name of the cell's folder."""
+        return f"{self.model}-{self.decoding}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the cell's answers depend on, as it stands in result.json."""
+        return {
+            "model": self.model,
+            "decoding": self.decoding,
+            "model_fingerprint": self.model_fingerprint,
+            "questions": list(self.questions),
+            "fields": dataclasses.asdict(DECODINGS[self.decoding]),
+        }
+
+
+def read_probes(path: Path) -> list[str]:
+    """The probe questions, in the file's order."""
+    return [record["question"] for _, record in data.read_records(str(path))]
+
+
+def make_grid(base_model: str, adapter: Path, questions: Sequence[str]) -> list[Cell]:
+    """Base model first, then the adapter, each under every decoding."""
+    weights = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    fingerprints: dict[ModelName, str] = {"base": base_model, "adapter": weights}
+    return [
+        Cell(model, decoding, fingerprint, tuple(questions))
+        for model, fingerprint in fingerprints.items()
+        for decoding in DECODINGS
+    ]
+
+
+# --- Records -----------------------------------------------------------------------------------------------------
+
+
+def is_done(cell: Cell, study: Path) -> bool:
+    """Whether the study holds this cell's answers, of this very model, decoding and questions."""
+    result = study / "cells" / cell.id / "result.json"
+    return result.is_file() and json.loads(result.read_text(encoding="utf-8"))["settings"] == cell.settings
+
+
+def write_cell(cell: Cell, answers: Sequence[Answer], study: Path) -> None:
+    """Writes the cell's folder, whole or not at all, in place of an older one."""
+    folder = study / "cells" / cell.id
+    part = folder.with_name(f".{cell.id}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    lines = (json.dumps(dataclasses.asdict(answer), ensure_ascii=False) for answer in answers)
+    (part / "generations.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result = {"settings": cell.settings, "numbers": measure(answers)}
+    (part / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def read_cells(study: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """`(result, answers)` of each finished cell, base model first, decodings in the order of their table.
+
+    Raises:
+        UsageError: there is none.
+    """
+    cells = []
+    for model in ("base", "adapter"):
+        for decoding in DECODINGS:
+            folder = study / "cells" / f"{model}-{decoding}"
+            if (folder / "result.json").is_file():
+                answers = (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()
+                result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+                cells.append((result, [json.loads(line) for line in answers]))
+    if not cells:
+        raise UsageError(f"{study} holds no finished cells to make a table from. Ask first: python ablate.py")
+    return cells
+
+
+def measure(answers: Sequence[Answer]) -> dict[str, float]:
+    """Numbers of a cell: answers, those ended by the stop token, and means over the answers."""
+    words = [re.findall(r"\w+", answer.text.lower()) for answer in answers]
+    return {
+        "n": len(answers),
+        "stopped": sum(answer.finish_reason == "stop" for answer in answers),
+        "mean_answer_tokens": sum(answer.answer_tokens for answer in answers) / len(answers),
+        "rep_4": sum(infer.rep_n(each, 4) for each in words) / len(answers),
+        "distinct_2": sum(infer.distinct_n(each, 2) for each in words) / len(answers),
+    }
+
+
+# --- The page ----------------------------------------------------------------------------------------------------
+
+
+def make_page(cells: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> str:
+    """The study as markdown: the table, then every answer. The same records give the same bytes."""
+    lines = [
+        "# Base model and adapter under each decoding",
+        "",
+        "*stopped*: ended by the stop token before the cap, of all answers. *rep-4*: share of 4-word sequences that occurred "
+        "before (0 is best, a loop nears 1). *distinct-2*: share of 2-word sequences that are new. They see loops; an answer "
+        "that drifts or invents words passes all three, so read the answers below. None of this is medical advice.",
+        "",
+        "| model | decoding | n | stopped ↑ | mean tokens | rep-4 ↓ | distinct-2 ↑ |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result, _ in cells:
+        settings, numbers = result["settings"], result["numbers"]
+        lines.append(
+            f"| {settings['model']} | {settings['decoding']} | {numbers['n']} | {numbers['stopped']} of {numbers['n']} | "
+            f"{numbers['mean_answer_tokens']:.0f} | {numbers['rep_4']:.2f} | {numbers['distinct_2']:.2f} |"
+        )
+    lines += ["", "## Answers"]
+    for result, answers in cells:
+        settings = result["settings"]
+        lines += ["", "<details>", f"<summary>{settings['model']}, {settings['decoding']}</summary>", ""]
+        for answer in answers:
+            lines += [
+                f"**{html.escape(answer['question'])}** ({answer['answer_tokens']} tokens, {answer['finish_reason']})",
+                "",
+                # As HTML, so that nothing in an answer is read as markdown.
+                f"<pre>{html.escape(answer['text'])}</pre>",
+                "",
+            ]
+        lines.append("</details>")
+    return "\n".join(lines) + "\n"
+
+
+# --- Command -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """Flags of ablate.py."""
+
+    adapter: Path | None = None
+    """Adapter folder. Unset: the adapter of the run that was finished last."""
+    study: str = "decoding"
+    """Folder of the study below runs/ablate."""
+    num_probes: int = 5
+    """How many probe questions to ask; the story's five come first."""
+    table: bool = False
+    """Make the table again from the records, and ask nothing."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.study):
+            raise ValueError(f"--study {self.study!r}: letters, digits, '.', '_' and '-' are allowed, a letter or digit first.")
+        if self.num_probes < 1:
+            raise ValueError(f"--num-probes {self.num_probes}: 1 or more is wanted.")
+
+
+def answer_cells(cells: Sequence[Cell], profile: data.ProfileName, adapter: Path, study: Path) -> None:
+    """Asks what is missing, one model after the other, and records each cell."""
+    infer.prepare_environment(profile, offline=profile == "cpu")
+    model, tokenizer = infer.load_base(profile, dtype=infer.PROFILES[profile].dtype)
+    from tqdm import tqdm
+
+    cap = max(DECODINGS[cell.decoding].max_new_tokens for cell in cells)
+    total = cap * sum(len(cell.questions) for cell in cells)
+    with tqdm(total=total, unit="token", desc="answering") as bar:
+        for name in ("base", "adapter"):
+            own = [cell for cell in cells if cell.model == name]
+            if name == "adapter" and own:
+                model = infer.load_adapter(model, tokenizer, adapter)
+            # All decodings in one call: those of one question share its forward passes.
+            requests = [(question, DECODINGS[cell.decoding]) for cell in own for question in cell.questions]
+            answers = infer.answer_requests(model, tokenizer, requests, bar.update)
+            for place, cell in enumerate(own):
+                size = len(cell.questions)
+                write_cell(cell, answers[place * size : (place + 1) * size], study)
+
+
+def main(config: AblateConfig) -> None:
+    """Asks what is not recorded yet, then writes the page."""
+    study = ABLATE_RUNS / config.study
+    if not config.table:
+        adapter = config.adapter or infer.latest_adapter()
+        record = infer.read_adapter_record(adapter)
+        grid = make_grid(record["base_model"], adapter, read_probes(PROBES)[: config.num_probes])
+        missing = [cell for cell in grid if not is_done(cell, study)]
+        print(f"{len(grid)} cells of {len(grid[0].questions)} questions, {len(missing)} to answer: {adapter} and its base")
+        if missing:
+            answer_cells(missing, record["profile"], adapter, study)
+    page = study / "ablation.md"
+    text = make_page(read_cells(study))
+    data.write_whole(page, text)
+    print("\n".join(line for line in text.splitlines() if line.startswith("|")))
+    print(f"{page} holds this table and every answer.")
+
+
+if __name__ == "__main__":
+    data.run_command(AblateConfig, main, __doc__)

@@ -1,0 +1,147 @@
+"""The scripts run one after the other, on one small adapter, as a user runs them."""
+
+import json
+import math
+
+import pytest
+from conftest import run_script
+
+import infer
+
+pytestmark = pytest.mark.slow
+
+QUESTION = "What are the warning signs of a heart attack?"
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_training_leaves_exactly_its_files(trained):
+    assert trained.process.returncode == 0, trained.process.stderr
+    assert {path.name for path in trained.folder.iterdir()} == {"run.json", "metrics.jsonl", "adapter"}
+    assert {path.name for path in (trained.folder / "adapter").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "kit.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert {path.name for path in trained.cwd.iterdir()} == {"conversational.jsonl", "encyclopedic.jsonl", "runs"}
+
+
+def test_training_learns_and_prints_both_losses(trained):
+    numbers = json.loads((trained.folder / "run.json").read_text())["numbers"]
+    assert numbers["eval_loss"] < numbers["eval_loss_before"]
+    assert (
+        f"eval loss {numbers['eval_loss_before']:.4f} before, {numbers['eval_loss']:.4f} after 4 steps"
+        in trained.process.stdout
+    )
+    assert "python infer.py" in trained.process.stdout
+    lines = read_lines(trained.folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4]
+    assert all(math.isfinite(line["grad_norm"]) for line in lines if "train_loss" in line)
+
+
+def test_only_lora_tensors_are_saved_and_they_have_moved(trained):
+    from safetensors import safe_open
+
+    with safe_open(trained.folder / "adapter" / "adapter_model.safetensors", "pt") as tensors:
+        names = list(tensors.keys())
+        assert all(".lora_A." in name or ".lora_B." in name for name in names)
+        # 30 layers, 7 modules, A and B. B begins at zero, so any other value was learned.
+        assert len(names) == 30 * 7 * 2
+        assert all(tensors.get_tensor(name).abs().max() > 0 for name in names if ".lora_B." in name)
+
+
+def test_no_library_noise_reaches_the_user(trained):
+    lines = trained.process.stderr.replace("\r", "\n").split("\n")
+    unexpected = [line for line in lines if line.strip() and not line.startswith(("training:", "step ", "unpacking"))]
+    assert unexpected == []
+
+
+def test_the_same_run_again_is_told_to_be_done_and_another_is_refused(trained):
+    before = (trained.folder / "run.json").read_bytes()
+    again = run_script("train.py", *trained.flags, cwd=trained.cwd)
+    assert again.returncode == 0 and "already trained" in again.stdout
+    other = run_script("train.py", *trained.flags, "--r", "8", cwd=trained.cwd)
+    assert other.returncode == 2
+    assert "r: 16 there, 8 now" in other.stderr and "--restart" in other.stderr
+    assert (trained.folder / "run.json").read_bytes() == before
+
+
+def test_infer_answers_from_the_latest_adapter_with_the_answer_alone_on_stdout(trained):
+    flags = ["--max-new-tokens", "24"]
+    ran = run_script("infer.py", QUESTION, *flags, cwd=trained.cwd)
+    assert ran.returncode == 0, ran.stderr
+    shown = run_script("infer.py", QUESTION, *flags, "--json", cwd=trained.cwd)
+    answer = json.loads(shown.stdout)
+    assert ran.stdout == answer["text"] + "\n"
+    assert answer["question"] == QUESTION and answer["finish_reason"] == "length" and len(answer["token_ids"]) == 24
+    assert [line.split()[0] for line in ran.stderr.splitlines()] == ["smollm2-135m-instruct", "The", "No"]
+    assert "adapter" in ran.stderr.splitlines()[0]
+
+
+def test_a_new_process_gives_the_same_ids_as_this_one(trained, small_model):
+    import dataclasses
+
+    decoding = dataclasses.replace(infer.DECODINGS["kit"], max_new_tokens=24)
+    [here] = infer.answer_requests(*small_model, [(QUESTION, decoding)])
+    there = run_script("infer.py", QUESTION, "--base", "--max-new-tokens", "24", "--json", cwd=trained.cwd)
+    assert json.loads(there.stdout)["token_ids"] == here.token_ids
+
+
+def test_an_adapter_of_another_prompt_is_refused(trained, tmp_path):
+    import shutil
+
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained.folder / "adapter", adapter)
+    record = json.loads((adapter / "kit.json").read_text())
+    (adapter / "kit.json").write_text(json.dumps(record | {"prompt_fingerprint": "0" * 12}))
+    ran = run_script("infer.py", QUESTION, "--adapter", adapter, cwd=tmp_path)
+    assert ran.returncode == 2
+    assert "trained under the prompt 000000000000" in ran.stderr and "Traceback" not in ran.stderr
+
+
+@pytest.fixture(scope="module")
+def ablated(trained):
+    return run_script("ablate.py", "--num-probes", "1", cwd=trained.cwd)
+
+
+def test_ablate_writes_one_row_a_cell_and_every_answer(trained, ablated):
+    assert ablated.returncode == 0, ablated.stderr
+    study = trained.cwd / "runs" / "ablate" / "decoding"
+    page = (study / "ablation.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[:2] for line in page.splitlines() if line.startswith(("| base", "| adapter"))]
+    assert rows == [[f"| {model}", decoding] for model in ("base", "adapter") for decoding in infer.DECODINGS]
+    assert page.count("<pre>") == len(rows)
+    for model, decoding in [(row[0][2:], row[1]) for row in rows]:
+        [answer] = read_lines(study / "cells" / f"{model}-{decoding}" / "generations.jsonl")
+        assert answer["answer_tokens"] == len(answer["token_ids"]) <= 256
+        assert (answer["finish_reason"] == "stop") == (answer["token_ids"][-1] == 2)
+
+
+def test_ablate_again_asks_nothing_and_writes_the_same_page(trained, ablated):
+    page = trained.cwd / "runs" / "ablate" / "decoding" / "ablation.md"
+    first = page.read_bytes()
+    again = run_script("ablate.py", "--num-probes", "1", cwd=trained.cwd)
+    assert "0 to answer" in again.stdout and page.read_bytes() == first
+    page.unlink()
+    table = run_script("ablate.py", "--table", cwd=trained.cwd)
+    assert table.returncode == 0 and page.read_bytes() == first
+
+
+def test_the_markdown_page_holds_whatever_an_answer_holds():
+    import ablate
+
+    text = "</pre></details> | a | ``` **b** <script>\n\n# c"
+    answer = {"question": "a | b <i>", "text": text, "answer_tokens": 3, "finish_reason": "stop"}
+    result = {
+        "settings": {"model": "base", "decoding": "kit"},
+        "numbers": {"n": 1, "stopped": 1, "mean_answer_tokens": 3.0, "rep_4": 0.0, "distinct_2": 1.0},
+    }
+    page = ablate.make_page([(result, [answer])])
+    assert page.count("</pre>") == 1 and page.count("</details>") == 1 and "<script>" not in page and "<i>" not in page

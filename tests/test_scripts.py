@@ -1,0 +1,106 @@
+"""The four scripts as programs: their chain, their start, what they refuse."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_script
+
+CHAIN = ["data", "infer", "train", "ablate"]
+HEAVY = {"torch", "unsloth", "transformers", "trl", "peft", "datasets", "bitsandbytes", "xformers", "matplotlib", "numpy"}
+
+
+@pytest.mark.parametrize("script", CHAIN)
+def test_a_script_imports_only_what_stands_to_its_left(script):
+    tree = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    assert imported & set(CHAIN) <= set(CHAIN[: CHAIN.index(script)])
+
+
+@pytest.mark.parametrize("script", CHAIN)
+@pytest.mark.parametrize("way", ["help", "import"])
+def test_help_and_import_load_nothing_heavy(script, way):
+    program = f"""
+import contextlib, io, json, runpy, sys
+out = io.StringIO()
+with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+    if {way!r} == "help":
+        sys.argv = ["{script}.py", "--help"]
+        runpy.run_path("{script}.py", run_name="__main__")
+    else:
+        import {script}
+print(json.dumps([out.getvalue(), sorted({{name.split(".")[0] for name in sys.modules}})]))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown, modules = json.loads(ran.stdout)
+    assert not HEAVY & set(modules)
+    if way == "help":
+        assert f"python {script}.py" in shown and "--" in shown
+
+
+REFUSED = {
+    "epochs": (["train.py", "--epochs", "0"], "--epochs 0.0: a number above 0"),
+    "learning rate": (["train.py", "--learning-rate", "nan"], "--learning-rate nan"),
+    "batch": (["train.py", "--per-device-train-batch-size", "5"], "a divisor of 16"),
+    "all problems at once": (["train.py", "--r", "0", "--max-steps", "-1"], "--max-steps -1"),
+    "name": (["train.py", "--name", "../elsewhere"], "letters, digits"),
+    "no mix": (["train.py", "--mix", "week5"], "week4"),
+    "no file": (["train.py", "--profile", "cpu", "--conversational", "none.jsonl"], "none.jsonl: no such file"),
+    "no source": (["data.py", "--profile", "cpu", "--conversational", "rows.txt"], "'rows.txt' is no source"),
+    "show": (["data.py", "--show", "-1"], "--show -1"),
+    "no question": (["infer.py"], "QUESTION"),
+    "empty question": (["infer.py", " "], "question is empty"),
+    "base and adapter": (["infer.py", "q?", "--base", "--adapter", "x"], "--base asks without an adapter"),
+    "cap": (["infer.py", "q?", "--max-new-tokens", "0"], "1 or more"),
+    "no adapter yet": (["infer.py", "q?"], "Train one: python train.py"),
+    "adapter missing": (["infer.py", "q?", "--adapter", "nowhere"], "nowhere is no adapter"),
+    "nothing to compare": (["ablate.py"], "Train one: python train.py"),
+    "no records": (["ablate.py", "--table"], "no finished cells"),
+    "study": (["ablate.py", "--study", "a/b"], "letters, digits"),
+    "probes": (["ablate.py", "--num-probes", "0"], "1 or more"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_message_and_exit_2(case, tmp_path):
+    arguments, message = REFUSED[case]
+    ran = run_script(*arguments, cwd=tmp_path)
+    assert ran.returncode == 2, ran.stderr
+    # tyro frames its messages to the terminal's width.
+    assert " ".join(message.split()) in " ".join(ran.stderr.replace("│", " ").split())
+    assert "Traceback" not in ran.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_way_out(tmp_path):
+    """The machine's own `nvidia-smi` is what tells; here one stands in that sees a T4, and torch sees none."""
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text("#!/bin/sh\necho 'GPU 0: Tesla T4 (UUID: GPU-0)'\n")
+    nvidia_smi.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    refused = run_script("train.py", "--dry-run", cwd=tmp_path, env=path)
+    assert refused.returncode == 2
+    assert "GPU 0: Tesla T4" in refused.stderr and "--profile cpu" in refused.stderr and "driver" in refused.stderr
+    meant = run_script("train.py", "--dry-run", "--profile", "cpu", cwd=tmp_path, env=path)
+    assert meant.returncode == 0
+
+
+def test_the_t4_profile_resolves_and_prints_its_values_anywhere(tmp_path):
+    ran = run_script("train.py", "--profile", "t4", "--epochs", "2", "--dry-run", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    values = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines() if not line.startswith("run folder"))
+    assert values["base_model"] == "unsloth/Llama-3.2-3B-Instruct"
+    assert values["load_in_4bit"] == "True"
+    assert values["conversational"] == "lavita/ChatDoctor-HealthCareMagic-100k"
+    assert values["encyclopedic"] == "medalpaca/medical_meadow_wikidoc"
+    assert values["epochs"] == "2.0"
+    assert int(values["per_device_train_batch_size"]) * int(values["gradient_accumulation_steps"]) == 16
+    assert list(tmp_path.iterdir()) == []
