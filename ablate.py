@@ -27,7 +27,6 @@ from data import UsageError
 from infer import DECODINGS, Answer, DecodingName
 
 ABLATE_RUNS = infer.RUNS / "ablate"
-PROBES = data.HERE / "samples" / "probes.jsonl"
 
 ModelName = Literal["base", "adapter"]
 
@@ -57,11 +56,6 @@ class Cell:
             "questions": list(self.questions),
             "fields": dataclasses.asdict(DECODINGS[self.decoding]),
         }
-
-
-def read_probes(path: Path) -> list[str]:
-    """The probe questions, in the file's order."""
-    return [record["question"] for _, record in data.read_records(str(path))]
 
 
 def make_grid(base_model: str, adapter: Path, questions: Sequence[str]) -> list[Cell]:
@@ -216,7 +210,7 @@ def main(config: AblateConfig) -> None:
     if not config.table:
         adapter = config.adapter or infer.latest_adapter()
         record = infer.read_adapter_record(adapter)
-        grid = make_grid(record["base_model"], adapter, read_probes(PROBES)[: config.num_probes])
+        grid = make_grid(record["base_model"], adapter, data.read_probes()[: config.num_probes])
         missing = [cell for cell in grid if not is_done(cell, study)]
         print(f"{len(grid)} cells of {len(grid[0].questions)} questions, {len(missing)} to answer: {adapter} and its base")
         if missing:

@@ -1,8 +1,9 @@
-"""What goes in: question-answer rows from two sources, mixed, split and rendered into tokens.
+"""What goes in: question-answer rows from two sources, cleaned, mixed, split and rendered into tokens.
 
-    python data.py                         what the default mix draws, by rows and by answer tokens
+    python data.py                         the audit of the default mix: what the model will see
     python data.py --mix week4 --show 2    the mix that collapsed in the story, and two of its rows
-    python data.py --conversational my_rows.jsonl
+    python data.py --conversational my_rows.jsonl --mix custom --num-conversational 500 --num-encyclopedic 100
+    python data.py --json                  the audit for machines
 
 Nothing is written: this prints what `train.py` with the same flags would train on.
 """
@@ -10,16 +11,25 @@ Nothing is written: this prints what `train.py` with the same flags would train 
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import importlib.util
+import itertools
 import json
+import multiprocessing
 import os
 import re
+import reprlib
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import urllib.parse
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,17 +41,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SourceName = Literal["conversational", "encyclopedic"]
-MixName = Literal["chatdoctor", "week4", "rebalanced"]
+MixName = Literal["chatdoctor", "week4", "rebalanced", "custom"]
 ProfileName = Literal["cpu", "t4"]
 ProfileChoice = Literal["auto", "cpu", "t4"]
 
 HERE = Path(__file__).resolve().parent
 
-# Where each profile's rows come from: a hub id, or a file.
+# Where each profile's rows come from: a file, or a hub id at a commit, so that the same rows come tomorrow.
 SOURCES: dict[ProfileName, dict[SourceName, str]] = {
     "t4": {
-        "conversational": "lavita/ChatDoctor-HealthCareMagic-100k",
-        "encyclopedic": "medalpaca/medical_meadow_wikidoc",
+        "conversational": "lavita/ChatDoctor-HealthCareMagic-100k@505443eac4e99ccedeffbb6f640061223d1d4bb3",
+        "encyclopedic": "medalpaca/medical_meadow_wikidoc@976bce16fd66f55e6828422b71249a7405a11aa4",
     },
     "cpu": {
         "conversational": str(HERE / "samples" / "conversational.jsonl"),
@@ -49,7 +59,10 @@ SOURCES: dict[ProfileName, dict[SourceName, str]] = {
     },
 }
 
-# Rows wanted of each source. The numbers are the story's; only their ratio counts where rows are short.
+PROBES = HERE / "samples" / "probes.jsonl"
+
+# Rows wanted of each source. The numbers are the story's; only their ratio counts where rows are short. `custom` is not
+# here: its numbers are flags.
 MIXES: dict[MixName, dict[SourceName, int]] = {
     "chatdoctor": {"conversational": 1, "encyclopedic": 0},
     "week4": {"conversational": 8000, "encyclopedic": 4000},
@@ -65,6 +78,9 @@ SYSTEM_PROMPT = "If you are a doctor, please answer the medical questions based 
 
 # Llama 3.2's template stamps the day's date into the system block; a pinned one keeps prompts equal from day to day.
 TEMPLATE_DATE = "26 Jul 2024"
+
+# Tokens of prompt and answer together, in training and in asking.
+MAX_SEQ_LENGTH = 1024
 
 # Each source gives a tenth of its rows to the evaluation split, and at most this many.
 EVAL_SHARE = Fraction(1, 10)
@@ -89,20 +105,39 @@ class Row:
     answer: str
     source: SourceName
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """sha256 (hex) of the row's three fields: its identity, wherever and in whatever order it was read."""
         return _digest(self.source, self.question, self.answer)
 
 
+@dataclass
+class RuleCount:
+    """How often a cleaning rule acted, and a text that it acted on."""
+
+    rows: int = 0
+    example: str = ""
+
+    def add(self, text: str) -> None:
+        """Counts one more row. The first text is kept as the example."""
+        self.example = self.example or text
+        self.rows += 1
+
+
+RuleLog = dict[str, RuleCount]
+
+
 @dataclass(frozen=True)
 class Mix:
-    """The rows of a run: what is trained on, what is held out, and how many rows could have been drawn."""
+    """The rows of a run: what is trained on, what is held out, and how they came about."""
 
     train: list[Row]
     eval: list[Row]
-    available: dict[SourceName, int]
     wanted: dict[SourceName, int]
+    available: dict[SourceName, int]
+    """Rows that could be drawn of each source: cleaned, and less the held-out ones."""
+    rules: dict[SourceName, RuleLog]
+    """What cleaning did to each source, rule by rule."""
 
     @property
     def fingerprint(self) -> str:
@@ -124,49 +159,46 @@ def _digest(*parts: str) -> str:
 # --- Sources -----------------------------------------------------------------------------------------------------
 
 
-def read_records(source: str) -> list[tuple[str, dict[str, Any]]]:
+def read_records(source: str) -> list[tuple[str, Any]]:
     """`(place, record)` pairs of a file or hub data set; the place names file and line for error messages.
 
     A `.jsonl`, `.json` (a list of objects), `.csv` or `.parquet` file is read from disk; anything else must look like a
-    hub id (`owner/name`) and is loaded through `datasets`, split `train`.
+    hub id (`owner/name`, or `owner/name@commit`) and is loaded through `datasets`, split `train`.
 
     Raises:
         UsageError: the source is neither, does not exist, or holds something other than records.
     """
     path = Path(source)
-    readers: dict[str, Callable[[Path], list[tuple[str, dict[str, Any]]]]] = {
+    readers: dict[str, Callable[[Path], list[tuple[str, Any]]]] = {
         ".jsonl": _read_jsonl,
         ".json": _read_json,
         ".csv": _read_csv,
         ".parquet": _read_parquet,
     }
-    if path.suffix in readers:
-        if not path.is_file():
-            raise UsageError(f"{source}: no such file. Give an existing {', '.join(readers)} file or a hub id (owner/name).")
-        return readers[path.suffix](path)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise UsageError(f"{source!r} is no source of rows. Allowed: a {', '.join(readers)} file or a hub id (owner/name).")
-    return _read_hub(source)
-
-
-def _read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    records = []
-    with path.open(encoding="utf-8-sig") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    records.append((f"{path}:{number}", _parse_json(line, f"{path}:{number}")))
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
-    return records
-
-
-def _read_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    if path.suffix not in readers:
+        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", source):
+            raise UsageError(f"{source!r} is no source of rows. Allowed: a {', '.join(readers)} file or a hub id (owner/name).")
+        return _read_hub(source)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise UsageError(f"{source}: {found}. Give an existing {', '.join(readers)} file or a hub id (owner/name).")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return readers[path.suffix](path)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
-    records = _parse_json(text, str(path))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}). Check the file and its rights.") from None
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig") as lines:
+        return [
+            (f"{path}:{number}", _parse_json(line, f"{path}:{number}")) for number, line in enumerate(lines, 1) if line.strip()
+        ]
+
+
+def _read_json(path: Path) -> list[tuple[str, Any]]:
+    records = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
     if not isinstance(records, list):
         raise UsageError(f"{path}: holds a JSON {type(records).__name__}; a list of row objects is wanted.")
     return [(f"{path}, row {number}", record) for number, record in enumerate(records, 1)]
@@ -175,22 +207,20 @@ def _read_json(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def _parse_json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{place}: broken JSON ({error.msg} at column {error.colno}). Mend or remove the line.") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{place}: broken JSON ({error}). Mend or remove it.") from None
 
 
-def _read_csv(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_csv(path: Path) -> list[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(lines, strict=True)
         try:
             return [(f"{path}:{reader.line_num}", record) for record in reader]
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
         except csv.Error as error:
-            raise UsageError(f"{path}:{reader.line_num}: broken CSV ({error}).") from None
+            raise UsageError(f"{path}:{reader.line_num + 1}: broken CSV ({error}). Mend or remove the line.") from None
 
 
-def _read_parquet(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _read_parquet(path: Path) -> list[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -201,17 +231,33 @@ def _read_parquet(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{path}, row {number}", record) for number, record in enumerate(table.to_pylist(), 1)]
 
 
-def _read_hub(name: str) -> list[tuple[str, dict[str, Any]]]:
+def _read_hub(source: str) -> list[tuple[str, Any]]:
+    if not _reaches_hub():
+        # Read when the hub client is imported: it looks into its cache, and does not retry for half a minute.
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     import datasets
 
+    name, _, revision = source.partition("@")
     try:
-        rows = datasets.load_dataset(name, split="train")
+        rows = datasets.load_dataset(name, split="train", revision=revision or None)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{name}: could not be loaded from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). Either go "
-            "online, or give files: --conversational FILE --encyclopedic FILE (.jsonl, .json, .csv or .parquet)."
+            f"{name}: could not be loaded from the hub ({str(error).splitlines()[0]}). Either go online, or give files: "
+            "--conversational FILE --encyclopedic FILE (.jsonl, .json, .csv or .parquet)."
         ) from error
     return [(f"{name}, row {number}", record) for number, record in enumerate(rows, 1)]
+
+
+def _reaches_hub() -> bool:
+    """Whether the hub's host answers within 5 s, or a proxy stands between, which has to be left to try."""
+    endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if endpoint.scheme in urllib.request.getproxies():
+        return True
+    try:
+        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def to_row(record: Any, place: str, source: SourceName) -> Row:
@@ -231,12 +277,14 @@ def to_row(record: Any, place: str, source: SourceName) -> Row:
         question, answer = record["input"] or record.get("instruction"), record["output"]
     else:
         raise UsageError(
-            f"{place}: has the columns {', '.join(map(str, record)) or 'none'}; wanted: {'/'.join(ALPACA_COLUMNS)}, "
+            f"{place}: has the columns {', '.join(map(str, record))[:200] or 'none'}; wanted: {'/'.join(ALPACA_COLUMNS)}, "
             f"{'/'.join(QUESTION_ANSWER_COLUMNS)}, or messages."
         )
     for name, value in (("question", question), ("answer", answer)):
         if not isinstance(value, str) or not value.strip():
-            raise UsageError(f"{place}: the {name} is {value!r}; text is wanted.")
+            raise UsageError(f"{place}: the {name} is {reprlib.repr(value)}; text is wanted.")
+        if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
+            raise UsageError(f"{place}: the {name} holds half of a surrogate pair, which is no character. Mend the escape.")
     return Row(question.strip(), answer.strip(), source)
 
 
@@ -251,15 +299,309 @@ def _first_exchange(messages: Any, place: str) -> tuple[Any, Any]:
 
 
 def load_rows(source: str, name: SourceName) -> list[Row]:
-    """All rows of one source, each once.
+    """All rows of one source, as they are.
 
     Raises:
         UsageError: as `read_records` and `to_row`, or there is no row at all.
     """
-    rows = {row.key: row for row in (to_row(record, place, name) for place, record in read_records(source))}
+    rows = [to_row(record, place, name) for place, record in read_records(source)]
     if not rows:
         raise UsageError(f"{source}: holds no rows.")
-    return list(rows.values())
+    return rows
+
+
+# --- Cleaning ----------------------------------------------------------------------------------------------------
+
+# ChatDoctor's anonymiser put its own name for "Dr" and for the rest of that sentence.
+_NAME = r"chat\s*doctor"
+_CHAT_DOCTOR = re.compile(_NAME, re.I)
+
+# What stands before the answer. A group's name is the rule's.
+_OPENING = re.compile(
+    rf"""
+    (?P<greeting>
+        (?:hi+|hello|hallow?|hellow|howell|hey|dear|namaste|greetings|good\ (?:morning|afternoon|evening|day))\b
+        (?:\ (?:there|dear|friend|sir|madam|doctor|again|all)\b(?=\s*[,.!]))*\s*[,.!:;-]*\s+
+      | (?:many\ |warm\ )?(?:thanks|thank\ you)\b[^.!?,\n]{{0,120}}[.!?,]+\s+
+      | I\ (?:(?:have|had|can|do|fully|really|completely|just)\ )*
+        (?:gone\ through|went\ through|read|seen|understand|understood|reviewed|noted|appreciate)
+        (?:\ and\ (?:understand|understood|reviewed))?(?:\ (?:all|the|your|and))*
+        \ (?:query|queries|questions?|concerns?|problem|history|post|message|worry|case|details)
+        (?:\ (?:in\ detail|carefully|thoroughly|posted|provided
+            |and\ (?:have\ )?(?:understand|understood)\ your\ (?:concerns?|query|problem|worry)))*\s*[.!]\s+
+    )
+  | (?P<persona>
+        (?:and\ )?well?come\ (?:back\ )?(?:to|at)\ (?:the\ )?(?:{_NAME}|healthcare\ ?magic|i?[cl]+iniq)
+        (?:[ .]*(?:c?om|forum|clinic)\b)*\s*[,.!]*\s+
+      | I(?:\ am|'m)\ {_NAME}\b[^.!?\n]{{0,120}}[.!?]\s+
+    )
+    """,
+    re.I | re.X,
+)
+
+# What stands behind it: a sentence of its own, at the very end.
+_SENTENCE_START = re.compile(r"(?<=[.!?)])\s+|\s{2,}|\n\s*")
+_CLOSING = re.compile(
+    r"""
+    (?:
+        (?:I\ )?(?:do\ )?(?:hope|wish)(?:ing)?\b[^.!?\n]{0,140}
+      | take\ (?:good\ )?care\b[^.!?\n]{0,30}
+      | (?:with\ )?(?:(?:best|warm|kind)\ )*(?:regards|wishes)\b[^.!?\n]{0,30}
+      | (?:many\ )?(?:thanks|thank\ you)\b[^.!?\n]{0,100}
+      | (?:for\ (?:any\ )?(?:more|further|other)|if\ you\ (?:still\ )?have\ (?:any|more|further|other))\b[^.!?\n]{0,80}
+        (?:info|quer|doubt|question|concern|clarification|assistance|help|follow)[^.!?\n]{0,160}
+      | (?:(?:please|kindly|you\ can|you\ may|and|do|so)\ )*
+        (?:revert|get\ back|write\ back|let\ me\ know|feel\ free|not\ hesitate)\b[^.!?\n]{0,180}
+      | [^.!?\n]{0,60}consult\ an?\ [^.!?\n]{0,60}\ online\b[^.!?\n]{0,60}
+      | (?:all\ the\ best|good\ luck|god\ bless|stay\ (?:healthy|safe|blessed)|get\ well\ soon|be\ well
+          |have\ a\ (?:nice|good|great|healthy)\ \w+)\b[^.!?\n]{0,30}
+    )
+    [.!?\s>*-]*$
+    """,
+    re.I | re.X,
+)
+# A closing is sought in this many last characters: the longest fits, and a long answer costs no more than a short one.
+_CLOSING_WINDOW = 400
+_SIGNATURE = re.compile(
+    rf"(?:(?:with )?(?:(?:best|warm|kind) )*regards|thanks|thank you|yours \w+|sincerely)[\s,.!-]*{_NAME}[.!\s]*$", re.I
+)
+# Plain text, in which ftfy would find nothing to mend.
+_PLAIN_ASCII = re.compile(r"[ -%'-~\n]*")
+_ATTACHMENT_NOTE = re.compile(r" ?\([Aa]ttachments? removed[^)]*\)")
+_BACKSLASH_APOSTROPHE = re.compile(r"\\(?<=[A-Za-z]\\)(?=(?:s|t|ve|re|ll|d|m)\b)")
+
+MIN_ANSWER_WORDS, MAX_ANSWER_WORDS = 5, 400
+# From so many rows on, a second process saves more than the second that it takes to start.
+PARALLEL_FROM = 20_000
+
+_LIST_ITEM = r"[ \t]*(?:[-*\u2022]|\d+[.)])[ \t]+[^\n]+"
+# An answer may end with a list, whose items need no full stop.
+_SOUND_END = re.compile(rf"(?:[.!?\u2026)][)\"'\u201d\u2019\]]*|\n{_LIST_ITEM}\n{_LIST_ITEM})$")
+_BROKEN_START = re.compile(r"[a-z]+\b|[,.;:)\]]")
+
+# A row goes if one of these is found in its question or its answer.
+_TEXT_DEFECTS: dict[str, re.Pattern[str]] = {
+    "destroyed sentence": _CHAT_DOCTOR,
+    # Each alternative begins with a plain character: a pattern that does not is tried at every letter, five times slower.
+    "wiki mark-up": re.compile(r"\[\[|\]\]|\{[{|]|\}\}|'{3}|==|<ref|</?[A-Za-z]+>|\[edit\]"),
+    "e-mail address": re.compile(r"@[\w-]+\.\w"),
+    "URL": re.compile(r"[Hh]ttps?:|[Ww]ww\.|\.(?:com|org|net|edu|gov)\b|/ask-a-doctor"),
+    "phone number": re.compile(
+        r"\(\d{3}\)\s?\d{3}[-.\s]\d{4}(?!\d)|\d{3}(?<![\d.]\d{3})[-.\s]\d{3}[-.\s]\d{4}(?!\d)|\+\d{9,}|\d{10,}"
+    ),
+}
+
+# Every rule, in the order of the audit, and what it does.
+RULES: dict[str, str] = {
+    "mojibake": "repaired: text decoded with the wrong encoding",
+    "lost apostrophe": "repaired: a backslash where an apostrophe was",
+    "attachment note": "taken off: (attachment removed ...)",
+    "greeting": "taken off the start",
+    "persona": "taken off: the site's or ChatDoctor's name as greeting or signature",
+    "sign-off": "taken off the end",
+    "empty": "dropped: nothing but greeting and sign-off",
+    "destroyed sentence": "dropped: ChatDoctor's anonymiser put its name for the rest of a sentence",
+    "begins mid-sentence": "dropped",
+    "stops mid-sentence": "dropped",
+    "wiki mark-up": "dropped",
+    "e-mail address": "dropped",
+    "URL": "dropped",
+    "phone number": "dropped",
+    "too short": f"dropped: fewer than {MIN_ANSWER_WORDS} words of answer",
+    "too long": f"dropped: more than {MAX_ANSWER_WORDS} words of answer",
+    "repeats a question": "dropped: asked before in the same words",
+    "nearly repeats a question": "dropped: asked before in almost the same words",
+    "asks a probe question": "dropped: the model would have been told the answer",
+}
+
+
+def _repair(text: str) -> tuple[str, list[str]]:
+    """The text with its letters put right, and the names of the rules that acted."""
+    import ftfy
+
+    repaired = text if _PLAIN_ASCII.fullmatch(text) else ftfy.fix_text(text, uncurl_quotes=False)
+    rules = ["mojibake"] if repaired != text else []
+    for rule, pattern, replacement in (
+        ("lost apostrophe", _BACKSLASH_APOSTROPHE, "'"),
+        ("attachment note", _ATTACHMENT_NOTE, ""),
+    ):
+        repaired, count = pattern.subn(replacement, repaired)
+        rules += [rule] * bool(count)
+    return repaired.strip(), rules
+
+
+def _strip_opening(text: str) -> tuple[str, list[str]]:
+    rules = []
+    while (found := _OPENING.match(text)) and found.end() < len(text):
+        rules.append(str(found.lastgroup))
+        text = text[found.end() :]
+    # What was the middle of a sentence begins one now: "Hi, your report is fine."
+    return (text[:1].upper() + text[1:] if rules else text), rules
+
+
+def _strip_closing(text: str) -> tuple[str, list[str]]:
+    rules = []
+    while True:
+        window = max(0, len(text) - _CLOSING_WINDOW)
+        starts = [(found.start(), found.end()) for found in _SENTENCE_START.finditer(text, window)]
+        # A closing is one sentence, so it begins at one of the last places where one can; a signature may be two.
+        for end_before, start in [*reversed(starts[-4:]), (0, 0)]:
+            if _SIGNATURE.match(text, start):
+                rules.append("persona")
+            elif (found := _CLOSING.match(text, start)) and not _CHAT_DOCTOR.search(found[0]):
+                # A closing that holds the name is a destroyed sentence, and has to be seen as one.
+                rules.append("sign-off")
+            else:
+                continue
+            text = text[:end_before].rstrip()
+            break
+        else:
+            return text, rules
+
+
+def clean_row(row: Row) -> tuple[Row | None, list[str]]:
+    """The row with greeting, persona and sign-off taken off, or None where it has to go; and the rules that acted.
+
+    The rule for which a row goes is the last one named.
+    """
+    question, rules = _repair(row.question)
+    answer, answer_rules = _repair(row.answer)
+    question, greeting_rules = _strip_opening(question)
+    answer, opening_rules = _strip_opening(answer)
+    answer, closing_rules = _strip_closing(answer)
+    rules = list(dict.fromkeys([*rules, *answer_rules, *greeting_rules, *opening_rules, *closing_rules]))
+    question, answer = (re.sub(r"[ \t]{2,}", " ", text).strip() for text in (question, answer))
+    defect = _find_defect(question, answer)
+    return (None, [*rules, defect]) if defect else (Row(question, answer, row.source), rules)
+
+
+def _find_defect(question: str, answer: str) -> str | None:
+    if not question or not answer:
+        return "empty"
+    for defect, pattern in _TEXT_DEFECTS.items():
+        if pattern.search(answer) or pattern.search(question):
+            return defect
+    if _BROKEN_START.match(answer):
+        return "begins mid-sentence"
+    if not _SOUND_END.search(answer):
+        return "stops mid-sentence"
+    num_words = len(answer.split())
+    if num_words < MIN_ANSWER_WORDS:
+        return "too short"
+    return "too long" if num_words > MAX_ANSWER_WORDS else None
+
+
+def clean_rows(rows: Sequence[Row], log: RuleLog) -> list[Row]:
+    """The rows that stay, cleaned, in their order. Every rule that acts is counted in `log`."""
+    kept = []
+    for row, (cleaned, rules) in zip(rows, _clean_each(rows), strict=True):
+        for rule in rules:
+            log[rule].add(row.answer)
+        if cleaned:
+            kept.append(cleaned)
+    return kept
+
+
+def _clean_each(rows: Sequence[Row]) -> Iterator[tuple[Row | None, list[str]]]:
+    """`clean_row` of each row; of many rows in several processes."""
+    if len(rows) < PARALLEL_FROM:
+        yield from map(clean_row, rows)
+        return
+    # Spawned, since this process may hold torch's threads, which a fork would break.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(clean_row, rows, chunksize=2000)
+
+
+# --- Repeated questions ------------------------------------------------------------------------------------------
+
+# Two questions that differ in these words only are the same question.
+_FILLER = frozenset(
+    re.findall(r"\w+", "a an and are be can could did do does for how i in is it my of on or should that the this to what with")
+)
+# In a shorter question a single other word makes it another one ("symptoms of mumps", "symptoms of measles").
+LONG_QUESTION_WORDS = 20
+# Share of 3-word sequences that two long questions have in common (Jaccard), from which on one repeats the other.
+NEAR_REPEAT = 0.8
+_NUM_PERM = 64
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _content_key(words: Sequence[str]) -> str:
+    """The words that carry a question, sorted: the same for "What are the causes of X?" and "What are causes of X?"."""
+    return " ".join(sorted(set(words) - _FILLER)) or " ".join(words)
+
+
+class ProbeQuestions:
+    """The probe questions, made ready for telling whether another question asks one of them."""
+
+    def __init__(self, questions: Iterable[str]) -> None:
+        words = [_words(question) for question in questions]
+        self._texts = [f" {' '.join(each)} " for each in words]
+        self._keys = {_content_key(each) for each in words}
+
+    def asked_by(self, words: Sequence[str]) -> bool:
+        """Whether a question holds a probe question word by word, or is made of the same content words."""
+        text = f" {' '.join(words)} "
+        return _content_key(words) in self._keys or any(probe in text for probe in self._texts)
+
+
+def read_probes(path: Path = PROBES) -> list[str]:
+    """The probe questions, in the file's order."""
+    return [record["question"] for _, record in read_records(str(path))]
+
+
+class _LongQuestions:
+    """Long questions seen so far, searchable for a near repeat: MinHash (Broder 1997), confirmed by the exact Jaccard index."""
+
+    def __init__(self) -> None:
+        from datasketch import MinHash, MinHashLSH
+
+        self._index = MinHashLSH(threshold=NEAR_REPEAT, num_perm=_NUM_PERM)
+        self._empty = MinHash(num_perm=_NUM_PERM, hashfunc=int)
+        self._shingles: list[frozenset[int]] = []
+
+    def add_unless_near(self, words: Sequence[str]) -> bool:
+        """Whether the question is new, and so was added."""
+        shingles = frozenset(zlib.crc32(" ".join(words[at : at + 3]).encode()) for at in range(len(words) - 2))
+        sketch = self._empty.copy()
+        sketch.update_batch(list(shingles))
+        for place in self._index.query(sketch):
+            shared = len(shingles & self._shingles[place])
+            if shared >= NEAR_REPEAT * (len(shingles) + len(self._shingles[place]) - shared):
+                return False
+        self._index.insert(len(self._shingles), sketch, check_duplication=False)
+        self._shingles.append(shingles)
+        return True
+
+
+def drop_repeats(rows: Iterable[Row], probes: ProbeQuestions, logs: dict[SourceName, RuleLog]) -> list[Row]:
+    """The rows without those that repeat another's question, exactly or nearly, or ask a probe question.
+
+    Of repeated questions the row with the smallest key stays, so the order of the rows does not matter.
+    """
+    asked: set[str] = set()
+    keys: set[str] = set()
+    long_questions = _LongQuestions()
+    kept = []
+    for row in sorted(rows, key=lambda row: row.key):
+        words = _words(row.question)
+        text, key = " ".join(words), _content_key(words)
+        if probes.asked_by(words):
+            rule = "asks a probe question"
+        elif text in asked:
+            rule = "repeats a question"
+        elif key in keys or (len(words) >= LONG_QUESTION_WORDS and not long_questions.add_unless_near(words)):
+            rule = "nearly repeats a question"
+        else:
+            asked.add(text)
+            keys.add(key)
+            kept.append(row)
+            continue
+        logs[row.source][rule].add(row.question)
+    return kept
 
 
 # --- Mix and split -----------------------------------------------------------------------------------------------
@@ -268,38 +610,48 @@ def load_rows(source: str, name: SourceName) -> list[Row]:
 def mix_counts(available: dict[SourceName, int], wanted: dict[SourceName, int]) -> dict[SourceName, int]:
     """Rows to draw of each source: `wanted`, or as many as keep its ratio where a source has fewer.
 
-    A mix of one source (`1 : 0`) takes all of it.
+    The mix `1 : 0`, one source and no other, takes all of it.
     """
-    if sum(count > 0 for count in wanted.values()) == 1:
-        return {name: available[name] if count else 0 for name, count in wanted.items()}
+    if sorted(wanted.values()) == [0, 1]:
+        return {name: available[name] * count for name, count in wanted.items()}
     scale = min([Fraction(1), *(Fraction(available[name], count) for name, count in wanted.items() if count)])
     return {name: int(count * scale) for name, count in wanted.items()}
 
 
 def split_rows(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """`(train, eval)` rows of one source. No question is in both, and the split does not depend on mix, seed or order."""
-    by_question: dict[str, list[Row]] = {}
-    for row in rows:
-        by_question.setdefault(" ".join(re.findall(r"\w+", row.question.casefold())), []).append(row)
-    questions = sorted(by_question, key=lambda question: _digest("eval split", question))
-    num_eval = min(MAX_EVAL_ROWS_PER_SOURCE, int(len(questions) * EVAL_SHARE))
-    held_out, kept = questions[:num_eval], questions[num_eval:]
-    return [row for question in kept for row in by_question[question]], [by_question[question][0] for question in held_out]
+    """`(train, eval)` rows of one source. The split does not depend on mix, seed or order."""
+    ranked = sorted(rows, key=lambda row: _digest("eval split", row.key))
+    num_eval = min(MAX_EVAL_ROWS_PER_SOURCE, int(len(ranked) * EVAL_SHARE))
+    return ranked[num_eval:], ranked[:num_eval]
 
 
-def draw_mix(rows_by_source: dict[SourceName, list[Row]], mix: MixName, seed: int) -> Mix:
+def draw_mix(
+    rows: Sequence[Row], wanted: dict[SourceName, int], seed: int, rules: dict[SourceName, RuleLog] | None = None
+) -> Mix:
     """The rows of a run: the evaluation split of every source first, then the mix from what is left, shuffled.
 
     The draw orders rows by sha256 of seed and row, so it is the same on every machine and for every order of files.
+
+    Raises:
+        UsageError: a source that the mix wants has no row to draw.
     """
-    splits = {name: split_rows(rows) for name, rows in rows_by_source.items()}
+    splits = {name: split_rows(row for row in rows if row.source == name) for name in wanted}
     available = {name: len(train) for name, (train, _) in splits.items()}
-    train: list[Row] = []
-    for name, count in mix_counts(available, MIXES[mix]).items():
-        train += sorted(splits[name][0], key=lambda row: _digest(str(seed), row.key))[:count]
+    counts = mix_counts(available, wanted)
+    if any(wanted[name] and not counts[name] for name in wanted):
+        raise UsageError(
+            f"The mix wants {' and '.join(f'{count:,} {name}' for name, count in wanted.items())} rows, and after cleaning "
+            f"{' and '.join(f'{count:,}' for count in available.values())} are left: too few for its ratio. "
+            "Give more rows, or choose another --mix."
+        )
+    train = [
+        row
+        for name, count in counts.items()
+        for row in sorted(splits[name][0], key=lambda row: _digest(str(seed), row.key))[:count]
+    ]
     train.sort(key=lambda row: _digest("order", str(seed), row.key))
     held_out = sorted((row for _, rows in splits.values() for row in rows), key=lambda row: row.key)
-    return Mix(train, held_out, available, MIXES[mix])
+    return Mix(train, held_out, wanted, available, rules or {})
 
 
 # --- Rendering ---------------------------------------------------------------------------------------------------
@@ -332,6 +684,16 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> dict[str, list[i
     prompt = encode_prompt(tokenizer, row.question)
     answer = [*encode_text(tokenizer, row.answer), tokenizer.eos_token_id]
     return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+
+def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> tuple[list[dict[str, list[int]]], int]:
+    """`encode_row` of each row, and how many were left out for being longer than `MAX_SEQ_LENGTH`.
+
+    Nothing is truncated: a row without its end-of-turn token would teach the model not to stop.
+    """
+    encoded = [encode_row(tokenizer, row) for row in rows]
+    fitting = [row for row in encoded if len(row["input_ids"]) <= MAX_SEQ_LENGTH]
+    return fitting, len(encoded) - len(fitting)
 
 
 def prompt_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -442,6 +804,130 @@ def resolve_profile(choice: ProfileChoice) -> ProfileName:
     return "cpu"
 
 
+# --- Audit -------------------------------------------------------------------------------------------------------
+
+LENGTH_BINS = (64, 96, 128, 160, 192, 224, 256, 384, 512, MAX_SEQ_LENGTH)
+
+
+def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the model will see, as JSON-ready numbers: shares in [0, 1], lengths in tokens of prompt and answer."""
+    encoded, num_too_long = encode_rows(tokenizer, mix.train)
+    lengths = [len(row["input_ids"]) for row in encoded]
+    sources = {name: _audit_source([row for row in mix.train if row.source == name], tokenizer) for name in mix.wanted}
+    for name, of in sources.items():
+        of |= {
+            "wanted": mix.wanted[name],
+            "available": mix.available[name],
+            "held_out": sum(row.source == name for row in mix.eval),
+            "row_share": of["rows"] / len(mix.train),
+            "answer_token_share": of["answer_tokens"] / sum(each["answer_tokens"] for each in sources.values()),
+        }
+    bins = [0, *LENGTH_BINS]
+    return {
+        "fingerprint": mix.fingerprint,
+        "sources": sources,
+        "rules": {
+            rule: {name: log[rule].rows for name, log in mix.rules.items()}
+            | {"example": next((log[rule].example for log in mix.rules.values() if log[rule].rows), None)}
+            for rule in RULES
+        },
+        "train_rows": len(encoded),
+        "train_tokens": sum(lengths),
+        "eval_rows": len(mix.eval),
+        "length_histogram": {
+            f"{low + 1}-{high}": sum(low < length <= high for length in lengths) for low, high in itertools.pairwise(bins)
+        },
+        "longest_row": max(lengths, default=0),
+        "max_seq_length": MAX_SEQ_LENGTH,
+        "num_too_long": num_too_long,
+        "num_truncated": 0,
+        "eos_token": [tokenizer.eos_token, tokenizer.eos_token_id],
+        "pad_token": [tokenizer.pad_token, tokenizer.pad_token_id],
+        "eos_is_trained": all(row["labels"][-1] == tokenizer.eos_token_id for row in encoded),
+    }
+
+
+def _audit_source(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    items = [len(re.findall(rf"(?m)^{_LIST_ITEM}$", row.answer)) for row in rows]
+    lists = [count for count in items if count >= 2]
+    words = [word for row in rows for word in _words(row.answer)]
+    return {
+        "rows": len(rows),
+        "answer_tokens": sum(len(encode_text(tokenizer, row.answer)) + 1 for row in rows),
+        "mean_answer_words": len(words) / len(rows) if rows else 0.0,
+        "list_share": len(lists) / len(rows) if rows else 0.0,
+        "mean_list_items": sum(lists) / len(lists) if lists else 0.0,
+        # ChatDoctor's anonymiser left no word with these letters; English has about 0.4%.
+        "dr_word_share": sum("dr" in word for word in words) / len(words) if words else 0.0,
+    }
+
+
+def format_audit(audit: dict[str, Any]) -> str:
+    """The audit as plain text for a terminal."""
+    sources = audit["sources"]
+    lines = [f"{'':<22}" + "".join(f"{name:>16}" for name in sources)]
+    for label, key, form in (
+        ("rows wanted", "wanted", ","),
+        ("rows available", "available", ","),
+        ("rows drawn", "rows", ","),
+        ("answer tokens", "answer_tokens", ","),
+        ("rows held out", "held_out", ","),
+        ("words an answer", "mean_answer_words", ".0f"),
+        ("answers with a list", "list_share", ".0%"),
+        ("items a list", "mean_list_items", ".1f"),
+        ("words holding 'dr'", "dr_word_share", ".2%"),
+    ):
+        lines.append(f"{label:<22}" + "".join(f"{of[key]:>16{form}}" for of in sources.values()))
+    shares = [" : ".join(f"{of[key] * 100:.0f}" for of in sources.values()) for key in ("row_share", "answer_token_share")]
+    counts = " : ".join(f"{of['rows']:,}" for of in sources.values())
+    lines += [f"{counts} rows is {shares[0]} by rows and {shares[1]} by answer tokens", "", "cleaning, rows"]
+    for rule, counted in audit["rules"].items():
+        numbers = "".join(f"{counted.get(name, 0):>16,}" for name in sources)
+        lines.append(f"  {rule:<26}{numbers[6:]}  {RULES[rule]}")
+        if counted["example"]:
+            lines.append(f"  {'':<26}e.g. {_excerpt(rule, counted['example'])}")
+    most = max(audit["length_histogram"].values())
+    lines += ["", "tokens a row (prompt and answer)"]
+    for bin_name, count in audit["length_histogram"].items():
+        lines.append(f"  {bin_name:>10}{count:>8,} {'#' * round(40 * count / most) if most else ''}")
+    lines += [
+        f"longest {audit['longest_row']:,} of {audit['max_seq_length']:,}; {audit['num_too_long']} rows too long and left out, "
+        f"{audit['num_truncated']} truncated",
+        "",
+        f"{audit['train_rows']:,} rows of {audit['train_tokens']:,} tokens to train on, {audit['eval_rows']} rows held out; "
+        f"fingerprint {audit['fingerprint']}",
+        f"end of turn {audit['eos_token'][0]} ({audit['eos_token'][1]}), "
+        f"{'trained in every row' if audit['eos_is_trained'] else 'NOT trained in every row'}; "
+        f"pad {audit['pad_token'][0]} ({audit['pad_token'][1]})",
+    ]
+    return escape_controls("\n".join(lines))
+
+
+def _excerpt(rule: str, text: str) -> str:
+    """At most about 100 characters of `text` on one line: around what the rule found, or its beginning and end."""
+    pattern = _TEXT_DEFECTS.get(rule)
+    if pattern and (found := pattern.search(text)):
+        text = f"... {text[max(0, found.start() - 60) : found.end() + 20]} ..."
+    text = " ".join(text.split())
+    return text if len(text) <= 110 else f"{text[:60]} ... {text[-40:]}"
+
+
+def escape_controls(text: str) -> str:
+    """The text with control characters other than line ends made visible, so that a row cannot steer the terminal."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
+def show_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The rows as the model sees them, decoded from their ids, with the loss's part between `[[` and `]]`."""
+    shown = []
+    for row in rows:
+        encoded = encode_row(tokenizer, row)
+        start = encoded["labels"].count(-100)
+        prompt, answer = encoded["input_ids"][:start], encoded["input_ids"][start:]
+        shown.append(f"{tokenizer.decode(prompt)}[[{tokenizer.decode(answer)}]]")
+    return escape_controls("\n\n".join(shown))
+
+
 # --- Command -----------------------------------------------------------------------------------------------------
 
 
@@ -452,13 +938,35 @@ class RowsConfig:
     profile: ProfileChoice = "auto"
     """Set of values: `t4` is Llama 3.2 3B in 4-bit on a GPU, `cpu` the small model. `auto` looks for a GPU."""
     mix: MixName = "rebalanced"
-    """Conversational : encyclopedic rows. chatdoctor 1 : 0, week4 8000 : 4000, rebalanced 8500 : 1500."""
+    """Conversational : encyclopedic rows. chatdoctor 1 : 0, week4 8000 : 4000, rebalanced 8500 : 1500, custom by the next
+    two flags."""
+    num_conversational: int | None = None
+    """Conversational rows of --mix custom."""
+    num_encyclopedic: int | None = None
+    """Encyclopedic rows of --mix custom."""
     conversational: str | None = None
-    """Hub id or .jsonl/.json/.csv/.parquet file of conversational rows. Unset: the profile's."""
+    """Hub id (owner/name or owner/name@commit) or .jsonl/.json/.csv/.parquet file. Unset: the profile's."""
     encyclopedic: str | None = None
-    """Hub id or .jsonl/.json/.csv/.parquet file of encyclopedic rows. Unset: the profile's."""
+    """Hub id (owner/name or owner/name@commit) or .jsonl/.json/.csv/.parquet file. Unset: the profile's."""
     seed: int = 3407
     """Draws the rows, and in training shuffles them and initialises LoRA."""
+
+    def __post_init__(self) -> None:
+        counts = (self.num_conversational, self.num_encyclopedic)
+        if self.mix != "custom" and counts != (None, None):
+            raise ValueError(f"--num-conversational and --num-encyclopedic belong to --mix custom, and --mix is {self.mix}.")
+        if self.mix == "custom" and (None in counts or min(counts) < 0 or sum(counts) == 0):
+            raise ValueError(
+                f"--mix custom with --num-conversational {counts[0]} and --num-encyclopedic {counts[1]}: "
+                "two counts are wanted, 0 or more, not both 0."
+            )
+
+    @property
+    def wanted(self) -> dict[SourceName, int]:
+        """Rows that the mix wants of each source."""
+        if self.mix == "custom":
+            return {"conversational": self.num_conversational or 0, "encyclopedic": self.num_encyclopedic or 0}
+        return MIXES[self.mix]
 
     def sources(self, profile: ProfileName) -> dict[SourceName, str]:
         """Source of each kind of row: the one given, or the profile's."""
@@ -466,9 +974,17 @@ class RowsConfig:
         return {name: given[name] or default for name, default in SOURCES[profile].items()}
 
     def load(self, profile: ProfileName) -> Mix:
-        """Reads the sources and draws the mix. Raises UsageError as `load_rows`."""
-        rows = {name: load_rows(source, name) for name, source in self.sources(profile).items()}
-        return draw_mix(rows, self.mix, self.seed)
+        """Reads the sources, cleans them and draws the mix.
+
+        Raises:
+            UsageError: as `load_rows` and `draw_mix`.
+        """
+        logs: dict[SourceName, RuleLog] = {name: {rule: RuleCount() for rule in RULES} for name in self.wanted}
+        rows: list[Row] = []
+        for name, source in self.sources(profile).items():
+            rows += clean_rows(load_rows(source, name), logs[name])
+        rows = drop_repeats(rows, ProbeQuestions(read_probes()), logs)
+        return draw_mix(rows, self.wanted, self.seed, logs)
 
 
 @dataclass(frozen=True)
@@ -477,44 +993,27 @@ class DataConfig(RowsConfig):
 
     show: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Print N training rows as the model sees them; what the loss counts stands between [[ and ]]."""
+    json: bool = False
+    """Print the audit as JSON."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.show < 0:
             raise ValueError(f"--show {self.show}: a count of rows, 0 or more, is wanted.")
-
-
-def describe_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The mix as a text table: rows and answer tokens of each source with their shares, and the held-out rows."""
-    rows = {name: [row for row in mix.train if row.source == name] for name in mix.wanted}
-    tokens = {name: sum(len(encode_text(tokenizer, row.answer)) + 1 for row in of) for name, of in rows.items()}
-    lines = [
-        f"{'source':<16}{'wanted':>8}{'available':>11}{'drawn':>7}{'rows':>7}{'answer tokens':>15}{'tokens':>8}{'held out':>10}"
-    ]
-    for name, of in rows.items():
-        lines.append(
-            f"{name:<16}{mix.wanted[name]:>8,}{mix.available[name]:>11,}{len(of):>7,}{len(of) / len(mix.train):>7.0%}"
-            f"{tokens[name]:>15,}{tokens[name] / sum(tokens.values()):>8.0%}{sum(row.source == name for row in mix.eval):>10,}"
-        )
-    return "\n".join([*lines, f"fingerprint {mix.fingerprint}"])
-
-
-def show_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The rows as the model sees them, decoded from their ids, with the loss's part between `[[` and `]]`."""
-    shown = []
-    for row in rows:
-        ids, labels = encode_row(tokenizer, row).values()
-        start = sum(label == -100 for label in labels)
-        shown.append(f"{tokenizer.decode(ids[:start])}[[{tokenizer.decode(ids[start:])}]]")
-    return "\n\n".join(shown)
+        if self.show and self.json:
+            raise ValueError("--show prints rows for people, and --json the audit for machines. Give one of the two.")
 
 
 def main(config: DataConfig) -> None:
-    """Prints the mix, and rows of it if asked."""
+    """Prints the audit, and rows if asked."""
     profile = resolve_profile(config.profile)
     mix = config.load(profile)
     tokenizer = load_tokenizer(profile)
-    print(f"mix {config.mix}, profile {profile}")
-    print(describe_mix(mix, tokenizer))
+    audit = {"mix": config.mix, "profile": profile, **audit_mix(mix, tokenizer)}
+    if config.json:
+        print(json.dumps(audit, indent=2, ensure_ascii=False))
+        return
+    print(f"mix {config.mix}, profile {profile}\n{format_audit(audit)}")
     if config.show:
         print("\n" + show_rows(mix.train[: config.show], tokenizer))
 

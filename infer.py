@@ -51,8 +51,6 @@ class Profile:
     """Compute dtype of answers. A T4 has no bf16; on the CPU, bf16 logits tie and let the batch decide (fp32 does not)."""
     use_gradient_checkpointing: Literal["unsloth"] | bool
     """Recompute activations in the backward pass. "unsloth" keeps them in host RAM; the small model's fit as they are."""
-    max_seq_length: int
-    """Tokens of prompt and answer together, in training and in asking."""
 
 
 SMALL_MODEL = "smollm2-135m-instruct"
@@ -62,9 +60,8 @@ PROFILES: dict[ProfileName, Profile] = {
         load_in_4bit=True,
         dtype="float16",
         use_gradient_checkpointing="unsloth",
-        max_seq_length=1024,
     ),
-    "cpu": Profile(SMALL_MODEL, load_in_4bit=False, dtype="float32", use_gradient_checkpointing=False, max_seq_length=1024),
+    "cpu": Profile(SMALL_MODEL, load_in_4bit=False, dtype="float32", use_gradient_checkpointing=False),
 }
 
 # The tokenizer's own reserved pad token: an added one would resize the embedding, and the adapter would carry it whole.
@@ -247,7 +244,7 @@ def load_base(profile: ProfileName, *, dtype: str | None) -> tuple[PreTrainedMod
         values = PROFILES[profile]
         model, tokenizer = FastLanguageModel.from_pretrained(
             model_name=base_model_path(values.base_model),
-            max_seq_length=values.max_seq_length,
+            max_seq_length=data.MAX_SEQ_LENGTH,
             dtype=dtype and getattr(torch, dtype),
             load_in_4bit=values.load_in_4bit,
             use_gradient_checkpointing=values.use_gradient_checkpointing,
@@ -393,7 +390,7 @@ def answer_requests(
     padded, and a batch has at least `MIN_ROWS` rows, so that an answer does not depend on what it was asked with.
 
     Raises:
-        UsageError: a prompt and its answer would not fit into the model's `max_seq_length`.
+        UsageError: a prompt and its answer would not fit into the model's maximal sequence length.
     """
     prompts = [data.encode_prompt(tokenizer, question) for question, _ in requests]
     limit = model.max_seq_length

@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +32,7 @@ from data import ProfileName, UsageError
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
 TargetModules = Literal["attention", "all-linear"]
@@ -94,6 +93,7 @@ class TrainConfig(data.RowsConfig):
     """Print the resolved values and stop. Nothing is loaded or written."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = []
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
             problems.append(f"--name {self.name!r}: letters, digits, '.', '_' and '-' are allowed, a letter or digit first.")
@@ -116,6 +116,7 @@ class Recipe:
     base_model: str
     load_in_4bit: bool
     mix: data.MixName
+    wanted: dict[data.SourceName, int]
     conversational: str
     encyclopedic: str
     seed: int
@@ -143,9 +144,10 @@ def resolve_recipe(config: TrainConfig) -> Recipe:
         base_model=model.base_model,
         load_in_4bit=model.load_in_4bit,
         mix=config.mix,
+        wanted=config.wanted,
         **config.sources(profile),
         seed=config.seed,
-        max_seq_length=model.max_seq_length,
+        max_seq_length=data.MAX_SEQ_LENGTH,
         target_modules=config.target_modules,
         r=config.r,
         lora_alpha=config.lora_alpha,
@@ -201,18 +203,6 @@ def commit_id() -> str | None:
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
-
-
-def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[data.Row], max_seq_length: int) -> tuple[Dataset, int]:
-    """The rows as `input_ids` and `labels`, and how many were left out for being longer than `max_seq_length`.
-
-    Nothing is truncated: a row without its end-of-turn token would teach the model not to stop.
-    """
-    import datasets
-
-    encoded = [data.encode_row(tokenizer, row) for row in rows]
-    fitting = [row for row in encoded if len(row["input_ids"]) <= max_seq_length]
-    return datasets.Dataset.from_list(fitting), len(encoded) - len(fitting)
 
 
 def make_sft_config(recipe: Recipe, folder: Path) -> SFTConfig:
@@ -311,11 +301,9 @@ def make_trainer(
     model: PeftModel, tokenizer: Any, recipe: Recipe, train: Dataset, held_out: Dataset, folder: Path
 ) -> SFTTrainer:
     """TRL's trainer on encoded rows, with our progress in place of its printing."""
-    import datasets
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    datasets.disable_progress_bars()
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
@@ -361,13 +349,12 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, record: dict[st
 def run(recipe: Recipe, mix: data.Mix, folder: Path) -> dict[str, Any]:
     """One training run into `folder`; returns the record that run.json holds."""
     model, tokenizer = infer.load_base(recipe.profile, dtype=None)
-    train, num_left_out = encode_rows(tokenizer, mix.train, recipe.max_seq_length)
-    held_out, _ = encode_rows(tokenizer, mix.eval, recipe.max_seq_length)
-    num_tokens = sum(map(len, train["input_ids"]))
-    print(data.describe_mix(mix, tokenizer))
-    print(
-        f"{len(train)} rows of {num_tokens:,} tokens to train on, {len(held_out)} held out; {num_left_out} too long, left out"
-    )
+    import datasets
+
+    datasets.disable_progress_bars()
+    audit = data.audit_mix(mix, tokenizer)
+    print(data.format_audit(audit))
+    train, held_out = (datasets.Dataset.from_list(data.encode_rows(tokenizer, rows)[0]) for rows in (mix.train, mix.eval))
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     with infer.quiet_libraries():
         trainer = make_trainer(add_lora(model, recipe), tokenizer, recipe, train, held_out, folder)
@@ -387,7 +374,9 @@ def run(recipe: Recipe, mix: data.Mix, folder: Path) -> dict[str, Any]:
         "commit": commit_id(),
         "data_fingerprint": mix.fingerprint,
         "prompt_fingerprint": adapter_record["prompt_fingerprint"],
-        "numbers": numbers | {"train_rows": len(train), "train_tokens": num_tokens, "trainable_parameters": num_trainable},
+        "numbers": numbers
+        | {name: audit[name] for name in ("train_rows", "train_tokens", "eval_rows")}
+        | {"trainable_parameters": num_trainable},
     }
 
 

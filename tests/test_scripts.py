@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -56,6 +57,10 @@ REFUSED = {
     "no file": (["train.py", "--profile", "cpu", "--conversational", "none.jsonl"], "none.jsonl: no such file"),
     "no source": (["data.py", "--profile", "cpu", "--conversational", "rows.txt"], "'rows.txt' is no source"),
     "show": (["data.py", "--show", "-1"], "--show -1"),
+    "show as JSON": (["data.py", "--show", "1", "--json"], "Give one of the two"),
+    "custom without counts": (["data.py", "--mix", "custom"], "two counts are wanted"),
+    "counts without custom": (["train.py", "--num-conversational", "5"], "belong to --mix custom"),
+    "hub id offline": (["data.py", "--profile", "cpu", "--encyclopedic", "nobody/nothing"], "Either go online, or give files"),
     "no question": (["infer.py"], "QUESTION"),
     "empty question": (["infer.py", " "], "question is empty"),
     "base and adapter": (["infer.py", "q?", "--base", "--adapter", "x"], "--base asks without an adapter"),
@@ -99,8 +104,8 @@ def test_the_t4_profile_resolves_and_prints_its_values_anywhere(tmp_path):
     values = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines() if not line.startswith("run folder"))
     assert values["base_model"] == "unsloth/Llama-3.2-3B-Instruct"
     assert values["load_in_4bit"] == "True"
-    assert values["conversational"] == "lavita/ChatDoctor-HealthCareMagic-100k"
-    assert values["encyclopedic"] == "medalpaca/medical_meadow_wikidoc"
+    assert re.fullmatch(r"lavita/ChatDoctor-HealthCareMagic-100k@[0-9a-f]{40}", values["conversational"])
+    assert re.fullmatch(r"medalpaca/medical_meadow_wikidoc@[0-9a-f]{40}", values["encyclopedic"])
     assert values["epochs"] == "2.0"
     assert int(values["per_device_train_batch_size"]) * int(values["gradient_accumulation_steps"]) == 16
     assert list(tmp_path.iterdir()) == []

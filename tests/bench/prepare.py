@@ -1,0 +1,88 @@
+"""How preparing rows grows: cleaning, search for repeated questions, split and mix, on generated rows.
+
+    python -m tests.bench prepare [ROWS ...]
+
+Each size runs three times, each time in a process of its own; medians are printed. The rows are sentences of the sample rows,
+put together anew to ChatDoctor's lengths, with its greetings, sign-offs and destroyed sentences; some ask a question again.
+"""
+
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import data
+
+SIZES = (10_000, 30_000, 100_000, 112_165)
+RUNS = 3
+# Of 112,165 + 10,000 rows on the hub, so many are encyclopedic.
+ENCYCLOPEDIC_SHARE = 0.08
+
+
+def generate_rows(count):
+    """`count` rows, about 65 words of question and 90 of answer as in ChatDoctor; the same ones every time."""
+    draw = random.Random(0)
+    samples = [row for name, path in data.SOURCES["cpu"].items() for row in data.load_rows(path, name)]
+    asked, answered = (
+        [sentence for text in texts for sentence in re.split(r"(?<=[.!?])\s+", text)]
+        for texts in ([row.question for row in samples], [row.answer for row in samples])
+    )
+    rows = []
+    for number in range(count):
+        if draw.random() < ENCYCLOPEDIC_SHARE:
+            topic = " ".join(draw.sample(answered, 1)[0].split()[:6])
+            rows.append(data.Row(f"What is known of {topic} {number}?", " ".join(draw.sample(answered, 4)), "encyclopedic"))
+            continue
+        if rows and draw.random() < 0.01:
+            question = draw.choice(rows[-1000:]).question + " Please help."
+        else:
+            question = "Hello doctor, " + " ".join(draw.sample(asked, 5)) + f" I am {number % 90} years old."
+        answer = "Hello, Welcome to Chat Doctor forum. " + " ".join(draw.sample(answered, 6))
+        if draw.random() < 0.3:
+            answer = answer[: len(answer) // 2] + " ChatDoctor. " + answer[len(answer) // 2 :]
+        rows.append(data.Row(question, answer + " Hope this helps. Take care.", "conversational"))
+    return rows
+
+
+def run_once(count):
+    """One run in this process: seconds by stage, and peak memory with the generated rows and all helping processes."""
+    rows = generate_rows(count)
+    logs = {name: {rule: data.RuleCount() for rule in data.RULES} for name in data.MIXES["week4"]}
+    times = [time.perf_counter()]
+    cleaned = list(
+        itertools.chain.from_iterable(
+            data.clean_rows([row for row in rows if row.source == name], log) for name, log in logs.items()
+        )
+    )
+    times.append(time.perf_counter())
+    kept = data.drop_repeats(cleaned, data.ProbeQuestions(data.read_probes()), logs)
+    times.append(time.perf_counter())
+    mix = data.draw_mix(kept, data.MIXES["rebalanced"], 3407, logs)
+    times.append(time.perf_counter())
+    stages = dict(zip(("clean", "repeats", "mix"), (b - a for a, b in itertools.pairwise(times)), strict=True))
+    own, largest_child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peak = (own + largest_child * os.cpu_count()) / 2**20
+    return {"rows": count, "kept": len(kept), "drawn": len(mix.train), **stages, "peak_gib": peak}
+
+
+def main(arguments):
+    if arguments[:1] == ["--once"]:
+        print(json.dumps(run_once(int(arguments[1]))))
+        return
+    print(f"{'rows':>8}{'kept':>8}{'clean s':>9}{'repeats s':>11}{'mix s':>7}{'total s':>9}{'rows/s':>9}{'peak GiB':>10}")
+    for count in map(int, arguments or SIZES):
+        command = [sys.executable, "-m", "tests.bench", "prepare", "--once", str(count)]
+        runs = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(RUNS)]
+        median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        total = statistics.median(run["clean"] + run["repeats"] + run["mix"] for run in runs)
+        print(
+            f"{count:>8,}{median['kept']:>8,.0f}{median['clean']:>9.1f}{median['repeats']:>11.1f}{median['mix']:>7.1f}"
+            f"{total:>9.1f}{count / total:>9,.0f}{median['peak_gib']:>10.2f}",
+            flush=True,
+        )
