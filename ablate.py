@@ -10,8 +10,8 @@ Writes runs/ablate/STUDY/ablation.md. What is already answered is not asked agai
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import html
 import json
 import re
@@ -60,8 +60,7 @@ class Cell:
 
 def make_grid(base_model: str, adapter: Path, questions: Sequence[str]) -> list[Cell]:
     """Base model first, then the adapter, each under every decoding."""
-    weights = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
-    fingerprints: dict[ModelName, str] = {"base": base_model, "adapter": weights}
+    fingerprints: dict[ModelName, str] = {"base": base_model, "adapter": infer.adapter_digest(adapter)}
     return [
         Cell(model, decoding, fingerprint, tuple(questions))
         for model, fingerprint in fingerprints.items()
@@ -84,7 +83,7 @@ def write_cell(cell: Cell, answers: Sequence[Answer], study: Path) -> None:
     part = folder.with_name(f".{cell.id}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    lines = (json.dumps(dataclasses.asdict(answer), ensure_ascii=False) for answer in answers)
+    lines = (json.dumps(answer.to_record(), ensure_ascii=False) for answer in answers)
     (part / "generations.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     result = {"settings": cell.settings, "numbers": measure(answers)}
     (part / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -167,8 +166,8 @@ def make_page(cells: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> s
 class AblateConfig:
     """Flags of ablate.py."""
 
-    adapter: Path | None = None
-    """Adapter folder. Unset: the adapter of the run that was finished last."""
+    adapter: str | None = None
+    """Adapter folder or hub id. Unset: the adapter of the run that was finished last."""
     study: str = "decoding"
     """Folder of the study below runs/ablate."""
     num_probes: int = 5
@@ -186,19 +185,17 @@ class AblateConfig:
 def answer_cells(cells: Sequence[Cell], profile: data.ProfileName, adapter: Path, study: Path) -> None:
     """Asks what is missing, one model after the other, and records each cell."""
     infer.prepare_environment(profile, offline=profile == "cpu")
-    model, tokenizer = infer.load_base(profile, dtype=infer.PROFILES[profile].dtype)
+    loaded = infer.load_for_asking(profile, adapter)
     from tqdm import tqdm
 
-    cap = max(DECODINGS[cell.decoding].max_new_tokens for cell in cells)
-    total = cap * sum(len(cell.questions) for cell in cells)
+    total = sum(DECODINGS[cell.decoding].max_new_tokens * len(cell.questions) for cell in cells)
     with tqdm(total=total, unit="token", desc="answering") as bar:
         for name in ("base", "adapter"):
             own = [cell for cell in cells if cell.model == name]
-            if name == "adapter" and own:
-                model = infer.load_adapter(model, tokenizer, adapter)
             # All decodings in one call: those of one question share its forward passes.
-            requests = [(question, DECODINGS[cell.decoding]) for cell in own for question in cell.questions]
-            answers = infer.answer_requests(model, tokenizer, requests, bar.update)
+            requests = [infer.Request(question, DECODINGS[cell.decoding]) for cell in own for question in cell.questions]
+            with loaded.without_adapter() if name == "base" else contextlib.nullcontext(loaded) as model:
+                answers = infer.answer_requests(model, requests, bar.update)
             for place, cell in enumerate(own):
                 size = len(cell.questions)
                 write_cell(cell, answers[place * size : (place + 1) * size], study)
@@ -208,13 +205,15 @@ def main(config: AblateConfig) -> None:
     """Asks what is not recorded yet, then writes the page."""
     study = ABLATE_RUNS / config.study
     if not config.table:
-        adapter = config.adapter or infer.latest_adapter()
+        infer.prepare_cublas()
+        adapter = infer.find_adapter(config.adapter) if config.adapter else infer.latest_adapter()
         record = infer.read_adapter_record(adapter)
-        grid = make_grid(record["base_model"], adapter, data.read_probes()[: config.num_probes])
+        profile = infer.resolve_asked_profile("auto", record)
+        grid = make_grid(record.base_model, adapter, data.read_probes()[: config.num_probes])
         missing = [cell for cell in grid if not is_done(cell, study)]
         print(f"{len(grid)} cells of {len(grid[0].questions)} questions, {len(missing)} to answer: {adapter} and its base")
         if missing:
-            answer_cells(missing, record["profile"], adapter, study)
+            answer_cells(missing, profile, adapter, study)
     page = study / "ablation.md"
     text = make_page(read_cells(study))
     data.write_whole(page, text)

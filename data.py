@@ -657,20 +657,23 @@ def draw_mix(
 # --- Rendering ---------------------------------------------------------------------------------------------------
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
     """Token ids (T,) of the prompt, up to where the answer begins; the same for training and for asking.
 
-    The tokenizer's own chat template is rendered with marks in place of the texts, and the texts are encoded apart, as
-    plain text: a `<|eot_id|>` that somebody wrote into a question never ends a turn.
+    `history` holds the `(question, answer)` turns before. The tokenizer's own chat template is rendered with marks in place
+    of the texts, and the texts are encoded apart, as plain text: a `<|eot_id|>` that somebody wrote into a question never
+    ends a turn.
     """
-    contents = [SYSTEM_PROMPT, question]
-    messages = [{"role": role, "content": _MARK.format(place)} for place, role in enumerate(("system", "user"))]
+    turns = [("system", SYSTEM_PROMPT)]
+    for asked, answered in history:
+        turns += [("user", asked), ("assistant", answered)]
+    turns.append(("user", question))
+    messages = [{"role": role, "content": _MARK.format(place)} for place, (role, _) in enumerate(turns)]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE)
-    ids: list[int] = []
-    for place, piece in enumerate(re.split("|".join(_MARK.format(n) for n in range(len(contents))), rendered)):
-        if place:
-            ids += encode_text(tokenizer, contents[place - 1])
-        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    pieces = re.split("|".join(_MARK.format(place) for place in range(len(turns))), rendered)
+    ids = tokenizer(pieces[0], add_special_tokens=False)["input_ids"]
+    for (_, content), piece in zip(turns, pieces[1:], strict=True):
+        ids = ids + encode_text(tokenizer, content) + tokenizer(piece, add_special_tokens=False)["input_ids"]
     return ids
 
 
@@ -913,8 +916,8 @@ def _excerpt(rule: str, text: str) -> str:
 
 
 def escape_controls(text: str) -> str:
-    """The text with control characters other than line ends made visible, so that a row cannot steer the terminal."""
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+    """The text with control characters other than tabs and line ends made visible, so that it cannot steer a terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def show_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -1019,13 +1022,19 @@ def main(config: DataConfig) -> None:
 
 
 def run_command(config_type: type, run: Callable[[Any], int | None], description: str | None) -> None:
-    """Parses the command line into `config_type`, runs it, and exits: a `UsageError` is one message and code 2."""
+    """Parses the command line into `config_type`, runs it, and exits with its code.
+
+    A `UsageError` is one message and code 2; Ctrl-C is code 130.
+    """
     config = tyro.cli(config_type, description=description)
     try:
         sys.exit(run(config))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,36 @@
-"""What comes out: one question in, one answer out, under a decoding that is written down.
+"""What comes out: questions in, answers out, under a decoding that is written down.
 
     python infer.py "What are the warning signs of a heart attack?"
-    python infer.py "..." --base                        ask the base model, without the adapter
+    python infer.py "..." --base                        the base model, without the adapter
     python infer.py "..." --decoding story-fix          as the story decoded after its fixes
-    python infer.py "..." --adapter runs/train/NAME/adapter --json
+    python infer.py "..." --repetition-penalty 1.2      one field changed
+    python infer.py "..." --compare models              base and adapter side by side; --compare decodings: every preset
+    python infer.py "..." --verify                      is the answer the same in other processes and in company?
+    python infer.py --questions questions.txt           many, into questions.answers.jsonl
+    echo "..." | python infer.py -                      one question a line
+    python infer.py                                     a chat
 
-stdout holds the answer and nothing else. Answers are no medical advice.
+stdout holds the answers and nothing else. They are no medical advice.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import re
+import shutil
+import subprocess
 import sys
+import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -67,12 +79,12 @@ PROFILES: dict[ProfileName, Profile] = {
 # The tokenizer's own reserved pad token: an added one would resize the embedding, and the adapter would carry it whole.
 LLAMA_PAD_TOKEN = "<|finetune_right_pad_id|>"
 
-DecodingName = Literal["plain", "story-collapse", "story-fix", "kit"]
+DecodingName = Literal["plain", "story-collapse", "story-fix", "week3", "kit"]
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is decoded (always greedily). Every field reaches `generate` explicitly; it inherits none."""
+    """How an answer is decoded. Every field reaches `generate` explicitly; it inherits none from a config lying around."""
 
     max_new_tokens: int = 256
     repetition_penalty: float = 1.0
@@ -84,19 +96,45 @@ class Decoding:
     stop: Literal["end-of-turn", "generation-config"] = "end-of-turn"
     """Which token ends an answer: the one that ends a turn in the chat template, or whatever the base model's generation
     config names."""
+    temperature: float = 0.0
+    """0 is greedy; above, tokens are sampled from softmax(logits / temperature)."""
+    top_p: float = 1.0
+    """Sampling is among the likeliest tokens that together have this probability; 1.0 is all."""
+    sampling_seed: int = 0
+    """Seeds the sampling of each answer on its own, so that it does not depend on what else is asked."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("max_new_tokens", self.max_new_tokens >= 1),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0),
+            ("temperature", 0 <= self.temperature < math.inf),
+            ("top_p", 0 < self.top_p <= 1),
+        ):
+            if not allowed:
+                flag, limits = name.replace("_", "-"), _DECODING_LIMITS[name]
+                raise ValueError(f"--{flag} {getattr(self, name)}: {limits} is wanted.")
 
 
-# `story-*` as the story told them: its library counted the prompt. `kit` is ours, chosen by the table in the README.
+_DECODING_LIMITS = {
+    "max_new_tokens": "1 or more",
+    "repetition_penalty": "a number above 0 (1.0 is off)",
+    "no_repeat_ngram_size": "0 (off) or more",
+    "temperature": "0 (greedy) or more",
+    "top_p": "a share above 0, at most 1",
+}
+
+# `story-*` and `week3` as the story told them: its library counted the prompt. `kit` is ours, chosen by the README's table.
 DECODINGS: dict[DecodingName, Decoding] = {
     "plain": Decoding(),
     "story-collapse": Decoding(no_repeat_ngram_size=3, count_prompt=True, stop="generation-config"),
     "story-fix": Decoding(repetition_penalty=1.3, count_prompt=True),
+    "week3": Decoding(temperature=0.7, top_p=0.9),
     "kit": Decoding(repetition_penalty=1.1),
 }
 
-# Rows of a forward pass, at least and at most. With fewer than 4 rows a CPU's matrix library takes another kernel, whose
-# sums differ in the last bits: a single question is therefore asked as 4 copies, and its answer does not depend on company.
-MIN_ROWS, MAX_ROWS = 4, 32
+# Most rows of a forward pass; the fewest are found by `find_min_rows`.
+MAX_ROWS = 32
 
 # What Unsloth, torch and transformers say on every run of a CPU, of no use to the user. Whole messages, so that a new or
 # real warning still shows.
@@ -118,7 +156,7 @@ KNOWN_NOISE = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, with what it took to get it."""
+    """One answer, with what it took to get it. Two answers are equal if all but their seconds is."""
 
     question: str
     text: str
@@ -128,6 +166,21 @@ class Answer:
     prompt_tokens: int
     answer_tokens: int
     decoding: Decoding
+    model: str
+    """Name of the base model."""
+    adapter: str | None
+    """sha256 of the adapter's weights, or None for the base model alone."""
+    seconds: float = field(compare=False)
+    """Time of the batch in which the answer was written."""
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the token ids: equal answers have equal ones, on any machine."""
+        return hashlib.sha256(json.dumps(self.token_ids).encode()).hexdigest()
+
+    def to_record(self) -> dict[str, Any]:
+        """The answer as JSON-ready values."""
+        return dataclasses.asdict(self) | {"sha256": self.sha256}
 
 
 # --- Measures of an answer ---------------------------------------------------------------------------------------
@@ -148,6 +201,11 @@ def distinct_n(words: Sequence[str], n: int) -> float:
 
 
 # --- Environment -------------------------------------------------------------------------------------------------
+
+
+def prepare_cublas() -> None:
+    """Lets cuBLAS give the same bits twice, for which it needs a fixed workspace. Call it before torch is imported."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def prepare_environment(profile: ProfileName, *, offline: bool) -> None:
@@ -229,10 +287,13 @@ def base_model_path(base_model: str) -> str:
     return str(data.cached_folder(SMALL_MODEL, build_small_model))
 
 
-def load_base(profile: ProfileName, *, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The profile's base model and tokenizer, through Unsloth; `dtype` None lets Unsloth choose the fastest for training.
+def load_base(
+    profile: ProfileName, *, dtype: str | None, base_model: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Base model and tokenizer, through Unsloth; `dtype` None lets Unsloth choose the fastest for training.
 
-    Pad is the tokenizer's own reserved token and differs from eos; eos is the token that ends a turn.
+    The model is the profile's, or `base_model` with the profile's values. Pad is the tokenizer's own reserved token and
+    differs from eos; eos is the token that ends a turn.
     """
     with quiet_libraries():
         # Unsloth patches transformers, PEFT and TRL, and has to be imported before them.
@@ -243,7 +304,7 @@ def load_base(profile: ProfileName, *, dtype: str | None) -> tuple[PreTrainedMod
         transformers_logging.disable_progress_bar()
         values = PROFILES[profile]
         model, tokenizer = FastLanguageModel.from_pretrained(
-            model_name=base_model_path(values.base_model),
+            model_name=base_model_path(base_model or values.base_model),
             max_seq_length=data.MAX_SEQ_LENGTH,
             dtype=dtype and getattr(torch, dtype),
             load_in_4bit=values.load_in_4bit,
@@ -281,18 +342,60 @@ def latest_adapter() -> Path:
     return adapter
 
 
-def read_adapter_record(adapter: Path) -> dict[str, Any]:
-    """What train.py wrote beside the weights: base model, profile, prompt fingerprint, decoding.
+def find_adapter(name: str) -> Path:
+    """The folder of an adapter: `name` itself, or the hub repository of that name, downloaded.
 
     Raises:
-        UsageError: the folder is not an adapter of this kit.
+        UsageError: neither is there, or its weights or its config are missing. Only safetensors are loaded.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors", ADAPTER_RECORD):
-        if not (adapter / name).is_file():
+    folder = Path(name)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
             raise UsageError(
-                f"{adapter} is no adapter of this kit: {name} is missing. Give the folder runs/train/NAME/adapter."
-            )
-    return json.loads((adapter / ADAPTER_RECORD).read_text(encoding="utf-8"))
+                f"{name} is no folder here, and no adapter of that name could be had from the hub. "
+                "Give the folder of an adapter, such as runs/train/NAME/adapter."
+            ) from None
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise UsageError(f"{name} is no adapter: {file} is missing. Give a folder such as runs/train/NAME/adapter.")
+    return folder
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What is known of an adapter, from train.py's own record beside the weights, or from PEFT's config alone."""
+
+    base_model: str
+    profile: ProfileName | None = None
+    prompt_fingerprint: str | None = None
+    decoding: Decoding | None = None
+    """What its answers were judged under."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values; `read_adapter_record` reads them back."""
+        return dataclasses.asdict(self)
+
+
+def read_adapter_record(adapter: Path) -> AdapterRecord:
+    """The record of an adapter folder; of one that this kit did not make, the base model that PEFT names.
+
+    Raises:
+        UsageError: a file of the adapter cannot be read as what it should be.
+    """
+    path = adapter / ADAPTER_RECORD
+    try:
+        if not path.is_file():
+            path = adapter / "adapter_config.json"
+            return AdapterRecord(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return AdapterRecord(**record | {"decoding": record["decoding"] and Decoding(**record["decoding"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is broken ({error}). Train the adapter again, or take it from where it was copied.") from None
 
 
 def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Path) -> PeftModel:
@@ -301,19 +404,101 @@ def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ada
     Raises:
         UsageError: the adapter was trained under another prompt.
     """
-    record = read_adapter_record(adapter)
-    fingerprint = data.prompt_fingerprint(tokenizer)
-    if record["prompt_fingerprint"] != fingerprint:
+    trained, asked = read_adapter_record(adapter).prompt_fingerprint, data.prompt_fingerprint(tokenizer)
+    if trained is None:
+        print(f"{adapter} does not say under which prompt it was trained; it is asked under this kit's.", file=sys.stderr)
+    elif trained != asked:
         raise UsageError(
-            f"{adapter} was trained under the prompt {record['prompt_fingerprint']}, and this kit asks under {fingerprint}: "
-            "its answers would not be those it was trained to give. Train it again, or use the version that trained it."
+            f"{adapter} was trained under the prompt {trained}, and this kit asks under {asked}: its answers would not be "
+            "those it was trained to give. Train it again, or use the version of the kit that trained it."
         )
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, adapter)
 
 
+def find_min_rows(model: PreTrainedModel) -> int:
+    """The fewest rows of a forward pass from which on a row's bits depend neither on their number nor on its place.
+
+    With few rows a matrix library may take another kernel (matrix times vector), whose sums differ in the last bits. So each
+    kind of linear layer multiplies the same row in batches of every size up to `MAX_ROWS`; the answer is the smallest size
+    that agrees with all larger ones. It belongs to the machine: 4 was seen on one CPU, 16 on another.
+    """
+    import torch
+
+    layers = {
+        tuple(module.weight.shape): module
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module.weight.ndim == 2
+    }
+    fewest = 1
+    with torch.inference_mode():
+        for layer in layers.values():
+            draw = torch.Generator().manual_seed(0)
+            rows = torch.randn(MAX_ROWS, 1, layer.in_features, generator=draw).to(layer.weight.device, model.dtype)
+            whole = layer(rows)
+            agree = [torch.equal(layer(rows[-count:]), whole[-count:]) for count in range(1, MAX_ROWS + 1)]
+            fewest = max(fewest, next(count for count in range(1, MAX_ROWS + 1) if all(agree[count - 1 :])))
+    return fewest
+
+
+@dataclass
+class LoadedModel:
+    """A base model, with or without an adapter on it, ready to be asked."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    base_model: str
+    min_rows: int
+    adapter: Path | None = None
+    adapter_sha256: str | None = None
+
+    def add_adapter(self, adapter: Path) -> None:
+        """Puts the adapter on the base model. Raises UsageError as `load_adapter`."""
+        from unsloth import FastLanguageModel
+
+        self.model = load_adapter(self.model, self.tokenizer, adapter)
+        FastLanguageModel.for_inference(self.model)
+        self.adapter, self.adapter_sha256 = adapter, adapter_digest(adapter)
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[LoadedModel]:
+        """The same model with its adapter switched off, for as long as the context lasts."""
+        if self.adapter is None:
+            yield self
+            return
+        with self.model.disable_adapter():
+            yield dataclasses.replace(self, adapter=None, adapter_sha256=None)
+
+
+def adapter_digest(adapter: Path) -> str:
+    """sha256 (hex) of the adapter's weights."""
+    return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def load_for_asking(profile: ProfileName, adapter: Path | None) -> LoadedModel:
+    """The adapter on its own base model, or the profile's base model alone. Raises UsageError as `load_adapter`."""
+    base_model = read_adapter_record(adapter).base_model if adapter else PROFILES[profile].base_model
+    model, tokenizer = load_base(profile, dtype=PROFILES[profile].dtype, base_model=base_model)
+    from unsloth import FastLanguageModel
+
+    FastLanguageModel.for_inference(model)
+    loaded = LoadedModel(model, tokenizer, base_model, find_min_rows(model))
+    if adapter:
+        loaded.add_adapter(adapter)
+    return loaded
+
+
 # --- Answering ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to ask, under one decoding, after the turns of a chat."""
+
+    question: str
+    decoding: Decoding
+    history: tuple[tuple[str, str], ...] = ()
 
 
 def stop_ids(decoding: Decoding, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -324,23 +509,41 @@ def stop_ids(decoding: Decoding, model: PreTrainedModel, tokenizer: PreTrainedTo
     return list(eos) if isinstance(eos, list) else [eos]
 
 
+def make_processors(decoding: Decoding) -> list[LogitsProcessor]:
+    """The library's own logits processors for the decoding, in the library's order."""
+    from transformers import (
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    processors: list[LogitsProcessor] = []
+    if decoding.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
+    if decoding.no_repeat_ngram_size:
+        processors.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size))
+    if decoding.temperature:
+        processors.append(TemperatureLogitsWarper(decoding.temperature))
+    if decoding.temperature and decoding.top_p < 1.0:
+        processors.append(TopPLogitsWarper(decoding.top_p))
+    return processors
+
+
 def make_row_processor(decodings: Sequence[Decoding], prompt_tokens: int) -> LogitsProcessor:
-    """A logits processor that decodes each row of a batch under its own decoding.
+    """A logits processor that decodes each row of a batch under its own decoding; `generate` then takes the largest score.
 
-    Penalty and ban are the library's own processors. Where they do not count the prompt they are shown the answer's ids
-    only, so nothing in the prompt, its end-of-turn tokens above all, is penalised or banned. In that, and in that alone, it
-    departs from passing `repetition_penalty` and `no_repeat_ngram_size` to `generate`.
+    Penalty and ban are the library's own processors. It departs from them in two ways. Where they do not count the prompt they
+    are shown the answer's ids only. The template ends every turn of the prompt with the token that has to end the answer; the
+    library's penalty lowers it before a word is written, and its ban may forbid it. An answer's own ids never hold it, so
+    here a stop token is never penalised and never banned. And sampling adds Gumbel noise of the row's own generator, whose
+    largest sum is a draw from the softmax (Gumbel 1954; Maddison et al. 2014): it does not depend on the other rows.
     """
-    from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+    import torch
+    from transformers import LogitsProcessor
 
-    chains: list[list[Any]] = []
-    for decoding in decodings:
-        chain: list[Any] = []
-        if decoding.repetition_penalty != 1.0:
-            chain.append(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
-        if decoding.no_repeat_ngram_size:
-            chain.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size))
-        chains.append(chain)
+    chains = [make_processors(decoding) for decoding in decodings]
+    generators = [torch.Generator().manual_seed(decoding.sampling_seed) for decoding in decodings]
 
     class RowProcessor(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -348,14 +551,21 @@ def make_row_processor(decodings: Sequence[Decoding], prompt_tokens: int) -> Log
             scores = scores.clone()
             for row, (decoding, chain) in enumerate(zip(decodings, chains, strict=True)):
                 seen = input_ids[row : row + 1, 0 if decoding.count_prompt else prompt_tokens :]
+                own = scores[row : row + 1]
                 for processor in chain:
-                    scores[row : row + 1] = processor(seen, scores[row : row + 1])
+                    own = processor(seen, own)
+                if decoding.temperature:
+                    uniform = torch.rand(own.shape, generator=generators[row], dtype=torch.float64)
+                    own = own - torch.log(-torch.log(uniform)).to(own)
+                scores[row] = own
             return scores
 
     return RowProcessor()
 
 
-def make_generation_config(max_new_tokens: int, stop: Sequence[int], pad: int) -> GenerationConfig:
+def make_generation_config(
+    max_new_tokens: int, stop: Sequence[int], pad: int, repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0
+) -> GenerationConfig:
     """Greedy decoding with every field named that could act: a field left out is taken from the model's own config."""
     from transformers import GenerationConfig
 
@@ -366,10 +576,17 @@ def make_generation_config(max_new_tokens: int, stop: Sequence[int], pad: int) -
         do_sample=False,
         num_beams=1,
         num_return_sequences=1,
-        repetition_penalty=1.0,
+        repetition_penalty=repetition_penalty,
         encoder_repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
+        no_repeat_ngram_size=no_repeat_ngram_size,
         bad_words_ids=None,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        forced_bos_token_id=None,
+        forced_eos_token_id=None,
+        exponential_decay_length_penalty=None,
+        sequence_bias=None,
+        guidance_scale=None,
         use_cache=True,
         eos_token_id=list(stop),
         pad_token_id=pad,
@@ -377,50 +594,100 @@ def make_generation_config(max_new_tokens: int, stop: Sequence[int], pad: int) -
 
 
 def answer_requests(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[tuple[str, Decoding]],
+    loaded: LoadedModel,
+    requests: Sequence[Request],
     progress: Callable[[int], object] = lambda tokens: None,
+    on_text: Callable[[str], object] = lambda text: None,
 ) -> list[Answer]:
-    """One `Answer` a request `(question, decoding)`, in their order.
+    """One `Answer` a request, in their order.
+
+    Requests whose prompts have the same length, and which stop at the same tokens, share forward passes: nothing is padded, and
+    a batch has at least `min_rows` rows, so that an answer does not depend on what it was asked with.
 
     `progress` is told of tokens as they are written, or as an early end makes them needless: in all, requests times cap.
-
-    Requests whose prompts have the same length, and which stop at the same tokens, share forward passes: nothing is
-    padded, and a batch has at least `MIN_ROWS` rows, so that an answer does not depend on what it was asked with.
+    `on_text` is handed the text of the first request piece by piece; the pieces are together its `Answer.text`.
 
     Raises:
         UsageError: a prompt and its answer would not fit into the model's maximal sequence length.
     """
-    prompts = [data.encode_prompt(tokenizer, question) for question, _ in requests]
-    limit = model.max_seq_length
+    tokenizer = loaded.tokenizer
+    prompts = [data.encode_prompt(tokenizer, request.question, request.history) for request in requests]
     groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-    for place, ((question, decoding), prompt) in enumerate(zip(requests, prompts, strict=True)):
-        if len(prompt) + decoding.max_new_tokens > limit:
+    for place, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        cap = request.decoding.max_new_tokens
+        if len(prompt) + cap > data.MAX_SEQ_LENGTH:
             raise UsageError(
-                f"The question {question[:40]!r}... makes a prompt of {len(prompt)} tokens; with an answer of up to "
-                f"{decoding.max_new_tokens} that is more than the {limit} that the model is set up for. "
+                f"The question {request.question[:40]!r}... makes a prompt of {len(prompt)} tokens; with an answer of up to "
+                f"{cap} that is more than the {data.MAX_SEQ_LENGTH} that the model is set up for. "
                 "Shorten the question, or the answer with --max-new-tokens."
             )
-        groups.setdefault((len(prompt), tuple(stop_ids(decoding, model, tokenizer))), []).append(place)
+        stop = tuple(stop_ids(request.decoding, loaded.model, tokenizer))
+        groups.setdefault((len(prompt), stop), []).append(place)
     answers: dict[int, Answer] = {}
-    for (_, stop), places in sorted(groups.items()):
-        for start in range(0, len(places), MAX_ROWS):
-            batch = places[start : start + MAX_ROWS]
-            decodings = [requests[place][1] for place in batch]
-            new_ids = _generate(model, tokenizer, [prompts[place] for place in batch], decodings, stop, progress)
+    for (prompt_tokens, stop), places in sorted(groups.items()):
+        for batch in _batched(places, MAX_ROWS):
+            decodings = [requests[place].decoding for place in batch]
+            writer = _TextWriter(tokenizer, stop, decodings[0].max_new_tokens, on_text if 0 in batch else lambda text: None)
+            started = time.perf_counter()
+            new_ids = _generate(loaded, [prompts[place] for place in batch], decodings, stop, progress, writer.add)
+            seconds = time.perf_counter() - started
             for place, ids in zip(batch, new_ids, strict=True):
-                answers[place] = _to_answer(tokenizer, *requests[place], len(prompts[place]), ids, stop)
+                kept, finish_reason = cut_answer(ids, requests[place].decoding.max_new_tokens, stop)
+                answers[place] = Answer(
+                    question=requests[place].question,
+                    text=_to_text(tokenizer, kept, stop).strip(),
+                    token_ids=kept,
+                    finish_reason=finish_reason,
+                    prompt_tokens=prompt_tokens,
+                    answer_tokens=len(kept),
+                    decoding=requests[place].decoding,
+                    model=loaded.base_model,
+                    adapter=loaded.adapter_sha256,
+                    seconds=round(seconds, 3),
+                )
     return [answers[place] for place in range(len(requests))]
 
 
+def cut_answer(ids: Sequence[int], cap: int, stop: Sequence[int]) -> tuple[list[int], Literal["stop", "length"]]:
+    """The ids up to the first stop token, which is kept, or up to the cap; and which of the two it was."""
+    for place, token in enumerate(ids[:cap]):
+        if token in stop:
+            return list(ids[: place + 1]), "stop"
+    return list(ids[:cap]), "length"
+
+
+def _to_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[int]) -> str:
+    return tokenizer.decode([token for token in ids if token not in stop], skip_special_tokens=True)
+
+
+class _TextWriter:
+    """Hands an answer on piece by piece as its tokens come; all pieces together are the answer's text."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int], cap: int, write: Callable[[str], object]
+    ) -> None:
+        self.tokenizer, self.stop, self.cap, self.write = tokenizer, stop, cap, write
+        self.ids: list[int] = []
+        self.written = ""
+
+    def add(self, token: int) -> None:
+        """Takes the next token. Space at an end, and half a character, wait for what follows."""
+        if len(self.ids) == self.cap or (self.ids and self.ids[-1] in self.stop):
+            return
+        self.ids.append(token)
+        text = _to_text(self.tokenizer, self.ids, self.stop).strip()
+        if not text.endswith("\ufffd") and text.startswith(self.written):
+            self.write(text[len(self.written) :])
+            self.written = text
+
+
 def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
     prompts: Sequence[list[int]],
     decodings: Sequence[Decoding],
     stop: Sequence[int],
     progress: Callable[[int], object],
+    on_token: Callable[[int], object],
 ) -> list[list[int]]:
     """New ids of each prompt, all prompts being equally long; what follows a stop token is padding still."""
     import torch
@@ -428,53 +695,242 @@ def _generate(
 
     cap = max(decoding.max_new_tokens for decoding in decodings)
 
-    class StepCounter(BaseStreamer):
-        """Passes the steps of `generate` on to `progress`."""
+    class StepObserver(BaseStreamer):
+        """Tells of every step of `generate`, and of the first row's token."""
 
         steps = -1  # the prompt is put first
 
         def put(self, value: torch.Tensor) -> None:
             self.steps += 1
-            progress(len(prompts) if self.steps else 0)
+            if self.steps:
+                progress(len(prompts))
+                on_token(int(value[0]))
 
         def end(self) -> None:
             progress(len(prompts) * (cap - self.steps))
 
-    filled = [place % len(prompts) for place in range(max(MIN_ROWS, len(prompts)))]
-    input_ids = torch.tensor([prompts[place] for place in filled], device=model.device)
+    filled = [place % len(prompts) for place in range(max(loaded.min_rows, len(prompts)))]
+    input_ids = torch.tensor([prompts[place] for place in filled], device=loaded.model.device)
     width = input_ids.shape[1]
     with torch.inference_mode():
-        output = model.generate(
+        output = loaded.model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            generation_config=make_generation_config(cap, stop, tokenizer.pad_token_id),
+            generation_config=make_generation_config(cap, stop, loaded.tokenizer.pad_token_id),
             logits_processor=[make_row_processor([decodings[place] for place in filled], width)],
-            streamer=StepCounter(),
+            streamer=StepObserver(),
         )
     return output[: len(prompts), width:].tolist()
 
 
-def _to_answer(
-    tokenizer: PreTrainedTokenizerBase,
-    question: str,
-    decoding: Decoding,
-    prompt_tokens: int,
-    ids: list[int],
-    stop: Sequence[int],
-) -> Answer:
-    """Cuts `ids` after the first stop token and at the decoding's cap."""
-    ids = ids[: decoding.max_new_tokens]
-    end = next((place for place, token in enumerate(ids) if token in stop), None)
-    text_ids = ids[:end]
-    return Answer(
-        question=question,
-        text=tokenizer.decode(text_ids, skip_special_tokens=True).strip(),
-        token_ids=ids if end is None else ids[: end + 1],
-        finish_reason="length" if end is None else "stop",
-        prompt_tokens=prompt_tokens,
-        answer_tokens=len(ids) if end is None else end + 1,
-        decoding=decoding,
-    )
+# --- The same bytes ----------------------------------------------------------------------------------------------
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Place of the first id in which two answers differ, or None where they are equal. The end of one counts as an id."""
+    pairs = itertools.zip_longest(one, other)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), None)
+
+
+def measure_margin(loaded: LoadedModel, request: Request, ids: Sequence[int]) -> tuple[list[str], float]:
+    """After the answer's first `ids`: the two tokens with the largest scores under the decoding, and how far they are apart."""
+    import torch
+
+    prompt = data.encode_prompt(loaded.tokenizer, request.question, request.history)
+    input_ids = torch.tensor([prompt + list(ids)] * loaded.min_rows, device=loaded.model.device)
+    with torch.inference_mode():
+        logits = loaded.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits[:1, -1].float()
+    best = make_row_processor([request.decoding], len(prompt))(input_ids[:1], logits)[0].topk(2)
+    return [loaded.tokenizer.decode([token]) for token in best.indices.tolist()], float(best.values[0] - best.values[1])
+
+
+def verify(loaded: LoadedModel, request: Request, arguments: Sequence[str]) -> bool:
+    """Asks in two fresh processes and inside a batch, and tells on stdout whether the answers are the same ids.
+
+    `arguments` are the flags of this run, with which the fresh processes are started. Where answers differ, the first
+    differing token is named, with the margin between its two best candidates.
+    """
+    command = [sys.executable, str(Path(__file__).resolve()), *(each for each in arguments if each != "--verify"), "--json"]
+    asked = {}
+    for name in ("a fresh process", "another fresh process"):
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            raise UsageError(f"{name} could not answer:\n{ran.stderr.strip()}")
+        asked[name] = json.loads(ran.stdout)["token_ids"]
+    # In company: the probe questions before it, and itself under every other decoding in the same forward passes.
+    company = [Request(question, request.decoding) for question in data.read_probes()[:3]]
+    cap = request.decoding.max_new_tokens
+    company += [
+        Request(request.question, dataclasses.replace(decoding, max_new_tokens=cap), request.history)
+        for decoding in DECODINGS.values()
+    ]
+    asked["in a batch"] = answer_requests(loaded, [*company, request])[-1].token_ids
+    asked["alone"] = answer_requests(loaded, [request])[0].token_ids
+    reference = asked["a fresh process"]
+    same = True
+    for name, ids in asked.items():
+        place = first_difference(reference, ids)
+        print(f"{hashlib.sha256(json.dumps(ids).encode()).hexdigest()}  {len(ids)} tokens  {name}")
+        if place is not None:
+            same = False
+            (best, second), margin = measure_margin(loaded, request, reference[:place])
+            print(f"  differs from token {place + 1} on; the two best there, {best!r} and {second!r}, are {margin:.2g} apart")
+    print("the same bytes" if same else "NOT the same bytes")
+    return same
+
+
+# --- Many questions ----------------------------------------------------------------------------------------------
+
+
+def read_questions(path: Path) -> list[str]:
+    """The questions of a `.txt` file (one a line), or of the `question` column of a `.jsonl` or `.csv` file.
+
+    Raises:
+        UsageError: another kind of file, one that cannot be read, or one without questions.
+    """
+    if path.suffix == ".txt":
+        try:
+            questions = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} cannot be read as UTF-8 text ({error}).") from None
+    elif path.suffix in (".jsonl", ".csv"):
+        records = data.read_records(str(path))
+        questions = [record.get("question") if isinstance(record, dict) else None for _, record in records]
+        for (place, _), question in zip(records, questions, strict=True):
+            if not isinstance(question, str) or not question.strip():
+                raise UsageError(f"{place}: has no question. A column named question is wanted, with text in every row.")
+    else:
+        raise UsageError(f"{path}: questions are read from .txt (one a line), .jsonl or .csv (a column named question).")
+    if not questions:
+        raise UsageError(f"{path} holds no questions.")
+    return questions
+
+
+def read_answered(path: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers that an earlier, interrupted run wrote to `path`; a last line that was cut is dropped from the file.
+
+    Raises:
+        UsageError: the file holds something else, or answers of another model, adapter or decoding than `expected`.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if lines[-1]:
+        data.write_whole(path, "".join(f"{line}\n" for line in lines[:-1]))
+    answered = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            answered.append(json.loads(line))
+            found = {name: answered[-1][name] for name in expected}
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{path}:{number} is no answer of infer.py. Give another file with --output.") from None
+        if found != expected:
+            different = ", ".join(name for name in expected if found[name] != expected[name])
+            raise UsageError(f"{path} holds answers of another {different}. Give another file with --output, or remove it.")
+    return answered
+
+
+def answer_file(loaded: LoadedModel, questions: Sequence[str], decoding: Decoding, output: Path) -> int:
+    """Answers what `output` does not hold yet, in batches, appending a line an answer. Returns how many were asked now."""
+    from tqdm import tqdm
+
+    expected = {"model": loaded.base_model, "adapter": loaded.adapter_sha256, "decoding": dataclasses.asdict(decoding)}
+    done = {record["question"] for record in read_answered(output, expected)}
+    left = [question for question in dict.fromkeys(questions) if question not in done]
+    # Questions of like length share forward passes, so they are asked in the order of their prompts' lengths.
+    left.sort(key=lambda question: len(data.encode_prompt(loaded.tokenizer, question)))
+    with (
+        tqdm(total=len(left) * decoding.max_new_tokens, unit="token", desc="answering") as bar,
+        output.open("a", encoding="utf-8") as lines,
+    ):
+        for batch in _batched(left, MAX_ROWS):
+            for answer in answer_requests(loaded, [Request(question, decoding) for question in batch], bar.update):
+                lines.write(json.dumps(answer.to_record(), ensure_ascii=False) + "\n")
+            lines.flush()
+    return len(left)
+
+
+def _batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+# --- Chat --------------------------------------------------------------------------------------------------------
+
+CHAT_HELP = "/decoding NAME, /base, /adapter, /reset, /quit"
+
+
+class Chat:
+    """A conversation of several turns; lines that begin with `/` steer it."""
+
+    def __init__(self, loaded: LoadedModel, decoding: Decoding) -> None:
+        self.loaded, self.decoding = loaded, decoding
+        self.on_base = loaded.adapter is None
+        self.history: list[tuple[str, str]] = []
+
+    def command(self, line: str) -> str | None:
+        """Carries out a `/` line and returns what to say of it; None ends the chat."""
+        name, _, value = line.strip().partition(" ")
+        if name == "/quit":
+            return None
+        if name == "/reset":
+            self.history = []
+            return "A new conversation."
+        if name == "/decoding" and value.strip() in DECODINGS:
+            self.decoding = DECODINGS[value.strip()]
+            return f"Decoding {value.strip()}."
+        if name == "/decoding":
+            return f"/decoding {value.strip()}: one of {', '.join(DECODINGS)} is wanted."
+        if name == "/base" or (name == "/adapter" and self.loaded.adapter):
+            self.on_base = name == "/base"
+            return f"The {name[1:]} answers now; the conversation so far stays."
+        if name == "/adapter":
+            return "There is no adapter here. Start with --adapter FOLDER."
+        return f"{name} is none of {CHAT_HELP}."
+
+    def ask(self, question: str, on_text: Callable[[str], object]) -> Answer:
+        """Answers in the conversation. Raises UsageError where it has become too long; /reset helps."""
+        request = Request(question, self.decoding, tuple(self.history))
+        with self.loaded.without_adapter() if self.on_base else contextlib.nullcontext(self.loaded) as asked:
+            [answer] = answer_requests(asked, [request], on_text=on_text)
+        self.history.append((question, answer.text))
+        return answer
+
+
+def read_line(prompt: str) -> str:
+    """A line from the terminal; the prompt does not get between answers that go to a file."""
+    if sys.stdout.isatty():
+        return input(prompt).strip()
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input().strip()
+
+
+def run_chat(loaded: LoadedModel, decoding: Decoding) -> None:
+    """Reads questions from the terminal, with line editing and a history that is kept, until /quit or end of input."""
+    import readline
+
+    history = data.cache_home() / "chat_history"
+    if history.is_file():
+        readline.read_history_file(history)
+    chat = Chat(loaded, decoding)
+    print(f"Ask, or {CHAT_HELP}. No medical advice: a small language model answers.", file=sys.stderr)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            line = read_line("> ")
+            if line.startswith("/"):
+                said = chat.command(line)
+                if said is None:
+                    break
+                print(said, file=sys.stderr)
+            elif line:
+                try:
+                    answer = chat.ask(line, write_piece)
+                    print(flush=True)
+                    note_cut(answer)
+                except UsageError as error:
+                    print(f"{error} Or begin anew: /reset", file=sys.stderr)
+    history.parent.mkdir(parents=True, exist_ok=True)
+    readline.write_history_file(history)
 
 
 # --- Command -----------------------------------------------------------------------------------------------------
@@ -484,63 +940,217 @@ def _to_answer(
 class InferConfig:
     """Flags of infer.py."""
 
-    question: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="QUESTION")]
-    """What to ask, in quotes."""
-    adapter: Path | None = None
-    """Adapter folder. Unset: the adapter of the run that was finished last."""
+    question: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="QUESTION")] = None
+    """What to ask, in quotes; `-` reads one question a line from stdin. None on a terminal: a chat."""
+    questions: Path | None = None
+    """File of questions: .txt (one a line), .jsonl or .csv (a column named question). Answers go to --output."""
+    output: Path | None = None
+    """Where the answers of --questions go, as JSON lines; what it holds is not asked again. Unset: NAME.answers.jsonl."""
+    adapter: str | None = None
+    """Adapter folder or hub id. Unset: the adapter of the run that was finished last."""
     base: bool = False
     """Ask the base model, without an adapter."""
-    decoding: DecodingName = "kit"
-    """How to decode. `plain` greedy; `story-collapse` and `story-fix` as told; `kit`: see README."""
+    compare: Literal["models", "decodings"] | None = None
+    """Ask base and adapter, or under every decoding, and show the answers side by side."""
+    verify: bool = False
+    """Ask in two fresh processes and in a batch as well, and tell whether the answers are the same bytes."""
+    decoding: DecodingName | None = None
+    """How to decode. Unset: as the adapter was judged, else `kit`. The flags below change single fields of it."""
     max_new_tokens: int | None = None
-    """Cap of the answer, in tokens. Unset: the decoding's."""
+    """Cap of the answer, in tokens."""
+    repetition_penalty: float | None = None
+    """Divides the logits of tokens that occurred; 1.0 is off."""
+    no_repeat_ngram_size: int | None = None
+    """Forbids every n-gram of this size a second time; 0 is off."""
+    count_prompt: bool | None = None
+    """Whether penalty and ban count the prompt too."""
+    temperature: float | None = None
+    """0 is greedy; above, tokens are sampled."""
+    top_p: float | None = None
+    """Sampling is among the likeliest tokens that together have this probability."""
+    sampling_seed: int | None = None
+    """Seeds the sampling."""
     profile: ProfileChoice = "auto"
     """Which base model: `t4`, `cpu`, or `auto`. An adapter knows its own."""
+    threads: int | None = None
+    """CPU threads. Unset: torch's own number."""
     json: bool = False
-    """Print the answer as a JSON object with token ids, finish reason and decoding."""
+    """Print answers as JSON objects, one a line, with token ids, finish reason, decoding and digests."""
 
     def __post_init__(self) -> None:
-        if not self.question.strip():
-            raise ValueError('The question is empty. Ask in quotes: python infer.py "What helps against a dry cough?"')
+        problems = []
+        if self.question is not None and not self.question.strip():
+            problems.append('The question is empty. Ask in quotes: python infer.py "What helps against a dry cough?"')
+        if self.question is not None and self.questions:
+            problems.append(f"A question and --questions {self.questions}: give one of the two.")
         if self.base and self.adapter:
-            raise ValueError(f"--base asks without an adapter, and --adapter {self.adapter} with one. Give one of the two.")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {self.max_new_tokens}: 1 or more is wanted.")
+            problems.append(f"--base asks without an adapter, and --adapter {self.adapter} with one. Give one of the two.")
+        if self.base and self.compare == "models":
+            problems.append("--compare models asks base and adapter; leave --base away.")
+        if self.output and not self.questions:
+            problems.append(f"--output {self.output} is for the answers of --questions FILE; one answer goes to stdout.")
+        if (self.verify or self.compare) and (self.question in (None, "-")):
+            problems.append(f"{'--verify' if self.verify else '--compare'} takes one question, in quotes.")
+        if self.verify and self.compare:
+            problems.append("--verify and --compare: give one of the two.")
+        if self.threads is not None and self.threads < 1:
+            problems.append(f"--threads {self.threads}: 1 or more is wanted.")
+        if problems:
+            raise ValueError("\n".join(problems))
+        self.change_decoding(Decoding())
 
-    @property
-    def resolved_decoding(self) -> Decoding:
-        """The preset, with single fields replaced as given."""
-        preset = DECODINGS[self.decoding]
-        return preset if self.max_new_tokens is None else dataclasses.replace(preset, max_new_tokens=self.max_new_tokens)
+    def change_decoding(self, decoding: Decoding) -> Decoding:
+        """`decoding` with the fields replaced that were given as flags. Raises ValueError where one is out of range."""
+        names = [each.name for each in dataclasses.fields(Decoding) if each.name != "stop"]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(decoding, **given)
 
 
-def main(config: InferConfig) -> None:
-    """Answers the question on stdout; says on stderr what answered and how it ended."""
-    adapter = None if config.base else config.adapter or latest_adapter()
-    profile = (
-        read_adapter_record(adapter)["profile"]
-        if adapter and config.profile == "auto"
-        else data.resolve_profile(config.profile)
-    )
-    prepare_environment(profile, offline=profile == "cpu")
-    print(
-        f"{PROFILES[profile].base_model}{f' with {adapter}' if adapter else ''}, decoding {config.decoding}",
-        file=sys.stderr,
-    )
-    model, tokenizer = load_base(profile, dtype=PROFILES[profile].dtype)
-    if adapter:
-        model = load_adapter(model, tokenizer, adapter)
-    from tqdm import tqdm
-    from unsloth import FastLanguageModel
+def write_piece(piece: str) -> None:
+    """Writes a piece of an answer to stdout at once; on a terminal, control characters are shown, not obeyed."""
+    sys.stdout.write(data.escape_controls(piece) if sys.stdout.isatty() else piece)
+    sys.stdout.flush()
 
-    FastLanguageModel.for_inference(model)
-    decoding = config.resolved_decoding
-    with tqdm(total=decoding.max_new_tokens, unit="token", leave=False, disable=not sys.stderr.isatty()) as bar:
-        [answer] = answer_requests(model, tokenizer, [(config.question, decoding)], bar.update)
-    print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) if config.json else answer.text)
+
+def note_cut(answer: Answer) -> None:
+    """Says on stderr if the answer was cut by its cap."""
     if answer.finish_reason == "length":
         print(f"The answer was cut at {answer.answer_tokens} tokens (--max-new-tokens).", file=sys.stderr)
+
+
+def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool) -> None:
+    """Asks, and prints the answer as it is written; without a terminal a bar on stderr tells that it is at work."""
+    from tqdm import tqdm
+
+    with tqdm(total=request.decoding.max_new_tokens, unit="token", leave=False, disable=not needs_bar()) as bar:
+        on_text = write_piece if sys.stdout.isatty() and not as_json else lambda text: None
+        [answer] = answer_requests(loaded, [request], bar.update, on_text)
+    if as_json:
+        print(json.dumps(answer.to_record(), ensure_ascii=False), flush=True)
+    else:
+        print("" if sys.stdout.isatty() else answer.text, flush=True)
+    note_cut(answer)
+
+
+def needs_bar() -> bool:
+    """Whether a bar on stderr is seen, and is not in the way of an answer that is being written."""
+    return sys.stderr.isatty() and not sys.stdout.isatty()
+
+
+def print_comparison(loaded: LoadedModel, request: Request, config: InferConfig) -> None:
+    """The answers of base and adapter, or under every decoding, side by side if the terminal is wide enough for it."""
+    if config.compare == "models":
+        with loaded.without_adapter() as base:
+            named = {"base": answer_requests(base, [request])[0]}
+        named["adapter"] = answer_requests(loaded, [request])[0]
+    else:
+        requests = [Request(request.question, config.change_decoding(decoding)) for decoding in DECODINGS.values()]
+        named = dict(zip(DECODINGS, answer_requests(loaded, requests), strict=True))
+    if config.json:
+        for name, answer in named.items():
+            print(json.dumps({"name": name, **answer.to_record()}, ensure_ascii=False))
+        return
+    print(format_columns({f"{name} ({a.answer_tokens} tokens, {a.finish_reason})": a.text for name, a in named.items()}))
+
+
+def format_columns(texts: dict[str, str], width: int | None = None) -> str:
+    """Titled texts in columns of `width` characters in all (the terminal's), one below the other where columns get narrow."""
+    width = width or shutil.get_terminal_size().columns
+    column = (width - 3 * (len(texts) - 1)) // len(texts)
+    if column < 36:
+        return "\n\n".join(f"== {title} ==\n{data.escape_controls(text)}" for title, text in texts.items())
+    wrapped = [
+        [title[:column], "-" * min(len(title), column)]
+        + [line for part in data.escape_controls(text).splitlines() for line in textwrap.wrap(part, column) or [""]]
+        for title, text in texts.items()
+    ]
+    rows = itertools.zip_longest(*wrapped, fillvalue="")
+    return "\n".join("   ".join(f"{cell:<{column}}" for cell in row).rstrip() for row in rows)
+
+
+def read_stdin() -> list[str]:
+    """The questions on stdin, one a line, empty lines left out.
+
+    Raises:
+        UsageError: it is not UTF-8, or holds no question.
+    """
+    try:
+        questions = [line.strip() for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8") if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"stdin is not UTF-8 text ({error.reason} at byte {error.start}). Send UTF-8, one question a line."
+        ) from None
+    if not questions:
+        raise UsageError('stdin holds no question. Send one a line, or ask in quotes: python infer.py "..."')
+    return questions
+
+
+def main(config: InferConfig) -> int:
+    """Answers on stdout; says on stderr what answers and how. Returns the exit code: 1 if --verify found a difference."""
+    prepare_cublas()
+    if config.questions:
+        questions = read_questions(config.questions)
+    elif config.question == "-" or (config.question is None and not sys.stdin.isatty()):
+        questions = read_stdin()
+    else:
+        questions = [config.question] if config.question else []
+    adapter = None if config.base else find_adapter(config.adapter) if config.adapter else latest_adapter()
+    record = read_adapter_record(adapter) if adapter else None
+    profile = resolve_asked_profile(config.profile, record)
+    prepare_environment(profile, offline=profile == "cpu" and (record is None or record.base_model == SMALL_MODEL))
+    preset = DECODINGS[config.decoding] if config.decoding else (record and record.decoding) or DECODINGS["kit"]
+    decoding = config.change_decoding(preset)
+    answering = f"{record.base_model} with {adapter}" if record else PROFILES[profile].base_model
+    print(f"{answering}, decoding {describe_decoding(decoding)}", file=sys.stderr)
+    if config.threads:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    loaded = load_for_asking(profile, adapter)
+    if config.verify:
+        return 0 if verify(loaded, Request(questions[0], decoding), sys.argv[1:]) else 1
+    if config.compare:
+        print_comparison(loaded, Request(questions[0], decoding), config)
+    elif config.questions:
+        output = config.output or config.questions.with_suffix(".answers.jsonl")
+        asked = answer_file(loaded, questions, decoding, output)
+        print(f"{asked} answered now, {len(set(questions)) - asked} before: {output}", file=sys.stderr)
+    elif questions:
+        for place, question in enumerate(questions):
+            if place and not config.json:
+                print()
+            print_answer(loaded, Request(question, decoding), as_json=config.json)
+    else:
+        run_chat(loaded, decoding)
     print("No medical advice: a small language model wrote this.", file=sys.stderr)
+    return 0
+
+
+def resolve_asked_profile(choice: ProfileChoice, record: AdapterRecord | None) -> ProfileName:
+    """The profile to ask under: the adapter's own where it says one.
+
+    Raises:
+        UsageError: another profile was asked for than the adapter's, whose base model is another.
+    """
+    if record is None or record.profile is None:
+        return data.resolve_profile(choice)
+    if choice not in ("auto", record.profile):
+        raise UsageError(
+            f"The adapter was trained on {record.base_model} (profile {record.profile}), and --profile {choice} asks "
+            f"{PROFILES[choice].base_model}. Leave --profile away, or give an adapter of that base."
+        )
+    return record.profile
+
+
+def describe_decoding(decoding: Decoding) -> str:
+    """The preset's name, or the preset that is nearest and the fields that differ."""
+    fields = dataclasses.asdict(decoding)
+    changes = {
+        name: {key: value for key, value in fields.items() if getattr(preset, key) != value}
+        for name, preset in DECODINGS.items()
+    }
+    name = min(changes, key=lambda preset: (len(changes[preset]), preset != "kit"))
+    return " ".join([name, *(f"{key}={value}" for key, value in changes[name].items())])
 
 
 if __name__ == "__main__":

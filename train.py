@@ -333,14 +333,26 @@ def train_and_evaluate(trainer: SFTTrainer) -> dict[str, float]:
     }
 
 
-def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, record: dict[str, Any]) -> int:
-    """Writes the adapter folder, whole or not at all, and returns the bytes of its weights."""
+def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, record: infer.AdapterRecord) -> int:
+    """Writes the adapter folder, whole or not at all, and returns the bytes of its weights.
+
+    The record's decoding goes with it: into generation_config.json, which other programs read, and whole into our own record,
+    since that file cannot say that the penalty does not count the prompt.
+    """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     # Only LoRA tensors: "auto" would look the base model up on the hub to see whether its embedding grew.
     model.save_pretrained(part, save_embedding_layers=False)
     tokenizer.save_pretrained(part)
-    data.write_whole(part / infer.ADAPTER_RECORD, json.dumps(record, indent=2) + "\n")
+    if decoding := record.decoding:
+        infer.make_generation_config(
+            decoding.max_new_tokens,
+            infer.stop_ids(decoding, model, tokenizer),
+            tokenizer.pad_token_id,
+            decoding.repetition_penalty,
+            decoding.no_repeat_ngram_size,
+        ).save_pretrained(part)
+    data.write_whole(part / infer.ADAPTER_RECORD, json.dumps(record.to_json(), indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     return (folder / "adapter_model.safetensors").stat().st_size
@@ -361,11 +373,9 @@ def run(recipe: Recipe, mix: data.Mix, folder: Path) -> dict[str, Any]:
     num_trainable = sum(tensor.numel() for tensor in trainer.model.parameters() if tensor.requires_grad)
     print(f"{num_trainable:,} trainable parameters in LoRA on {recipe.target_modules}", flush=True)
     numbers = train_and_evaluate(trainer)
-    adapter_record = {
-        "profile": recipe.profile,
-        "base_model": recipe.base_model,
-        "prompt_fingerprint": data.prompt_fingerprint(tokenizer),
-    }
+    adapter_record = infer.AdapterRecord(
+        recipe.base_model, recipe.profile, data.prompt_fingerprint(tokenizer), infer.DECODINGS["kit"]
+    )
     numbers["adapter_bytes"] = save_adapter(trainer.model, tokenizer, folder / "adapter", adapter_record)
     return {
         "recipe": dataclasses.asdict(recipe),
@@ -373,7 +383,7 @@ def run(recipe: Recipe, mix: data.Mix, folder: Path) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "commit": commit_id(),
         "data_fingerprint": mix.fingerprint,
-        "prompt_fingerprint": adapter_record["prompt_fingerprint"],
+        "prompt_fingerprint": adapter_record.prompt_fingerprint,
         "numbers": numbers
         | {name: audit[name] for name in ("train_rows", "train_tokens", "eval_rows")}
         | {"trainable_parameters": num_trainable},
@@ -397,6 +407,7 @@ def describe_result(folder: Path, numbers: dict[str, float]) -> str:
 
 def main(config: TrainConfig) -> None:
     """Resolves the recipe, prints it, trains, and prints what came out."""
+    infer.prepare_cublas()
     recipe = resolve_recipe(config)
     folder = infer.TRAIN_RUNS / (config.name or f"{recipe.profile}-{recipe.mix}-{recipe.target_modules}")
     for name, value in dataclasses.asdict(recipe).items():

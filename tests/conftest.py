@@ -22,7 +22,7 @@ CAN_CUT_NETWORK = (
 )
 
 
-def run_script(*arguments, cwd, env=None, stdin=None):
+def run_script(*arguments, cwd, env=None, stdin=""):
     """`python SCRIPT ...` in the folder `cwd`, offline; returns the finished process with its text."""
     prefix = NO_NETWORK if CAN_CUT_NETWORK else []
     script, *flags = map(str, arguments)
@@ -90,8 +90,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_model():
-    """The small base model and its tokenizer, loaded as infer.py loads them for asking."""
+    """The small base model, loaded as infer.py loads it for asking."""
     import infer
 
     infer.prepare_environment("cpu", offline=True)
-    return infer.load_base("cpu", dtype=infer.PROFILES["cpu"].dtype)
+    return infer.load_for_asking("cpu", None)

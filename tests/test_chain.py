@@ -1,10 +1,15 @@
 """The scripts run one after the other, on one small adapter, as a user runs them."""
 
+import contextlib
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 
 import infer
 
@@ -25,6 +30,7 @@ def test_training_leaves_exactly_its_files(trained):
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
+        "generation_config.json",
         "kit.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -85,18 +91,82 @@ def test_infer_answers_from_the_latest_adapter_with_the_answer_alone_on_stdout(t
     assert "adapter" in ran.stderr.splitlines()[0]
 
 
-def test_a_new_process_gives_the_same_ids_as_this_one(trained, small_model):
-    import dataclasses
+def test_the_decoding_travels_with_the_adapter(trained, tmp_path):
+    written = json.loads((trained.folder / "adapter" / "generation_config.json").read_text())
+    assert (written["do_sample"], written["max_new_tokens"], written["eos_token_id"]) == (False, 256, [2])
+    assert written["repetition_penalty"] == infer.DECODINGS["kit"].repetition_penalty
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained.folder / "adapter", adapter)
+    record = json.loads((adapter / "kit.json").read_text())
+    record["decoding"] |= {"max_new_tokens": 5, "repetition_penalty": 1.5}
+    (adapter / "kit.json").write_text(json.dumps(record))
+    ran = run_script("infer.py", QUESTION, "--adapter", adapter, "--json", cwd=tmp_path)
+    assert len(json.loads(ran.stdout)["token_ids"]) == 5
+    assert "decoding kit max_new_tokens=5 repetition_penalty=1.5" in ran.stderr
 
-    decoding = dataclasses.replace(infer.DECODINGS["kit"], max_new_tokens=24)
-    [here] = infer.answer_requests(*small_model, [(QUESTION, decoding)])
-    there = run_script("infer.py", QUESTION, "--base", "--max-new-tokens", "24", "--json", cwd=trained.cwd)
-    assert json.loads(there.stdout)["token_ids"] == here.token_ids
+
+def test_verify_finds_the_same_bytes_in_fresh_processes_and_in_company(trained):
+    ran = run_script("infer.py", QUESTION, "--verify", "--max-new-tokens", "16", cwd=trained.cwd)
+    assert ran.returncode == 0, ran.stderr
+    *lines, verdict = ran.stdout.splitlines()
+    assert verdict == "the same bytes"
+    assert [line.split("  ")[2] for line in lines] == ["a fresh process", "another fresh process", "in a batch", "alone"]
+    assert len({line.split()[0] for line in lines}) == 1
+
+
+def test_a_file_of_questions_is_gone_on_with_where_it_was_cut(trained, tmp_path):
+    questions = ["What is a stye?", "What is croup?", "How long does a cold last?"]
+    (tmp_path / "q.txt").write_text("\n".join(questions))
+    flags = ["infer.py", "--questions", tmp_path / "q.txt", "--max-new-tokens", "8"]
+    first = run_script(*flags, cwd=trained.cwd)
+    assert first.returncode == 0 and "3 answered now, 0 before" in first.stderr and first.stdout == ""
+    output = tmp_path / "q.answers.jsonl"
+    answers = {record["question"]: record["sha256"] for record in read_lines(output)}
+    assert set(answers) == set(questions)
+    whole = output.read_text()
+    output.write_text(whole[: whole.index("\n") + 20])  # killed while it wrote the second line
+    again = run_script(*flags, cwd=trained.cwd)
+    assert "2 answered now, 1 before" in again.stderr
+    assert {record["question"]: record["sha256"] for record in read_lines(output)} == answers
+
+
+def test_questions_come_one_a_line_from_a_pipe(trained):
+    ran = run_script("infer.py", "-", "--base", "--max-new-tokens", "6", "--json", cwd=trained.cwd, stdin="One?\n\nTwo?\n")
+    assert [json.loads(line)["question"] for line in ran.stdout.splitlines()] == ["One?", "Two?"]
+
+
+def test_compare_shows_base_and_adapter(trained):
+    ran = run_script("infer.py", QUESTION, "--compare", "models", "--max-new-tokens", "6", "--json", cwd=trained.cwd)
+    base, adapter = map(json.loads, ran.stdout.splitlines())
+    assert (base["name"], base["adapter"]) == ("base", None)
+    assert adapter["name"] == "adapter" and len(adapter["adapter"]) == 64
+    [alone] = map(
+        json.loads,
+        run_script("infer.py", QUESTION, "--base", "--max-new-tokens", "6", "--json", cwd=trained.cwd).stdout.splitlines(),
+    )
+    assert alone["token_ids"] == base["token_ids"]
+
+
+def test_a_chat_on_a_terminal(trained):
+    """A real terminal: questions are edited in it, answers appear in it, and /quit ends it."""
+    import pty
+
+    leader, follower = pty.openpty()
+    command = [sys.executable, str(ROOT / "infer.py"), "--max-new-tokens", "6"]
+    process = subprocess.Popen(command, cwd=trained.cwd, stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    os.write(leader, b"What is a stye?\n/base\nAnd croup?\n/quit\n")
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal is gone when the process is
+        while piece := os.read(leader, 4096):
+            shown += piece
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "Ask, or /decoding NAME" in text and "The base answers now" in text
+    assert text.count("The answer was cut at 6 tokens") == 2 and "Traceback" not in text
 
 
 def test_an_adapter_of_another_prompt_is_refused(trained, tmp_path):
-    import shutil
-
     adapter = tmp_path / "adapter"
     shutil.copytree(trained.folder / "adapter", adapter)
     record = json.loads((adapter / "kit.json").read_text())

@@ -460,6 +460,14 @@ def test_the_shipped_rows_encode_as_the_whole_template_would(tokenizer):
             assert data.encode_row(tokenizer, row)["input_ids"] == whole
 
 
+def test_earlier_turns_stand_in_the_prompt_as_the_template_puts_them(tokenizer):
+    ids = data.encode_prompt(tokenizer, "And now?", [("One?", "Yes."), ("Two?", "No.")])
+    turns = [("system", data.SYSTEM_PROMPT), ("user", "One?"), ("assistant", "Yes."), ("user", "Two?"), ("assistant", "No.")]
+    messages = [{"role": role, "content": content} for role, content in [*turns, ("user", "And now?")]]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=data.TEMPLATE_DATE)
+    assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
 def test_training_and_asking_share_the_prompt_and_there_is_one_bos(tokenizer):
     encoded = data.encode_row(tokenizer, Row("q?", "It is fine.", "conversational"))
     prompt = data.encode_prompt(tokenizer, "q?")

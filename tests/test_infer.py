@@ -4,19 +4,21 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import logging
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_rows
 
 import data
 import infer
-from infer import DECODINGS, Decoding
+from infer import DECODINGS, Decoding, Request
 
 QUESTIONS = ["What causes a cold?", "What causes hiccups?", "How is gout treated, and which foods make it worse?"]
 
@@ -61,30 +63,187 @@ def test_an_error_passes_through_the_noise_filter():
         raise RuntimeError("real")
 
 
-# --- Cutting an answer
+def test_cublas_is_told_before_torch_is_imported():
+    program = (
+        "import infer, os, sys; infer.prepare_cublas(); print('torch' in sys.modules, os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout == "False :4096:8\n"
+    for script in ("infer", "train", "ablate"):
+        main = (ROOT / f"{script}.py").read_text().split("\ndef main(")[1]
+        assert main.index("prepare_cublas()") < main.index("resolve_")
 
 
-class Letters:
-    """A tokenizer of letters: id 0 is the stop token."""
+# --- Decodings
 
-    def decode(self, ids, skip_special_tokens):
-        return "".join("_abcdefgh"[each] for each in ids)
+
+def test_the_storys_presets_are_as_told():
+    assert DECODINGS["story-collapse"] == Decoding(no_repeat_ngram_size=3, count_prompt=True, stop="generation-config")
+    assert DECODINGS["story-fix"] == Decoding(repetition_penalty=1.3, max_new_tokens=256, count_prompt=True)
+    assert (DECODINGS["week3"].temperature, DECODINGS["week3"].top_p) == (0.7, 0.9)
+    assert DECODINGS["plain"] == Decoding(temperature=0, repetition_penalty=1, no_repeat_ngram_size=0)
 
 
 @pytest.mark.parametrize(
-    ("ids", "cap", "text", "kept", "reason"),
+    ("field", "value"),
     [
-        ([1, 2, 0, 9, 9], 5, "ab", [1, 2, 0], "stop"),
-        ([1, 2, 3], 3, "abc", [1, 2, 3], "length"),
-        ([1, 2, 0], 3, "ab", [1, 2, 0], "stop"),  # as long as the cap, and not cut
-        ([1, 2, 0], 2, "ab", [1, 2], "length"),  # the stop comes after this decoding's own cap
-        ([0], 3, "", [0], "stop"),
+        ("max_new_tokens", 0),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+        ("no_repeat_ngram_size", -1),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
     ],
 )
-def test_an_answer_ends_at_its_stop_token_or_its_cap(ids, cap, text, kept, reason):
-    answer = infer._to_answer(Letters(), "q?", Decoding(max_new_tokens=cap), 7, ids, [0])
-    assert (answer.text, answer.token_ids, answer.finish_reason) == (text, kept, reason)
-    assert answer.answer_tokens == len(kept) and answer.prompt_tokens == 7
+def test_a_field_out_of_range_is_refused_by_its_flag(field, value):
+    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} {value}: "):
+        Decoding(**{field: value})
+
+
+def test_kit_is_the_candidate_with_the_most_answers_that_are_sound_and_ended():
+    from tests import choose_kit
+
+    records = [json.loads(line) for line in choose_kit.LABELLED.read_text(encoding="utf-8").splitlines()]
+    sound = Counter(record["candidate"] for record in records if record.get("verdict") == "sound")
+    assert Counter(record["candidate"] for record in records) == dict.fromkeys(choose_kit.CANDIDATES, 2 * 26)
+    assert choose_kit.CANDIDATES[sound.most_common(1)[0][0]] == DECODINGS["kit"]
+
+
+def test_flags_change_single_fields_of_a_preset():
+    config = infer.InferConfig("q?", decoding="story-fix", repetition_penalty=1.1, max_new_tokens=8)
+    changed = config.change_decoding(DECODINGS["story-fix"])
+    assert changed == Decoding(repetition_penalty=1.1, count_prompt=True, max_new_tokens=8)
+
+
+def test_a_decoding_is_told_by_the_nearest_preset():
+    assert [infer.describe_decoding(decoding) for decoding in DECODINGS.values()] == list(DECODINGS)
+    changed = dataclasses.replace(DECODINGS["week3"], top_p=0.5)
+    assert infer.describe_decoding(changed) == "week3 top_p=0.5"
+
+
+@pytest.mark.parametrize(
+    ("ids", "cap", "kept", "reason"),
+    [
+        ([1, 2, 0, 9, 9], 5, [1, 2, 0], "stop"),
+        ([1, 2, 3], 3, [1, 2, 3], "length"),
+        ([1, 2, 0], 3, [1, 2, 0], "stop"),  # as long as the cap, and not cut
+        ([1, 2, 0], 2, [1, 2], "length"),  # the stop comes after this decoding's own cap
+        ([0], 3, [0], "stop"),
+        ([], 3, [], "length"),
+    ],
+)
+def test_an_answer_ends_at_its_stop_token_or_its_cap(ids, cap, kept, reason):
+    assert infer.cut_answer(ids, cap, [0]) == (kept, reason)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "place"),
+    [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1, 2], [1, 2, 0], 2), ([], [5], 0), ([], [], None)],
+)
+def test_first_difference(one, other, place):
+    assert infer.first_difference(one, other) == place
+
+
+# --- Files, adapters, chat
+
+
+def test_questions_are_read_from_three_kinds_of_files(tmp_path):
+    (tmp_path / "q.txt").write_text("one?\n\n  two? \n", encoding="utf-8")
+    (tmp_path / "q.csv").write_text('id,question\n1,one?\n2,"two?"\n', encoding="utf-8")
+    write_rows(tmp_path / "q.jsonl", [{"question": "one?"}, {"question": "two?", "answer": "x"}])
+    for name in ("q.txt", "q.csv", "q.jsonl"):
+        assert infer.read_questions(tmp_path / name) == ["one?", "two?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("q.md", b"one?", "questions are read from"),
+        ("q.txt", b"\n \n", "holds no questions"),
+        ("q.txt", b"\xff", "cannot be read as UTF-8"),
+        ("q.csv", b"id\n1\n", "q.csv:2: has no question"),
+        ("q.jsonl", b'{"question": ""}', "q.jsonl:1: has no question"),
+        ("q.jsonl", b"[]", "q.jsonl:1: has no question"),
+        ("q.jsonl", b"{", "q.jsonl:1: broken JSON"),
+    ],
+)
+def test_other_question_files_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(data.UsageError, match=message):
+        infer.read_questions(tmp_path / name)
+
+
+def test_answers_of_another_decoding_or_of_something_else_are_not_gone_on_with(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "q?", "model": "m", "decoding": {"temperature": 0}}])
+    assert len(infer.read_answered(path, {"model": "m", "decoding": {"temperature": 0}})) == 1
+    with pytest.raises(data.UsageError, match="answers of another decoding"):
+        infer.read_answered(path, {"model": "m", "decoding": {"temperature": 1}})
+    path.write_text("hello\n")
+    with pytest.raises(data.UsageError, match=r"a\.jsonl:1 is no answer"):
+        infer.read_answered(path, {"model": "m"})
+    assert path.read_text() == "hello\n"
+
+
+def make_adapter(folder, **files):
+    folder.mkdir(exist_ok=True)
+    for name, content in {"adapter_config.json": '{"base_model_name_or_path": "some/base"}', **files}.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+def test_an_adapter_of_other_makers_is_known_by_peft_alone(tmp_path):
+    adapter = make_adapter(tmp_path / "a", **{"adapter_model.safetensors": ""})
+    assert infer.find_adapter(str(adapter)) == adapter
+    assert infer.read_adapter_record(adapter) == infer.AdapterRecord("some/base")
+
+
+def test_the_record_of_an_adapter_comes_back_as_it_was_written(tmp_path):
+    record = infer.AdapterRecord("some/base", "cpu", "0" * 12, DECODINGS["week3"])
+    adapter = make_adapter(tmp_path / "a", **{"kit.json": json.dumps(record.to_json())})
+    assert infer.read_adapter_record(adapter) == record
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"base_model": "b", "decoding": {"speed": 1}}'])
+def test_a_broken_record_is_one_message(tmp_path, content):
+    adapter = make_adapter(tmp_path / "a", **{"kit.json": content})
+    with pytest.raises(data.UsageError, match=r"kit\.json is broken"):
+        infer.read_adapter_record(adapter)
+
+
+def test_only_safetensors_make_an_adapter(tmp_path):
+    adapter = make_adapter(tmp_path / "a", **{"adapter_model.bin": "pickle"})
+    with pytest.raises(data.UsageError, match=r"adapter_model\.safetensors is missing"):
+        infer.find_adapter(str(adapter))
+
+
+def test_an_adapter_is_not_asked_on_another_base():
+    record = infer.AdapterRecord("smollm2-135m-instruct", "cpu", "0" * 12)
+    assert infer.resolve_asked_profile("auto", record) == infer.resolve_asked_profile("cpu", record) == "cpu"
+    with pytest.raises(data.UsageError, match=r"trained on smollm2-135m-instruct .* asks unsloth/Llama-3\.2-3B-Instruct"):
+        infer.resolve_asked_profile("t4", record)
+
+
+def test_chat_commands():
+    chat = infer.Chat(infer.LoadedModel(None, None, "m", 4, Path("a"), "0"), DECODINGS["kit"])
+    chat.history.append(("q?", "a."))
+    assert not chat.on_base
+    assert chat.command("/decoding plain") == "Decoding plain." and chat.decoding == DECODINGS["plain"]
+    assert "plain, story-collapse" in chat.command("/decoding best") and chat.decoding == DECODINGS["plain"]
+    assert "base answers now" in chat.command("/base") and chat.on_base
+    assert "adapter answers now" in chat.command("/adapter") and not chat.on_base
+    assert chat.history and chat.command("/reset") and not chat.history
+    assert "/dance is none of" in chat.command("/dance")
+    assert chat.command("/quit") is None
+    assert "no adapter here" in infer.Chat(infer.LoadedModel(None, None, "m", 4), DECODINGS["kit"]).command("/adapter")
+
+
+def test_answers_stand_side_by_side_where_there_is_room():
+    texts = {"base": "one two three " * 5, "adapter": "short\x1b[2J"}
+    wide = infer.format_columns(texts, width=100).splitlines()
+    assert wide[0].split() == ["base", "adapter"] and wide[2].endswith("short\\x1b[2J") and max(map(len, wide)) <= 100
+    assert infer.format_columns(texts, width=60).startswith("== base ==\none two")
 
 
 # --- The small model
@@ -95,19 +254,17 @@ def test_the_converted_model_gives_the_logits_of_the_gguf_model(small_model):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = small_model
     original = AutoModelForCausalLM.from_pretrained(data.gguf_folder(), gguf_file=data.GGUF_FILE, dtype=torch.float32)
-    ids = torch.tensor([data.encode_prompt(tokenizer, QUESTIONS[0])])
+    ids = torch.tensor([data.encode_prompt(small_model.tokenizer, QUESTIONS[0])])
     with torch.inference_mode():
-        assert torch.equal(model(input_ids=ids).logits, original.eval()(input_ids=ids).logits)
+        assert torch.equal(small_model.model(input_ids=ids).logits, original.eval()(input_ids=ids).logits)
 
 
 @pytest.mark.slow
 def test_special_tokens_agree_in_tokenizer_config_and_generation_config(small_model):
-    model, tokenizer = small_model
-    for holder in (tokenizer, model.config, model.generation_config):
+    for holder in (small_model.tokenizer, small_model.model.config, small_model.model.generation_config):
         assert (holder.eos_token_id, holder.pad_token_id) == (2, 0)
-    assert infer.end_of_turn_id(tokenizer) == tokenizer.eos_token_id
+    assert infer.end_of_turn_id(small_model.tokenizer) == small_model.tokenizer.eos_token_id
     files = {path.name for path in Path(infer.base_model_path(infer.SMALL_MODEL)).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
     assert not any(name.endswith((".bin", ".pt")) for name in files)
@@ -134,23 +291,61 @@ def test_the_small_model_is_made_once_and_whole_by_two_processes_after_one_was_k
     assert not list(data.cache_home().glob("*.part-*"))
 
 
-@pytest.mark.slow
-def test_penalties_that_count_the_prompt_are_the_librarys_own(small_model):
-    """`story-fix` and the n-gram ban, row by row, give what `generate` gives with its own keywords."""
+def make_gumbel_processor(seed):
+    """Gumbel noise on the first row's scores, written apart from infer.py's."""
     import torch
+    from transformers import LogitsProcessor
 
-    model, tokenizer = small_model
-    ids = torch.tensor([data.encode_prompt(tokenizer, QUESTIONS[0])] * infer.MIN_ROWS)
-    for own, keywords in (
-        (dataclasses.replace(DECODINGS["story-fix"], max_new_tokens=24), {"repetition_penalty": 1.3}),
-        (dataclasses.replace(DECODINGS["story-collapse"], max_new_tokens=24), {"no_repeat_ngram_size": 3}),
-        (Decoding(max_new_tokens=24), {}),
-    ):
-        [answer] = infer.answer_requests(model, tokenizer, [(QUESTIONS[0], own)])
-        expected = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=0, **keywords
-        )
-        assert answer.token_ids == expected[0, ids.shape[1] :].tolist(), keywords
+    generator = torch.Generator().manual_seed(seed)
+
+    class GumbelProcessor(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            uniform = torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
+            return scores + (-(-uniform.log()).log()).to(scores.dtype)
+
+    return GumbelProcessor()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DECODINGS)
+def test_every_preset_gives_the_ids_of_the_librarys_own_generate(small_model, name):
+    """The same processors, batch and dtype, put together from the library's keywords: our batching changes no answer."""
+    import torch
+    from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+    decoding = dataclasses.replace(DECODINGS[name], max_new_tokens=32)
+    ids = torch.tensor([data.encode_prompt(small_model.tokenizer, QUESTIONS[0])] * small_model.min_rows)
+    keywords = {
+        "plain": {},
+        "story-collapse": {"no_repeat_ngram_size": 3},
+        "story-fix": {"repetition_penalty": 1.3},
+        "week3": {"logits_processor": [TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.9), make_gumbel_processor(0)]},
+        "kit": {
+            "logits_processor": [
+                RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty, prompt_ignore_length=ids.shape[1])
+            ]
+        },
+    }
+    expected = small_model.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32, **keywords[name]
+    )
+    [answer] = infer.answer_requests(small_model, [Request(QUESTIONS[0], decoding)])
+    expected_ids, _ = infer.cut_answer(expected[0, ids.shape[1] :].tolist(), 32, [2])
+    assert answer.token_ids == expected_ids
+
+
+@pytest.mark.slow
+def test_nothing_is_inherited_from_a_generation_config_that_lies_around(small_model):
+    request = Request(QUESTIONS[0], Decoding(max_new_tokens=24))
+    [clean] = infer.answer_requests(small_model, [request])
+    config = small_model.model.generation_config
+    before = config.to_dict()
+    try:
+        config.update(repetition_penalty=1.8, do_sample=True, temperature=5.0, no_repeat_ngram_size=1, min_length=500)
+        [again] = infer.answer_requests(small_model, [request])
+    finally:
+        config.update(**{"repetition_penalty": None, "no_repeat_ngram_size": None, "min_length": None, **before})
+    assert again == clean
 
 
 @pytest.mark.slow
@@ -158,7 +353,7 @@ def test_a_penalty_on_the_answer_alone_leaves_prompt_tokens_and_stop_token_untou
     """The library's penalty on the prompt lowers the end-of-turn token, which the template puts there: answers did not end."""
     import torch
 
-    _, tokenizer = small_model
+    tokenizer = small_model.tokenizer
     prompt = data.encode_prompt(tokenizer, QUESTIONS[0])
     written = tokenizer(" A cold", add_special_tokens=False)["input_ids"]
     ids, scores = torch.tensor([prompt + written]), torch.full((1, len(tokenizer)), 10.0)
@@ -170,28 +365,89 @@ def test_a_penalty_on_the_answer_alone_leaves_prompt_tokens_and_stop_token_untou
 
 
 @pytest.mark.slow
-def test_an_answer_is_the_same_alone_and_in_any_company(small_model):
-    model, tokenizer = small_model
+def test_a_ban_on_the_answer_alone_lets_an_answer_end_as_the_question_did(small_model):
+    """The library's ban forbids the end of turn after "heart attack?", since the question ended so."""
+    import torch
+
+    tokenizer = small_model.tokenizer
+    prompt = data.encode_prompt(tokenizer, "What is a heart attack?")
+    ids = torch.tensor([prompt + tokenizer(" heart attack?", add_special_tokens=False)["input_ids"]])
+    scores = torch.zeros(1, len(tokenizer))
+    bans = [
+        infer.make_row_processor([Decoding(no_repeat_ngram_size=3, count_prompt=count)], len(prompt))(ids, scores)
+        for count in (True, False)
+    ]
+    assert bans[0][0, tokenizer.eos_token_id] == -float("inf") and bans[1][0, tokenizer.eos_token_id] == 0
+
+
+@pytest.mark.slow
+def test_an_answer_is_the_same_alone_in_any_company_and_on_one_thread_or_two(small_model):
+    import torch
+
     decodings = [dataclasses.replace(decoding, max_new_tokens=32) for decoding in DECODINGS.values()]
-    requests = list(itertools.product(QUESTIONS, decodings))
-    together = infer.answer_requests(model, tokenizer, requests)
-    assert [(each.question, each.decoding) for each in together] == requests
-    backwards = infer.answer_requests(model, tokenizer, requests[::-1])[::-1]
-    alone = [infer.answer_requests(model, tokenizer, [request])[0] for request in requests[::5]]
-    assert together == backwards
-    assert together[::5] == alone
+    requests = [Request(question, decoding) for question, decoding in itertools.product(QUESTIONS, decodings)]
+    together = infer.answer_requests(small_model, requests)
+    assert [(each.question, each.decoding) for each in together] == [(each.question, each.decoding) for each in requests]
+    backwards = infer.answer_requests(small_model, requests[::-1])[::-1]
+    alone = [infer.answer_requests(small_model, [request])[0] for request in requests[::4]]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one_thread = infer.answer_requests(small_model, requests)
+    finally:
+        torch.set_num_threads(threads)
+    assert together == backwards == one_thread
+    assert together[::4] == alone
+
+
+@pytest.mark.slow
+def test_fewest_rows_are_those_from_which_on_bits_do_not_change(small_model):
+    import torch
+
+    ids = torch.tensor([data.encode_prompt(small_model.tokenizer, QUESTIONS[0])])
+    assert 1 <= small_model.min_rows <= infer.MAX_ROWS
+    with torch.inference_mode():
+        logits = [
+            small_model.model(input_ids=ids.repeat(rows, 1)).logits[0, -1]
+            for rows in (small_model.min_rows, small_model.min_rows + 1, infer.MAX_ROWS)
+        ]
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
+
+
+@pytest.mark.slow
+def test_the_pieces_of_a_streamed_answer_are_together_its_text(small_model):
+    pieces = []
+    requests = [Request(question, Decoding(max_new_tokens=48)) for question in QUESTIONS]
+    first, *_ = infer.answer_requests(small_model, requests, on_text=pieces.append)
+    assert "".join(pieces) == first.text and len(pieces) > 10
+    assert not any("<|" in piece for piece in pieces)
+
+
+@pytest.mark.slow
+def test_a_chat_remembers_its_turns(small_model):
+    chat = infer.Chat(small_model, Decoding(max_new_tokens=8))
+    first = chat.ask("What causes a cold?", lambda piece: None)
+    second = chat.ask("And hiccups?", lambda piece: None)
+    prompt = data.encode_prompt(small_model.tokenizer, "And hiccups?", [("What causes a cold?", first.text)])
+    assert second.prompt_tokens == len(prompt) > first.prompt_tokens
+
+
+@pytest.mark.slow
+def test_the_margin_between_the_two_best_candidates_is_that_of_the_first_token(small_model):
+    request = Request(QUESTIONS[0], Decoding(max_new_tokens=4))
+    [answer] = infer.answer_requests(small_model, [request])
+    (best, second), margin = infer.measure_margin(small_model, request, answer.token_ids[:2])
+    assert best == small_model.tokenizer.decode(answer.token_ids[2:3]) != second and margin > 0
 
 
 @pytest.mark.slow
 def test_progress_reaches_requests_times_cap_also_when_answers_end_early(small_model):
-    model, tokenizer = small_model
     told = []
-    requests = [(question, Decoding(max_new_tokens=8)) for question in QUESTIONS]
-    infer.answer_requests(model, tokenizer, requests, told.append)
+    infer.answer_requests(small_model, [Request(question, Decoding(max_new_tokens=8)) for question in QUESTIONS], told.append)
     assert sum(told) == 3 * 8
 
 
 @pytest.mark.slow
 def test_a_question_that_leaves_no_room_for_its_answer_is_refused_with_numbers(small_model):
     with pytest.raises(data.UsageError, match=r"makes a prompt of \d{4} tokens; with an answer of up to 256 .* 1024"):
-        infer.answer_requests(*small_model, [("Why? " * 1000, Decoding())])
+        infer.answer_requests(small_model, [Request("Why? " * 1000, Decoding())])
