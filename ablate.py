@@ -1,6 +1,6 @@
 """What made the difference: the same questions to base model and adapter, under every decoding, in one table.
 
-    python ablate.py                              the story's five questions, four decodings, base and latest adapter
+    python ablate.py                              the story's five questions, every decoding, base and latest adapter
     python ablate.py --num-probes 26              all probe questions
     python ablate.py --adapter runs/train/NAME/adapter --study other
     python ablate.py --table                      make the table again from the records; loads no model
@@ -37,6 +37,7 @@ class Cell:
 
     model: ModelName
     decoding: DecodingName
+    base_model: str
     model_fingerprint: str
     """The base model's name, or sha256 of the adapter's weights: what was recorded for another one is not reused."""
     questions: tuple[str, ...]
@@ -52,8 +53,10 @@ class Cell:
         return {
             "model": self.model,
             "decoding": self.decoding,
+            "base_model": self.base_model,
             "model_fingerprint": self.model_fingerprint,
             "questions": list(self.questions),
+            "system_prompt": data.SYSTEM_PROMPT,
             "fields": dataclasses.asdict(DECODINGS[self.decoding]),
         }
 
@@ -62,7 +65,7 @@ def make_grid(base_model: str, adapter: Path, questions: Sequence[str]) -> list[
     """Base model first, then the adapter, each under every decoding."""
     fingerprints: dict[ModelName, str] = {"base": base_model, "adapter": infer.adapter_digest(adapter)}
     return [
-        Cell(model, decoding, fingerprint, tuple(questions))
+        Cell(model, decoding, base_model, fingerprint, tuple(questions))
         for model, fingerprint in fingerprints.items()
         for decoding in DECODINGS
     ]
@@ -102,7 +105,7 @@ def read_cells(study: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]
         for decoding in DECODINGS:
             folder = study / "cells" / f"{model}-{decoding}"
             if (folder / "result.json").is_file():
-                answers = (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()
+                answers = (folder / "generations.jsonl").read_text(encoding="utf-8").strip().split("\n")
                 result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
                 cells.append((result, [json.loads(line) for line in answers]))
     if not cells:
@@ -129,6 +132,13 @@ def make_page(cells: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> s
     """The study as markdown: the table, then every answer. The same records give the same bytes."""
     lines = [
         "# Base model and adapter under each decoding",
+        "",
+        *dict.fromkeys(
+            f"{result['settings']['model']}: {result['settings']['base_model']}"
+            + (f", adapter {result['settings']['model_fingerprint'][:12]}" if result["settings"]["model"] == "adapter" else "")
+            + "  "
+            for result, _ in cells
+        ),
         "",
         "*stopped*: ended by the stop token before the cap, of all answers. *rep-4*: share of 4-word sequences that occurred "
         "before (0 is best, a loop nears 1). *distinct-2*: share of 2-word sequences that are new. They see loops; an answer "
@@ -184,7 +194,7 @@ class AblateConfig:
 
 def answer_cells(cells: Sequence[Cell], profile: data.ProfileName, adapter: Path, study: Path) -> None:
     """Asks what is missing, one model after the other, and records each cell."""
-    infer.prepare_environment(profile, offline=profile == "cpu")
+    infer.prepare_environment(profile, offline=cells[0].base_model == infer.SMALL_MODEL)
     loaded = infer.load_for_asking(profile, adapter)
     from tqdm import tqdm
 

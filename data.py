@@ -64,7 +64,8 @@ PROBES = HERE / "samples" / "probes.jsonl"
 # Rows wanted of each source. The numbers are the story's; only their ratio counts where rows are short. `custom` is not
 # here: its numbers are flags.
 MIXES: dict[MixName, dict[SourceName, int]] = {
-    "chatdoctor": {"conversational": 1, "encyclopedic": 0},
+    # 1 : 0, which is all of it.
+    "chatdoctor": {"conversational": 112_165, "encyclopedic": 0},
     "week4": {"conversational": 8000, "encyclopedic": 4000},
     "rebalanced": {"conversational": 8500, "encyclopedic": 1500},
 }
@@ -264,7 +265,7 @@ def to_row(record: Any, place: str, source: SourceName) -> Row:
     """The record as a `Row`. Columns: `instruction`/`input`/`output`, `question`/`answer`, or chat `messages`.
 
     Raises:
-        UsageError: other columns, a value that is not text, or an empty question or answer.
+        UsageError: other columns, or a value that is not text.
     """
     if not isinstance(record, dict):
         raise UsageError(f"{place}: a {type(record).__name__}; an object with named columns is wanted.")
@@ -281,7 +282,8 @@ def to_row(record: Any, place: str, source: SourceName) -> Row:
             f"{'/'.join(QUESTION_ANSWER_COLUMNS)}, or messages."
         )
     for name, value in (("question", question), ("answer", answer)):
-        if not isinstance(value, str) or not value.strip():
+        # An empty text is no broken file: cleaning drops and counts it.
+        if not isinstance(value, str):
             raise UsageError(f"{place}: the {name} is {reprlib.repr(value)}; text is wanted.")
         if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
             raise UsageError(f"{place}: the {name} holds half of a surrogate pair, which is no character. Mend the escape.")
@@ -608,12 +610,7 @@ def drop_repeats(rows: Iterable[Row], probes: ProbeQuestions, logs: dict[SourceN
 
 
 def mix_counts(available: dict[SourceName, int], wanted: dict[SourceName, int]) -> dict[SourceName, int]:
-    """Rows to draw of each source: `wanted`, or as many as keep its ratio where a source has fewer.
-
-    The mix `1 : 0`, one source and no other, takes all of it.
-    """
-    if sorted(wanted.values()) == [0, 1]:
-        return {name: available[name] * count for name, count in wanted.items()}
+    """Rows to draw of each source: `wanted`, or as many as keep its ratio where a source has fewer."""
     scale = min([Fraction(1), *(Fraction(available[name], count) for name, count in wanted.items() if count)])
     return {name: int(count * scale) for name, count in wanted.items()}
 
@@ -649,6 +646,11 @@ def draw_mix(
         for name, count in counts.items()
         for row in sorted(splits[name][0], key=lambda row: _digest(str(seed), row.key))[:count]
     ]
+    if not any(held_out for _, held_out in splits.values()):
+        raise UsageError(
+            f"Of {' and '.join(f'{count:,}' for count in available.values())} rows left after cleaning none can be held out "
+            f"for evaluation, which takes 1 in {1 / EVAL_SHARE} of each source. Give at least that many rows of one."
+        )
     train.sort(key=lambda row: _digest("order", str(seed), row.key))
     held_out = sorted((row for _, rows in splits.values() for row in rows), key=lambda row: row.key)
     return Mix(train, held_out, wanted, available, rules or {})
@@ -764,12 +766,22 @@ def build_small_tokenizer(folder: Path) -> None:
 
 
 def load_tokenizer(profile: ProfileName) -> PreTrainedTokenizerBase:
-    """The tokenizer of the profile's base model."""
+    """The tokenizer of the profile's base model.
+
+    Raises:
+        UsageError: it has to come from the hub, and cannot.
+    """
     from transformers import AutoTokenizer
 
     if profile == "cpu":
         return AutoTokenizer.from_pretrained(cached_folder("smollm2-135m-instruct-tokenizer", build_small_tokenizer))
-    return AutoTokenizer.from_pretrained(LLAMA_TOKENIZER)
+    try:
+        return AutoTokenizer.from_pretrained(LLAMA_TOKENIZER)
+    except OSError as error:
+        raise UsageError(
+            f"{LLAMA_TOKENIZER}: its tokenizer could not be had from the hub ({str(error).splitlines()[0]}). Go online once, "
+            "or say --profile cpu."
+        ) from None
 
 
 # --- Profile -----------------------------------------------------------------------------------------------------
@@ -843,7 +855,6 @@ def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "longest_row": max(lengths, default=0),
         "max_seq_length": MAX_SEQ_LENGTH,
         "num_too_long": num_too_long,
-        "num_truncated": 0,
         "eos_token": [tokenizer.eos_token, tokenizer.eos_token_id],
         "pad_token": [tokenizer.pad_token, tokenizer.pad_token_id],
         "eos_is_trained": all(row["labels"][-1] == tokenizer.eos_token_id for row in encoded),
@@ -895,7 +906,7 @@ def format_audit(audit: dict[str, Any]) -> str:
         lines.append(f"  {bin_name:>10}{count:>8,} {'#' * round(40 * count / most) if most else ''}")
     lines += [
         f"longest {audit['longest_row']:,} of {audit['max_seq_length']:,}; {audit['num_too_long']} rows too long and left out, "
-        f"{audit['num_truncated']} truncated",
+        "none truncated",
         "",
         f"{audit['train_rows']:,} rows of {audit['train_tokens']:,} tokens to train on, {audit['eval_rows']} rows held out; "
         f"fingerprint {audit['fingerprint']}",
@@ -955,6 +966,8 @@ class RowsConfig:
     """Draws the rows, and in training shuffles them and initialises LoRA."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed {self.seed}: a whole number from 0 to {2**32 - 1} is wanted.")
         counts = (self.num_conversational, self.num_encyclopedic)
         if self.mix != "custom" and counts != (None, None):
             raise ValueError(f"--num-conversational and --num-encyclopedic belong to --mix custom, and --mix is {self.mix}.")

@@ -294,23 +294,38 @@ def load_base(
 
     The model is the profile's, or `base_model` with the profile's values. Pad is the tokenizer's own reserved token and
     differs from eos; eos is the token that ends a turn.
+
+    Raises:
+        UsageError: the profile needs a GPU that torch does not see, or the model cannot be had.
     """
+    import torch
+
+    if profile == "t4" and not torch.cuda.is_available():
+        raise UsageError(
+            f"The profile t4 needs a GPU, and torch {torch.__version__} sees none. Use a machine with one (README, 'Kaggle and "
+            "Colab'), or say --profile cpu."
+        )
     with quiet_libraries():
         # Unsloth patches transformers, PEFT and TRL, and has to be imported before them.
         from unsloth import FastLanguageModel  # isort: skip
-        import torch
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
         values = PROFILES[profile]
-        model, tokenizer = FastLanguageModel.from_pretrained(
-            model_name=base_model_path(base_model or values.base_model),
-            max_seq_length=data.MAX_SEQ_LENGTH,
-            dtype=dtype and getattr(torch, dtype),
-            load_in_4bit=values.load_in_4bit,
-            use_gradient_checkpointing=values.use_gradient_checkpointing,
-            trust_remote_code=False,
-        )
+        try:
+            model, tokenizer = FastLanguageModel.from_pretrained(
+                model_name=base_model_path(base_model or values.base_model),
+                max_seq_length=data.MAX_SEQ_LENGTH,
+                dtype=dtype and getattr(torch, dtype),
+                load_in_4bit=values.load_in_4bit,
+                use_gradient_checkpointing=values.use_gradient_checkpointing,
+                trust_remote_code=False,
+            )
+        except OSError as error:
+            raise UsageError(
+                f"{base_model or values.base_model} could not be loaded ({str(error).splitlines()[0]}). "
+                "A model of the hub needs the network once."
+            ) from error
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = LLAMA_PAD_TOKEN
     assert tokenizer.pad_token_id != tokenizer.eos_token_id == end_of_turn_id(tokenizer)
@@ -483,9 +498,10 @@ def load_for_asking(profile: ProfileName, adapter: Path | None) -> LoadedModel:
     from unsloth import FastLanguageModel
 
     FastLanguageModel.for_inference(model)
-    loaded = LoadedModel(model, tokenizer, base_model, find_min_rows(model))
+    loaded = LoadedModel(model, tokenizer, base_model, min_rows=MAX_ROWS)
     if adapter:
         loaded.add_adapter(adapter)
+    loaded.min_rows = find_min_rows(loaded.model)
     return loaded
 
 
@@ -593,6 +609,23 @@ def make_generation_config(
     )
 
 
+def check_room(loaded: LoadedModel, request: Request) -> list[int]:
+    """Token ids of the request's prompt.
+
+    Raises:
+        UsageError: the prompt and its answer would not fit into the model's maximal sequence length.
+    """
+    prompt = data.encode_prompt(loaded.tokenizer, request.question, request.history)
+    cap = request.decoding.max_new_tokens
+    if len(prompt) + cap > data.MAX_SEQ_LENGTH:
+        raise UsageError(
+            f"The question {request.question[:40]!r}... makes a prompt of {len(prompt)} tokens; with an answer of up to "
+            f"{cap} that is more than the {data.MAX_SEQ_LENGTH} that the model is set up for. "
+            "Shorten the question, or the answer with --max-new-tokens."
+        )
+    return prompt
+
+
 def answer_requests(
     loaded: LoadedModel,
     requests: Sequence[Request],
@@ -608,19 +641,12 @@ def answer_requests(
     `on_text` is handed the text of the first request piece by piece; the pieces are together its `Answer.text`.
 
     Raises:
-        UsageError: a prompt and its answer would not fit into the model's maximal sequence length.
+        UsageError: as `check_room`.
     """
     tokenizer = loaded.tokenizer
-    prompts = [data.encode_prompt(tokenizer, request.question, request.history) for request in requests]
+    prompts = [check_room(loaded, request) for request in requests]
     groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for place, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-        cap = request.decoding.max_new_tokens
-        if len(prompt) + cap > data.MAX_SEQ_LENGTH:
-            raise UsageError(
-                f"The question {request.question[:40]!r}... makes a prompt of {len(prompt)} tokens; with an answer of up to "
-                f"{cap} that is more than the {data.MAX_SEQ_LENGTH} that the model is set up for. "
-                "Shorten the question, or the answer with --max-new-tokens."
-            )
         stop = tuple(stop_ids(request.decoding, loaded.model, tokenizer))
         groups.setdefault((len(prompt), stop), []).append(place)
     answers: dict[int, Answer] = {}
@@ -814,11 +840,10 @@ def read_answered(path: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    if lines[-1]:
-        data.write_whole(path, "".join(f"{line}\n" for line in lines[:-1]))
+    # Read as bytes: the last line may have been cut inside a character.
+    *lines, cut = path.read_bytes().split(b"\n")
     answered = []
-    for number, line in enumerate(lines[:-1], 1):
+    for number, line in enumerate(lines, 1):
         try:
             answered.append(json.loads(line))
             found = {name: answered[-1][name] for name in expected}
@@ -827,6 +852,10 @@ def read_answered(path: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:
         if found != expected:
             different = ", ".join(name for name in expected if found[name] != expected[name])
             raise UsageError(f"{path} holds answers of another {different}. Give another file with --output, or remove it.")
+    if cut and not cut.startswith(b'{"question": '[: len(cut)]):
+        raise UsageError(f"{path} ends in what is no answer of infer.py. Give another file with --output.")
+    if cut:
+        data.write_whole(path, b"".join(line + b"\n" for line in lines).decode())
     return answered
 
 
@@ -837,6 +866,8 @@ def answer_file(loaded: LoadedModel, questions: Sequence[str], decoding: Decodin
     expected = {"model": loaded.base_model, "adapter": loaded.adapter_sha256, "decoding": dataclasses.asdict(decoding)}
     done = {record["question"] for record in read_answered(output, expected)}
     left = [question for question in dict.fromkeys(questions) if question not in done]
+    for question in left:
+        check_room(loaded, Request(question, decoding))
     # Questions of like length share forward passes, so they are asked in the order of their prompts' lengths.
     left.sort(key=lambda question: len(data.encode_prompt(loaded.tokenizer, question)))
     with (
@@ -1094,6 +1125,9 @@ def main(config: InferConfig) -> int:
         questions = read_stdin()
     else:
         questions = [config.question] if config.question else []
+    output = config.output or (config.questions and config.questions.with_suffix(".answers.jsonl"))
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise UsageError(f"--output {output}: a file in a folder that exists is wanted.")
     adapter = None if config.base else find_adapter(config.adapter) if config.adapter else latest_adapter()
     record = read_adapter_record(adapter) if adapter else None
     profile = resolve_asked_profile(config.profile, record)
@@ -1112,7 +1146,6 @@ def main(config: InferConfig) -> int:
     if config.compare:
         print_comparison(loaded, Request(questions[0], decoding), config)
     elif config.questions:
-        output = config.output or config.questions.with_suffix(".answers.jsonl")
         asked = answer_file(loaded, questions, decoding, output)
         print(f"{asked} answered now, {len(set(questions)) - asked} before: {output}", file=sys.stderr)
     elif questions:

@@ -165,20 +165,22 @@ def resolve_recipe(config: TrainConfig) -> Recipe:
 # --- The run folder ----------------------------------------------------------------------------------------------
 
 
-def find_finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+def find_finished(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[str, Any] | None:
     """The record of the run in `folder` if it is done, else None. The record is written last: without it, it is not done.
 
     Raises:
-        UsageError: the folder holds a finished run of another recipe.
+        UsageError: the folder holds a finished run of another recipe, or on other rows.
     """
     path = folder / "run.json"
     if not path.is_file():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    there, wanted = record["recipe"], dataclasses.asdict(recipe)
+    there = record["recipe"] | {"data_fingerprint": record["data_fingerprint"]}
+    wanted = dataclasses.asdict(recipe) | {"data_fingerprint": data_fingerprint}
+    # Where the rows came from is no matter as long as they are the same, which the fingerprint tells.
     differences = [
         f"  {name}: {there.get(name)!r} there, {wanted.get(name)!r} now"
-        for name in sorted(there.keys() | wanted.keys())
+        for name in sorted((there.keys() | wanted.keys()) - {"conversational", "encyclopedic"})
         if there.get(name) != wanted.get(name)
     ]
     if differences:
@@ -317,7 +319,7 @@ def make_trainer(
 
 
 def train_and_evaluate(trainer: SFTTrainer) -> dict[str, float]:
-    """Trains; returns the run's numbers: eval loss before and after, token accuracy, steps, seconds, tokens a second."""
+    """Trains; returns the run's numbers: eval loss before and after, token accuracy, steps and seconds."""
     before = trainer.evaluate()
     started = time.perf_counter()
     trainer.train()
@@ -367,6 +369,8 @@ def run(recipe: Recipe, mix: data.Mix, folder: Path) -> dict[str, Any]:
     audit = data.audit_mix(mix, tokenizer)
     print(data.format_audit(audit))
     train, held_out = (datasets.Dataset.from_list(data.encode_rows(tokenizer, rows)[0]) for rows in (mix.train, mix.eval))
+    if not len(train) or not len(held_out):
+        raise UsageError(f"Every row is longer than {data.MAX_SEQ_LENGTH} tokens. Give shorter rows.")
     (folder / "metrics.jsonl").unlink(missing_ok=True)
     with infer.quiet_libraries():
         trainer = make_trainer(add_lora(model, recipe), tokenizer, recipe, train, held_out, folder)
@@ -415,13 +419,13 @@ def main(config: TrainConfig) -> None:
     print(f"{'run folder':<30}{folder}", flush=True)
     if config.dry_run:
         return
-    record = None if config.restart else find_finished(folder, recipe)
+    from_files = all(Path(source).is_file() for source in (recipe.conversational, recipe.encyclopedic))
+    infer.prepare_environment(recipe.profile, offline=recipe.profile == "cpu" and from_files)
+    mix = config.load(recipe.profile)
+    record = None if config.restart else find_finished(folder, recipe, mix.fingerprint)
     if record:
         print(f"{folder} is already trained with these values (--restart trains it again).")
     else:
-        from_files = all(Path(source).is_file() for source in (recipe.conversational, recipe.encyclopedic))
-        infer.prepare_environment(recipe.profile, offline=recipe.profile == "cpu" and from_files)
-        mix = config.load(recipe.profile)
         if folder.exists() and config.restart:
             set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,14 @@ def test_the_same_run_again_is_told_to_be_done_and_another_is_refused(trained):
     other = run_script("train.py", *trained.flags, "--r", "8", cwd=trained.cwd)
     assert other.returncode == 2
     assert "r: 16 there, 8 now" in other.stderr and "--restart" in other.stderr
+    rows = trained.cwd / "conversational.jsonl"
+    whole = rows.read_text(encoding="utf-8")
+    try:
+        rows.write_text(whole[: whole.index("\n", len(whole) // 2) + 1], encoding="utf-8")
+        edited = run_script("train.py", *trained.flags, cwd=trained.cwd)
+    finally:
+        rows.write_text(whole, encoding="utf-8")
+    assert edited.returncode == 2 and "data_fingerprint: " in edited.stderr
     assert (trained.folder / "run.json").read_bytes() == before
 
 
@@ -210,7 +218,7 @@ def test_the_markdown_page_holds_whatever_an_answer_holds():
     text = "</pre></details> | a | ``` **b** <script>\n\n# c"
     answer = {"question": "a | b <i>", "text": text, "answer_tokens": 3, "finish_reason": "stop"}
     result = {
-        "settings": {"model": "base", "decoding": "kit"},
+        "settings": {"model": "base", "decoding": "kit", "base_model": "m", "model_fingerprint": "m"},
         "numbers": {"n": 1, "stopped": 1, "mean_answer_tokens": 3.0, "rep_4": 0.0, "distinct_2": 1.0},
     }
     page = ablate.make_page([(result, [answer])])

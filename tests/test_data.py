@@ -51,12 +51,11 @@ REFUSED_RECORDS = [
     ({"question": "q?"}, "has the columns question"),
     ({"instruction": "i", "input": "q?"}, "has the columns instruction, input"),
     ({"question": "q?", "answer": None}, "the answer is None"),
-    ({"question": " ", "answer": "a"}, "the question is ' '"),
     ({"question": ["q"], "answer": "a"}, "the question is ['q']"),
     ({"question": {"text": "q"}, "answer": "a"}, "the question is {'text': 'q'}"),
     ({"question": 1, "answer": "a"}, "the question is 1"),
     ({"question": "q?", "answer": "half \ud83d"}, "half of a surrogate pair"),
-    ({"instruction": "", "input": None, "output": "a"}, "the question is ''"),
+    ({"instruction": None, "input": None, "output": "a"}, "the question is None"),
     ({"messages": "hello"}, "messages must be a list"),
     ({"messages": []}, "a user and an assistant turn"),
     ({"messages": [{"role": "user", "content": "q?"}]}, "a user and an assistant turn"),
@@ -111,7 +110,6 @@ REFUSED_FILES = [
     ("rows.json", GOOD_LINE * 2, "rows.json: broken JSON"),
     ("rows.json", b"[]", "holds no rows"),
     ("rows.json", b"[1]", "row 1: a int; an object"),
-    ("rows.csv", b"question,answer\nq,\n", "rows.csv:2: the answer is ''"),
     ("rows.csv", b"question,answer\nq?\n", "rows.csv:2: the answer is None"),
     ("rows.csv", b"a,b\n1,2\n", "rows.csv:2: has the columns a, b"),
     ("rows.csv", b'question,answer\n"q?"x,a\n', "rows.csv:2: broken CSV"),
@@ -185,6 +183,7 @@ def clean(answer, question="What is it?"):
         ("Rest well. Hope you will  ChatDoctor.", None, ["destroyed sentence"]),
         ("For more information consult an ChatDoctor. /ask-a-doctor-online/an", None, ["destroyed sentence"]),
         ("Hello. Hope this helps. Take care.", None, ["greeting", "sign-off", "empty"]),
+        (" ", None, ["empty"]),
         ("ing the wound with water is enough for now.", None, ["begins mid-sentence"]),
         ("The usual treatment is rest and", None, ["stops mid-sentence"]),
         ("Signs of it are:\n- fever\n- a dry cough", "Signs of it are:\n- fever\n- a dry cough", []),
@@ -284,7 +283,8 @@ def test_a_row_that_asks_a_probe_question_is_dropped(question):
         ((200, 100), (8000, 4000), (200, 100)),
         ((270, 140), (8500, 1500), (270, 47)),
         ((100, 3), (8500, 1500), (17, 3)),
-        ((70, 40), (1, 0), (70, 0)),
+        ((70, 40), (112_165, 0), (70, 0)),
+        ((70, 40), (1, 0), (1, 0)),
     ],
 )
 def test_a_mix_keeps_its_ratio_where_rows_are_short(available, wanted, drawn):
@@ -354,6 +354,14 @@ def test_a_custom_mix_draws_its_counts_or_their_ratio():
 def test_counts_go_with_the_custom_mix_and_it_with_them(flags):
     with pytest.raises(ValueError, match="--mix"):
         data.RowsConfig(**flags)
+
+
+def test_rows_of_which_none_can_be_held_out_are_refused(tmp_path):
+    few = write_rows(
+        tmp_path / "few.jsonl", [{"question": f"What is {n}?", "answer": f"It is the number {n}."} for n in range(9)]
+    )
+    with pytest.raises(UsageError, match="none can be held out for evaluation, which takes 1 in 10"):
+        data.RowsConfig(conversational=str(few), encyclopedic=str(few), mix="chatdoctor").load("cpu")
 
 
 def test_a_mix_of_a_source_without_usable_rows_is_refused(tmp_path):
@@ -525,7 +533,7 @@ def test_the_audit_tells_shares_by_rows_and_by_answer_tokens(tokenizer):
         assert sum(of[key] for of in sources.values()) == pytest.approx(1)
     assert sources["conversational"]["list_share"] == 0 < sources["encyclopedic"]["list_share"]
     assert all(of["dr_word_share"] > 0 for of in sources.values())
-    assert audit["eos_is_trained"] and audit["num_too_long"] == audit["num_truncated"] == 0
+    assert audit["eos_is_trained"] and audit["num_too_long"] == 0
     assert "rows is 67 : 33 by rows and" in data.format_audit(audit)
 
 

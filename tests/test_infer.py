@@ -180,6 +180,14 @@ def test_answers_of_another_decoding_or_of_something_else_are_not_gone_on_with(t
     assert len(infer.read_answered(path, {"model": "m", "decoding": {"temperature": 0}})) == 1
     with pytest.raises(data.UsageError, match="answers of another decoding"):
         infer.read_answered(path, {"model": "m", "decoding": {"temperature": 1}})
+    path.write_text("one\ntwo")
+    with pytest.raises(data.UsageError):
+        infer.read_answered(path, {"model": "m"})
+    assert path.read_text() == "one\ntwo"
+    path.write_text("hello")
+    with pytest.raises(data.UsageError, match="ends in what is no answer"):
+        infer.read_answered(path, {"model": "m"})
+    assert path.read_text() == "hello"
     path.write_text("hello\n")
     with pytest.raises(data.UsageError, match=r"a\.jsonl:1 is no answer"):
         infer.read_answered(path, {"model": "m"})
