@@ -59,6 +59,14 @@ SOURCES: dict[ProfileName, dict[SourceName, str]] = {
     },
 }
 
+# What the sources' own pages say of their licence; other sources are the user's.
+LICENCES = {
+    "lavita/ChatDoctor-HealthCareMagic-100k": "none stated",
+    "medalpaca/medical_meadow_wikidoc": "cc, variant not named",
+    str(HERE / "samples" / "conversational.jsonl"): "Apache-2.0",
+    str(HERE / "samples" / "encyclopedic.jsonl"): "Apache-2.0",
+}
+
 PROBES = HERE / "samples" / "probes.jsonl"
 
 # Rows wanted of each source. The numbers are the story's; only their ratio counts where rows are short. `custom` is not
@@ -157,6 +165,19 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
 
 
+# --- Processes ---------------------------------------------------------------------------------------------------
+
+
+def world_size() -> int:
+    """How many processes train together, as `torchrun` and `accelerate launch` tell each of them; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 # --- Sources -----------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +254,7 @@ def _read_parquet(path: Path) -> list[tuple[str, Any]]:
 
 
 def _read_hub(source: str) -> list[tuple[str, Any]]:
-    if not _reaches_hub():
+    if not reaches_hub():
         # Read when the hub client is imported: it looks into its cache, and does not retry for half a minute.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     import datasets
@@ -249,7 +270,7 @@ def _read_hub(source: str) -> list[tuple[str, Any]]:
     return [(f"{name}, row {number}", record) for number, record in enumerate(rows, 1)]
 
 
-def _reaches_hub() -> bool:
+def reaches_hub() -> bool:
     """Whether the hub's host answers within 5 s, or a proxy stands between, which has to be left to try."""
     endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     if endpoint.scheme in urllib.request.getproxies():
@@ -1043,7 +1064,9 @@ def run_command(config_type: type, run: Callable[[Any], int | None], description
     try:
         sys.exit(run(config))
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Of several processes on a machine, which all meet the same error, one says it.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -53,11 +54,30 @@ ADAPTER_RECORD = "kit.json"
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """Sizes of a Llama model, named as in its config.json: what can be planned before any of its files is there."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool = True
+
+
+@dataclass(frozen=True)
 class Profile:
     """The values in which the two profiles differ, for loading and asking a model."""
 
     base_model: str
-    """Hub id, or the name of the model that `small_base_model` makes."""
+    """Hub id, or the name of the model that `build_small_model` makes."""
+    hub_id: str
+    """What others load the adapter on."""
+    licence: str
+    """Of the base model, and so of what is made from it; as the hub names licences."""
+    architecture: Architecture
     load_in_4bit: bool
     dtype: str
     """Compute dtype of answers. A T4 has no bf16; on the CPU, bf16 logits tie and let the batch decide (fp32 does not)."""
@@ -69,15 +89,44 @@ SMALL_MODEL = "smollm2-135m-instruct"
 PROFILES: dict[ProfileName, Profile] = {
     "t4": Profile(
         "unsloth/Llama-3.2-3B-Instruct",
+        hub_id="unsloth/Llama-3.2-3B-Instruct",
+        licence="llama3.2",
+        architecture=Architecture(
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=28,
+            num_attention_heads=24,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=128_256,
+        ),
         load_in_4bit=True,
         dtype="float16",
         use_gradient_checkpointing="unsloth",
     ),
-    "cpu": Profile(SMALL_MODEL, load_in_4bit=False, dtype="float32", use_gradient_checkpointing=False),
+    "cpu": Profile(
+        SMALL_MODEL,
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
+        architecture=Architecture(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            head_dim=64,
+            vocab_size=49_152,
+        ),
+        load_in_4bit=False,
+        dtype="float32",
+        use_gradient_checkpointing=False,
+    ),
 }
 
+PadName = Literal["native", "added"]
 # The tokenizer's own reserved pad token: an added one would resize the embedding, and the adapter would carry it whole.
 LLAMA_PAD_TOKEN = "<|finetune_right_pad_id|>"
+ADDED_PAD_TOKEN = "[PAD]"
 
 DecodingName = Literal["plain", "story-collapse", "story-fix", "week3", "kit"]
 
@@ -133,6 +182,9 @@ DECODINGS: dict[DecodingName, Decoding] = {
     "kit": Decoding(repetition_penalty=1.1),
 }
 
+# GiB of logits at a time in the loss of the GPU path.
+FUSED_LOSS_GIB = 1
+
 # Most rows of a forward pass; the fewest are found by `find_min_rows`.
 MAX_ROWS = 32
 
@@ -149,6 +201,9 @@ KNOWN_NOISE = re.compile(
             r"xFormers can't load C\+\+/CUDA extensions",
             r"Skipping import of cpp extensions due to incompatible torch version",
             r"bitsandbytes .* (compiled without GPU support|was not compiled with GPU)",
+            r"Passing `generation_config` together with generation-related arguments=",
+            r"Both `max_new_tokens` \(=\d+\) and `max_length`\(=\d+\) seem to have been set",
+            r"Failed to load CPU gemm_4bit_forward from kernels-community",
         )
     )
 )
@@ -211,6 +266,13 @@ def prepare_cublas() -> None:
 def prepare_environment(profile: ProfileName, *, offline: bool) -> None:
     """Sets what Unsloth and the hub client read at import. Call it before either is imported."""
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    # Unsloth compiles its trainers into a folder of the working directory if it is not told another; an older version's
+    # files would be taken for its own.
+    compiled = data.cache_home() / f"unsloth_compiled_cache-{importlib.metadata.version('unsloth')}"
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(compiled))
+    # GiB of logits that its fused loss holds at a time; unset, it takes a share of what is free at the first step, so that
+    # memory could not be planned.
+    os.environ.setdefault("UNSLOTH_CE_LOSS_TARGET_GB", str(FUSED_LOSS_GIB))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if profile == "cpu":
         # Also where there is a GPU: whoever says --profile cpu means it.
@@ -300,15 +362,16 @@ def load_base(
     """
     import torch
 
-    if profile == "t4" and not torch.cuda.is_available():
-        raise UsageError(
-            f"The profile t4 needs a GPU, and torch {torch.__version__} sees none. Use a machine with one (README, 'Kaggle and "
-            "Colab'), or say --profile cpu."
-        )
     with quiet_libraries():
         # Unsloth patches transformers, PEFT and TRL, and has to be imported before them.
-        from unsloth import FastLanguageModel  # isort: skip
+        from unsloth import DEVICE_TYPE, FastLanguageModel  # isort: skip
         from transformers.utils import logging as transformers_logging
+
+        if profile == "t4" and DEVICE_TYPE == "cpu":
+            raise UsageError(
+                f"The profile t4 needs a GPU, and torch {torch.__version__} sees none. Use a machine with one (README, 'Kaggle "
+                "and Colab'), or say --profile cpu."
+            )
 
         transformers_logging.disable_progress_bar()
         values = PROFILES[profile]
@@ -390,6 +453,8 @@ class AdapterRecord:
     prompt_fingerprint: str | None = None
     decoding: Decoding | None = None
     """What its answers were judged under."""
+    pad: PadName = "native"
+    """`added`: it brings an embedding of its own, one row longer than the base model's."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values; `read_adapter_record` reads them back."""
@@ -413,13 +478,21 @@ def read_adapter_record(adapter: Path) -> AdapterRecord:
         raise UsageError(f"{path} is broken ({error}). Train the adapter again, or take it from where it was copied.") from None
 
 
+def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the tokenizer a new pad token and the embedding a row for it: the story's mistake, kept for comparison."""
+    tokenizer.add_special_tokens({"pad_token": ADDED_PAD_TOKEN})
+    # What the new row holds is no matter: attention never sees it.
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+
+
 def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Path) -> PeftModel:
-    """`model` with the adapter's LoRA tensors on it.
+    """`model` with the adapter's tensors on it: LoRA's, and the embedding where the adapter has one of its own.
 
     Raises:
         UsageError: the adapter was trained under another prompt.
     """
-    trained, asked = read_adapter_record(adapter).prompt_fingerprint, data.prompt_fingerprint(tokenizer)
+    record = read_adapter_record(adapter)
+    trained, asked = record.prompt_fingerprint, data.prompt_fingerprint(tokenizer)
     if trained is None:
         print(f"{adapter} does not say under which prompt it was trained; it is asked under this kit's.", file=sys.stderr)
     elif trained != asked:
@@ -427,6 +500,8 @@ def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ada
             f"{adapter} was trained under the prompt {trained}, and this kit asks under {asked}: its answers would not be "
             "those it was trained to give. Train it again, or use the version of the kit that trained it."
         )
+    if record.pad == "added":
+        add_pad_token(model, tokenizer)
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, adapter)
@@ -450,7 +525,9 @@ def find_min_rows(model: PreTrainedModel) -> int:
     with torch.inference_mode():
         for layer in layers.values():
             draw = torch.Generator().manual_seed(0)
-            rows = torch.randn(MAX_ROWS, 1, layer.in_features, generator=draw).to(layer.weight.device, model.dtype)
+            # LoRA's matrices may be wider than the model; 4-bit weights are no floating-point numbers.
+            dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else model.dtype
+            rows = torch.randn(MAX_ROWS, 1, layer.in_features, generator=draw).to(layer.weight.device, dtype)
             whole = layer(rows)
             agree = [torch.equal(layer(rows[-count:]), whole[-count:]) for count in range(1, MAX_ROWS + 1)]
             fewest = max(fewest, next(count for count in range(1, MAX_ROWS + 1) if all(agree[count - 1 :])))

@@ -1,12 +1,14 @@
 """The scripts run one after the other, on one small adapter, as a user runs them."""
 
 import contextlib
+import html
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
@@ -24,7 +26,7 @@ def read_lines(path):
 
 def test_training_leaves_exactly_its_files(trained):
     assert trained.process.returncode == 0, trained.process.stderr
-    assert {path.name for path in trained.folder.iterdir()} == {"run.json", "metrics.jsonl", "adapter"}
+    assert {path.name for path in trained.folder.iterdir()} == {"run.json", "metrics.jsonl", "samples.jsonl", "adapter"}
     assert {path.name for path in (trained.folder / "adapter").iterdir()} == {
         "README.md",
         "adapter_config.json",
@@ -52,10 +54,12 @@ def test_training_learns_and_prints_both_losses(trained):
     assert all(math.isfinite(line["grad_norm"]) for line in lines if "train_loss" in line)
 
 
-def test_only_lora_tensors_are_saved_and_they_have_moved(trained):
+def test_only_lora_tensors_are_saved_as_many_bytes_as_planned_and_they_have_moved(trained):
     from safetensors import safe_open
 
-    with safe_open(trained.folder / "adapter" / "adapter_model.safetensors", "pt") as tensors:
+    weights = trained.folder / "adapter" / "adapter_model.safetensors"
+    assert f"{'adapter file':<30}{weights.stat().st_size:,} bytes" in trained.process.stdout
+    with safe_open(weights, "pt") as tensors:
         names = list(tensors.keys())
         assert all(".lora_A." in name or ".lora_B." in name for name in names)
         # 30 layers, 7 modules, A and B. B begins at zero, so any other value was learned.
@@ -63,9 +67,31 @@ def test_only_lora_tensors_are_saved_and_they_have_moved(trained):
         assert all(tensors.get_tensor(name).abs().max() > 0 for name in names if ".lora_B." in name)
 
 
+def test_the_planned_steps_parameters_and_memory_came_true(trained):
+    numbers = json.loads((trained.folder / "run.json").read_text())["numbers"]
+    assert numbers["steps"] == numbers["planned_steps"] == 4
+    assert f"{'trainable parameters':<30}{numbers['trainable_parameters']:,}" in trained.process.stdout
+    assert numbers["peak_memory"] == pytest.approx(numbers["planned_memory"], rel=0.25)
+
+
+def test_the_card_tells_recipe_data_loss_and_the_answer_whatever_it_is(trained):
+    card = (trained.folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    record = json.loads((trained.folder / "run.json").read_text())
+    [answer] = read_lines(trained.folder / "samples.jsonl")
+    assert "No medical advice" in card and "license: apache-2.0" in card and "r 16, alpha 32" in card
+    assert f"{record['numbers']['eval_loss_before']:.4f} before, {record['numbers']['eval_loss']:.4f} after" in card
+    assert "conversational: conversational.jsonl (licence: not known to the kit)" in card
+    assert html.escape(answer["text"], quote=False) in card and answer["step"] == 4
+    assert f"unsloth {record['versions']['unsloth']}" in card
+    everything = "".join(path.read_text() for path in (trained.folder / "adapter").glob("*.json"))
+    assert str(trained.cwd) not in card and str(ROOT) not in everything and str(Path.home()) not in everything
+
+
 def test_no_library_noise_reaches_the_user(trained):
     lines = trained.process.stderr.replace("\r", "\n").split("\n")
-    unexpected = [line for line in lines if line.strip() and not line.startswith(("training:", "step ", "unpacking"))]
+    unexpected = [
+        line for line in lines if line.strip() and not line.startswith(("training:", "asking:", "step ", "unpacking"))
+    ]
     assert unexpected == []
 
 

@@ -52,6 +52,15 @@ REFUSED = {
     "learning rate": (["train.py", "--learning-rate", "nan"], "--learning-rate nan"),
     "batch": (["train.py", "--per-device-train-batch-size", "5"], "a divisor of 16"),
     "all problems at once": (["train.py", "--r", "0", "--max-steps", "-1"], "--max-steps -1"),
+    "hours": (["train.py", "--max-hours", "0"], "--max-hours 0.0: a number above 0"),
+    "probes of a run": (["train.py", "--num-probes", "-1"], "--num-probes -1: 0 or more"),
+    "hub repository": (["train.py", "--push-to-hub", "me"], "OWNER/NAME, is wanted"),
+    "upload without a token": (
+        ["train.py", "--profile", "cpu", "--push-to-hub", "me/adapter"],
+        "needs the network and a token",
+    ),
+    "tracker that is not there": (["train.py", "--profile", "cpu", "--report-to", "trackio"], "pip install trackio"),
+    "merge offline": (["train.py", "--profile", "t4", "--merge"], "the hub, which cannot be reached"),
     "name": (["train.py", "--name", "../elsewhere"], "letters, digits"),
     "no mix": (["train.py", "--mix", "week5"], "week4"),
     "no file": (["train.py", "--profile", "cpu", "--conversational", "none.jsonl"], "none.jsonl: no such file"),
@@ -111,14 +120,27 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_way_out(tmp_path):
     assert meant.returncode == 0
 
 
-def test_the_t4_profile_resolves_and_prints_its_values_anywhere(tmp_path):
+def test_the_t4_run_is_planned_anywhere_without_a_network(tmp_path):
     ran = run_script("train.py", "--profile", "t4", "--epochs", "2", "--dry-run", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    values = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines() if not line.startswith("run folder"))
+    assert ran.stderr == ""
+    values = dict(re.findall(r"(?m)^(\S+(?: \S+)*) {2,}(.+)$", ran.stdout))
     assert values["base_model"] == "unsloth/Llama-3.2-3B-Instruct"
     assert values["load_in_4bit"] == "True"
     assert re.fullmatch(r"lavita/ChatDoctor-HealthCareMagic-100k@[0-9a-f]{40}", values["conversational"])
     assert re.fullmatch(r"medalpaca/medical_meadow_wikidoc@[0-9a-f]{40}", values["encyclopedic"])
     assert values["epochs"] == "2.0"
-    assert int(values["per_device_train_batch_size"]) * int(values["gradient_accumulation_steps"]) == 16
+    assert "are estimates: unsloth/Llama-3.2-3B-Instruct: its tokenizer could not be had" in ran.stdout
+    assert values["rows"].startswith("about 10,000")
+    assert values["steps"].startswith("about 1,250 of 16 rows: 4 rows x 4 forward passes x 1 processes")
+    assert values["trainable parameters"] == "24,313,856"
+    assert values["adapter file"] == "97,307,544 bytes"
+    assert re.match(r"4\.\d\d GiB of 15\.0 GiB", values["device memory"]) and "MORE THAN" not in ran.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cpu_run_is_planned_from_its_rows(tmp_path):
+    ran = run_script("train.py", "--profile", "cpu", "--dry-run", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert "285 of 51,776 tokens" in ran.stdout and "18 of 16 rows" in ran.stdout and "estimates" not in ran.stdout
     assert list(tmp_path.iterdir()) == []
