@@ -78,8 +78,9 @@ class TrainingValues:
     memory_limit: int | None
     """Bytes of device memory: of a T4 what its 16 GB leave to torch. None: what the host has free."""
     runtime: int
-    """Bytes of device memory beside tensors: a CUDA context; on the CPU Python, the libraries, their kernels' scratch and gaps
-    between blocks (measured: 0.92 GiB after the imports, about 0.6 GiB more within a step)."""
+    """Bytes of device memory beside tensors: a CUDA context; on the CPU Python and the libraries (measured)."""
+    gaps: float
+    """Of the activations, what their allocator loses between blocks: measured on the CPU, an allowance on a GPU."""
     host_runtime: int
     """Bytes of host memory beside the device's: Python, the libraries and CUDA (estimated). 0 where the host is the device."""
     loss: int
@@ -98,6 +99,7 @@ TRAINING: dict[ProfileName, TrainingValues] = {
         dtype="float16",
         memory_limit=15 * GIB,
         runtime=GIB // 2,
+        gaps=0.1,
         host_runtime=3 * GIB,
         loss=infer.FUSED_LOSS_GIB * GIB,
         eval_bytes_per_logit=0,
@@ -110,7 +112,8 @@ TRAINING: dict[ProfileName, TrainingValues] = {
         pad_to_multiple_of=32,
         dtype=None,
         memory_limit=None,
-        runtime=int(1.5 * GIB),
+        runtime=GIB,
+        gaps=0.35,
         host_runtime=0,
         loss=3 * 64 * 2**20,
         eval_bytes_per_logit=10,
@@ -426,14 +429,18 @@ def plan_memory(recipe: Recipe, trainable: int, embeddings: int, longest_row: in
     arch, training = infer.PROFILES[recipe.profile].architecture, TRAINING[recipe.profile]
     tokens = recipe.per_device_train_batch_size * longest_row
     layer = count_activation_bytes(recipe, tokens, element_size)
-    checkpointed = layer + 3 * tokens * arch.intermediate_size * element_size
+    if recipe.use_gradient_checkpointing:
+        activations = layer + 3 * tokens * arch.intermediate_size * element_size
+    else:
+        activations = arch.num_hidden_layers * layer
     return {
         "runtime": training.runtime,
         "base weights": count_weight_bytes(recipe, element_size)[0],
         "LoRA weights": 4 * trainable + embeddings,
         "LoRA gradients": 4 * trainable,
         "optimiser": int(trainable * (2 + 2 * 4 / 256)) if "8bit" in recipe.optim else 8 * trainable,
-        "activations": checkpointed if recipe.use_gradient_checkpointing else arch.num_hidden_layers * layer,
+        "activations": activations,
+        "gaps between blocks": int(training.gaps * activations),
         "logits and loss": training.loss,
     }
 
@@ -482,7 +489,8 @@ def make_plan(recipe: Recipe, dtype: str, rows: int, tokens: int, longest_row: i
     memory = plan_memory(recipe, trainable, embeddings, longest_row, element_size)
     loaded, in_file = count_weight_bytes(recipe, element_size)
     batch_tokens = recipe.per_device_train_batch_size * longest_row
-    loading = training.runtime + loaded + in_file
+    # Where the host is the device, the file that is read counts as well.
+    loading = training.runtime + loaded + (0 if training.host_runtime else in_file)
     evaluation = training.runtime + loaded + training.eval_bytes_per_logit * batch_tokens * arch.vocab_size
     adapter_bytes = count_safetensors_bytes(tensors)
     offloaded = arch.num_hidden_layers * batch_tokens * arch.hidden_size * element_size
