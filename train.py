@@ -516,7 +516,7 @@ def format_plan(plan: Plan, recipe: Recipe, folder: Path) -> str:
     import psutil
 
     def parts(title: str, sizes: Mapping[str, int], total: int, of: int, says: str) -> list[str]:
-        lines = [f"{title:<30}{total / GIB:.2f} GiB of {of / GIB:.1f} GiB {says}"]
+        lines = [f"{title:<30}{total / GIB:.2f} GiB of {of / GIB:.1f} GiB {says}".rstrip()]
         return lines + [f"  {name:<28}{size / GIB:9.3f} GiB" for name, size in sizes.items()]
 
     written = next(parent for parent in folder.resolve().parents if parent.exists())

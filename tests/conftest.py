@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# As the tests were started: Unsloth, imported by a test, sets variables of its own.
+ENVIRONMENT = dict(os.environ)
+
 # Where the kernel allows it, scripts run in a network namespace of their own, in which there is no way out.
 NO_NETWORK = ["unshare", "--map-root-user", "--net"]
 CAN_CUT_NETWORK = (
@@ -29,7 +32,7 @@ def run_script(*arguments, cwd, env=None, stdin=""):
     return subprocess.run(
         [*prefix, sys.executable, str(ROOT / script), *flags],
         cwd=cwd,
-        env={**os.environ, **(env or {})},
+        env={**ENVIRONMENT, **(env or {})},
         input=stdin,
         capture_output=True,
         text=True,
@@ -77,10 +80,10 @@ class TrainedRun:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A tiny adapter from the real train.py: a few steps on a part of the sample rows. Tests must not change it."""
+    """A tiny adapter from the real train.py: four whole steps on a part of the sample rows. Tests must not change it."""
     cwd = tmp_path_factory.mktemp("trained")
     flags = ["--name", "tiny", "--max-steps", "4", "--num-probes", "1", "--profile", "cpu"]
-    for source, count in (("conversational", 60), ("encyclopedic", 20)):
+    for source, count in (("conversational", 61), ("encyclopedic", 20)):
         lines = (ROOT / "samples" / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
         part = cwd / f"{source}.jsonl"
         part.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,12 +1,11 @@
 """The t4 profile held against Unsloth's GPU code, on a machine without a GPU."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, load_llama_tokenizer, write_rows
+from conftest import ENVIRONMENT, ROOT, load_llama_tokenizer, write_rows
 
 # Special tokens of Llama 3.2 behind so many of its ordinary ones: its loss over the whole vocabulary takes minutes here.
 NUM_ORDINARY_TOKENS = 8000
@@ -16,7 +15,7 @@ def run_module(*arguments, cwd):
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -96,7 +95,7 @@ def workplace(tmp_path_factory):
 
 def train_on(backend, cwd):
     """`train.py` with the t4 values: two steps of two passes, two rows a pass, and three evaluations."""
-    flags = ["--name", backend, "--max-steps", "2", "--num-probes", "1", "--per-device-train-batch-size", "2"]
+    flags = ["--name", backend, "--max-steps", "2", "--num-probes", "0", "--per-device-train-batch-size", "2"]
     rows = ["--conversational", "conversational.jsonl", "--encyclopedic", "encyclopedic.jsonl"]
     return run_module("tests.gpu_path", backend, cwd / "base", "train", *flags, *rows, cwd=cwd)
 
