@@ -277,13 +277,16 @@ def find_finished(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[s
     """The record of the run in `folder` if it is done, else None. The record is written last: without it, it is not done.
 
     Raises:
-        UsageError: the folder holds a finished run of another recipe, or on other rows.
+        UsageError: the folder holds a run of another recipe, or on other rows, or its record cannot be read.
     """
     path = folder / "run.json"
     if not path.is_file():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    there = record["recipe"] | {"data_fingerprint": record["data_fingerprint"]}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        there = record["recipe"] | {"data_fingerprint": record["data_fingerprint"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is broken ({error!r}). Keep that run aside and train anew with --restart.") from None
     wanted = dataclasses.asdict(recipe) | {"data_fingerprint": data_fingerprint}
     # Where the rows came from is no matter as long as they are the same, which the fingerprint tells.
     differences = [
@@ -293,11 +296,16 @@ def find_finished(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[s
     ]
     if differences:
         raise UsageError(
-            f"{folder} holds a finished run with other values:\n"
+            f"{folder} holds a run with other values:\n"
             + "\n".join(differences)
             + "\nChoose another --name, or keep that run aside and train anew with --restart."
         )
     return record
+
+
+def is_complete(record: Mapping[str, Any]) -> bool:
+    """Whether a run went to its last step; one that --max-hours stopped did not."""
+    return record["numbers"]["steps"] == record["numbers"]["planned_steps"]
 
 
 def set_aside(folder: Path) -> None:
@@ -607,6 +615,14 @@ def check_saved(weights: Path, plan: Plan, pad: PadName) -> None:
         )
 
 
+def keep_metrics(path: Path, last_step: int) -> None:
+    """Drops the lines after `last_step` from a file of metrics: a run that goes on from there writes them again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+        data.write_whole(path, "".join(kept))
+
+
 # --- Training ----------------------------------------------------------------------------------------------------
 
 
@@ -875,7 +891,9 @@ def ask_probes(model: PeftModel, tokenizer: Any, base_model: str, num_probes: in
     FastLanguageModel.for_inference(model)
     loaded = infer.LoadedModel(model, tokenizer, base_model, min_rows=1)
     requests = [infer.Request(question, infer.DECODINGS["kit"]) for question in data.read_probes()[:num_probes]]
-    with tqdm(total=sum(request.decoding.max_new_tokens for request in requests), unit="token", desc="asking") as bar:
+    with tqdm(
+        total=sum(request.decoding.max_new_tokens for request in requests), unit="token", desc="asking", disable=not requests
+    ) as bar:
         return infer.answer_requests(loaded, requests, bar.update)
 
 
@@ -1044,8 +1062,8 @@ def run(
 ) -> dict[str, Any]:
     """One training run into `folder`, from `checkpoint` on if there is one; returns the record that run.json holds."""
     trainer, tokenizer, audit, plan = prepare_trainer(recipe, mix, folder, config.report_to)
-    if data.is_main_process() and checkpoint is None:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    if data.is_main_process():
+        keep_metrics(folder / "metrics.jsonl", int(checkpoint.name.partition("-")[2]) if checkpoint else -1)
     numbers = train_and_evaluate(trainer, deadline, checkpoint)
     numbers |= {name: audit[name] for name in ("train_rows", "train_tokens", "eval_rows")}
     numbers |= {"trainable_parameters": plan.trainable_parameters, "planned_memory": plan.memory_peak}
@@ -1189,12 +1207,23 @@ def merge_adapter(recipe: Recipe, folder: Path) -> Path:
 
 
 def push_adapter(adapter: Path, repo_id: str) -> str:
-    """Uploads the adapter folder, card and all, to a hub repository, which is made private if it is new; returns its URL."""
+    """Uploads the adapter folder, card and all, to a hub repository, which is made private if it is new; returns its URL.
+
+    Raises:
+        UsageError: the hub refused it, or could not be reached any more.
+    """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
-    url = api.create_repo(repo_id, private=True, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, folder_path=adapter, commit_message="LoRA adapter and its card")
+    try:
+        url = api.create_repo(repo_id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=adapter, commit_message="LoRA adapter and its card")
+    except (HfHubHTTPError, OSError) as error:
+        raise UsageError(
+            f"{adapter} is whole, but could not be uploaded to {repo_id} ({str(error).splitlines()[0]}). "
+            "Once that is mended, the same line uploads it without training again."
+        ) from None
     return str(url)
 
 
@@ -1213,10 +1242,15 @@ def train_unless_done(config: TrainConfig, recipe: Recipe, folder: Path, deadlin
     checkpoint = None
     if record:
         numbers = record["numbers"]
-        if numbers["steps"] == numbers["planned_steps"]:
+        if is_complete(record):
             print(f"{folder} is already trained with these values (--restart trains it again).")
             return record
         checkpoint = folder / f"checkpoint-{numbers['steps']}"
+        if not (checkpoint / "trainer_state.json").is_file():
+            raise UsageError(
+                f"{folder} was stopped after step {numbers['steps']} of {numbers['planned_steps']}, and {checkpoint.name}, "
+                "from which it would go on, is gone. Put it back, or train anew with --restart."
+            )
         print(f"going on with {folder} after step {numbers['steps']} of {numbers['planned_steps']}")
     if data.is_main_process():
         if folder.exists() and config.restart:
@@ -1229,13 +1263,9 @@ def train_unless_done(config: TrainConfig, recipe: Recipe, folder: Path, deadlin
         # TRL's card, which it writes beside a checkpoint; ours lies with the adapter.
         (folder / "README.md").unlink(missing_ok=True)
         for old in folder.glob("checkpoint-*"):
-            if old.name != f"checkpoint-{record['numbers']['steps']}" or _is_complete(record):
+            if old.name != f"checkpoint-{record['numbers']['steps']}" or is_complete(record):
                 shutil.rmtree(old)
     return record
-
-
-def _is_complete(record: Mapping[str, Any]) -> bool:
-    return record["numbers"]["steps"] == record["numbers"]["planned_steps"]
 
 
 def main(config: TrainConfig) -> None:
@@ -1267,9 +1297,12 @@ def main(config: TrainConfig) -> None:
     if not data.is_main_process():
         return
     print(describe_result(folder, recipe, record["numbers"]))
-    if config.merge and _is_complete(record):
+    if (config.merge or config.push_to_hub) and not is_complete(record):
+        print("Neither merged nor uploaded: that waits until the run has gone on to its end.")
+        return
+    if config.merge:
         print(f"merged    {merge_adapter(recipe, folder)}, with a Modelfile for Ollama")
-    if config.push_to_hub and _is_complete(record):
+    if config.push_to_hub:
         print(f"uploaded  {push_adapter(folder / 'adapter', config.push_to_hub)} (private at first)")
 
 

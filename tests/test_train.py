@@ -285,6 +285,24 @@ def read_metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_metrics_after_the_step_to_go_on_from_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    train.keep_metrics(path, 1)
+    assert not path.exists()
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"ste')
+    train.keep_metrics(path, 1)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+    train.keep_metrics(path, -1)
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"recipe": {}}'])
+def test_a_broken_record_of_a_run_is_one_message(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UsageError, match=r"run\.json is broken .* --restart"):
+        train.find_finished(tmp_path, make_recipe(), "0")
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_by_the_clock_goes_on_to_the_same_bytes(trained, tmp_path):
     flags = ["train.py", *trained.flags, "--num-probes", "0"]
@@ -296,6 +314,10 @@ def test_a_run_that_was_stopped_by_the_clock_goes_on_to_the_same_bytes(trained, 
         *("run.json", "metrics.jsonl", "samples.jsonl", "adapter", "checkpoint-1")
     }
     assert "1 of 16 rows of 4 planned" in (folder / "adapter" / "README.md").read_text()
+    checkpoint = (folder / "checkpoint-1").rename(folder / "elsewhere")
+    refused = run_script(*flags, cwd=tmp_path)
+    assert refused.returncode == 2 and "checkpoint-1, from which it would go on, is gone" in refused.stderr
+    checkpoint.rename(folder / "checkpoint-1")
     resumed = run_script(*flags, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on with runs/train/tiny after step 1 of 4" in resumed.stdout
