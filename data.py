@@ -78,6 +78,9 @@ MIXES: dict[MixName, dict[SourceName, int]] = {
     "rebalanced": {"conversational": 8500, "encyclopedic": 1500},
 }
 
+# Files of rows that are read; any other source is a hub id.
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
 # Column names that are understood, question first; `instruction`/`input`/`output` and `messages` stand apart.
 QUESTION_ANSWER_COLUMNS = ("question", "answer")
 ALPACA_COLUMNS = ("instruction", "input", "output")
@@ -173,6 +176,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """How many of them share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
@@ -191,12 +199,7 @@ def read_records(source: str) -> list[tuple[str, Any]]:
         UsageError: the source is neither, does not exist, or holds something other than records.
     """
     path = Path(source)
-    readers: dict[str, Callable[[Path], list[tuple[str, Any]]]] = {
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-    }
+    readers = dict(zip(FILE_SUFFIXES, (_read_jsonl, _read_json, _read_csv, _read_parquet), strict=True))
     if path.suffix not in readers:
         if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", source):
             raise UsageError(f"{source!r} is no source of rows. Allowed: a {', '.join(readers)} file or a hub id (owner/name).")

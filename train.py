@@ -127,8 +127,12 @@ EVAL_EVERY = 0.5
 # after cleaning, under Llama 3.2's tokenizer.
 MEAN_ROW_TOKENS: dict[data.SourceName, int] = {"conversational": 264, "encyclopedic": 169}
 
-# Seconds that --max-hours keeps for the card's answers and for saving, beside an evaluation and the longest step so far.
-SAVING_SECONDS = 180
+# Seconds that --max-hours keeps for saving, and for each probe question, beside evaluations and the longest step so far.
+SAVING_SECONDS = 60
+PROBE_SECONDS = 20
+
+# The values that vLLM takes for --max-lora-rank.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 VERSIONS_OF = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets")
 
@@ -273,8 +277,9 @@ def resolve_recipe(config: TrainConfig) -> Recipe:
 # --- The run folder ----------------------------------------------------------------------------------------------
 
 
-def find_finished(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[str, Any] | None:
-    """The record of the run in `folder` if it is done, else None. The record is written last: without it, it is not done.
+def find_record(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[str, Any] | None:
+    """The record of the run in `folder`, finished or stopped by --max-hours, or None. It is written last: without it, nothing
+    there is whole.
 
     Raises:
         UsageError: the folder holds a run of another recipe, or on other rows, or its record cannot be read.
@@ -284,6 +289,7 @@ def find_finished(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[s
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        record["numbers"]["planned_steps"], record["numbers"]["steps"]
         there = record["recipe"] | {"data_fingerprint": record["data_fingerprint"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is broken ({error!r}). Keep that run aside and train anew with --restart.") from None
@@ -468,17 +474,23 @@ def count_rows(config: TrainConfig, recipe: Recipe) -> tuple[int, int, int, str 
     Raises:
         UsageError: a file of rows cannot be used.
     """
-    from_files = all(Path(source).is_file() for source in (recipe.conversational, recipe.encyclopedic))
+    sources: dict[data.SourceName, str] = config.sources(recipe.profile)
+    files = {name: source for name, source in sources.items() if Path(source).suffix in data.FILE_SUFFIXES}
+    for name, source in files.items():
+        data.load_rows(source, name)  # what is wrong with a file is the user's to mend, and no reason to estimate
+    counts, lengths, missing = recipe.wanted, None, None
     try:
-        tokenizer = data.load_tokenizer(recipe.profile)
-        lengths = [len(row["input_ids"]) for row in data.encode_rows(tokenizer, config.load(recipe.profile).train)[0]]
-        return len(lengths), sum(lengths), max(lengths, default=0), None
+        rows = config.load(recipe.profile).train
+        counts = {name: sum(row.source == name for row in rows) for name in sources}
+        lengths = [len(row["input_ids"]) for row in data.encode_rows(data.load_tokenizer(recipe.profile), rows)[0]]
     except UsageError as error:
-        if from_files and recipe.profile == "cpu":
+        if files.keys() == sources.keys() and recipe.profile == "cpu":
             raise
-        rows = sum(recipe.wanted.values())
-        tokens = sum(count * MEAN_ROW_TOKENS[name] for name, count in recipe.wanted.items())
-        return rows, tokens, data.MAX_SEQ_LENGTH, str(error).split(". ")[0]
+        missing = str(error).split(". ")[0]
+    if lengths is not None:
+        return len(lengths), sum(lengths), max(lengths, default=0), None
+    tokens = sum(count * MEAN_ROW_TOKENS[name] for name, count in counts.items())
+    return sum(counts.values()), tokens, data.MAX_SEQ_LENGTH, missing
 
 
 def make_plan(recipe: Recipe, dtype: str, rows: int, tokens: int, longest_row: int, estimated: str | None = None) -> Plan:
@@ -513,7 +525,7 @@ def make_plan(recipe: Recipe, dtype: str, rows: int, tokens: int, longest_row: i
         adapter_bytes=adapter_bytes,
         memory=memory,
         memory_peak=max(sum(memory.values()), loading, evaluation),
-        memory_limit=training.memory_limit or psutil.virtual_memory().available,
+        memory_limit=training.memory_limit or psutil.virtual_memory().available // data.local_world_size(),
         host_memory=host if training.host_runtime else {},
         disk={"base model, into the cache, once": in_file, **disk},
     )
@@ -542,7 +554,10 @@ def format_plan(plan: Plan, recipe: Recipe, folder: Path) -> str:
         available = psutil.virtual_memory().available
         lines += parts("host memory", plan.host_memory, sum(plan.host_memory.values()), available, "free here")
     lines += parts("disk", plan.disk, sum(plan.disk.values()), shutil.disk_usage(written).free, f"free at {written}")
-    lines += [f"{'to be written':<30}{folder}/: run.json, metrics.jsonl, samples.jsonl, adapter/"]
+    lines += [
+        f"{'to be written':<30}{folder}/: run.json, metrics.jsonl, samples.jsonl, adapter/; "
+        "checkpoint-N/ with --max-hours, merged/ with --merge"
+    ]
     return "\n".join(lines)
 
 
@@ -617,7 +632,9 @@ def check_saved(weights: Path, plan: Plan, pad: PadName) -> None:
 
 def keep_metrics(path: Path, last_step: int) -> None:
     """Drops the lines after `last_step` from a file of metrics: a run that goes on from there writes them again."""
-    if path.is_file():
+    if last_step < 0:
+        path.unlink(missing_ok=True)
+    elif path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
         data.write_whole(path, "".join(kept))
@@ -754,7 +771,7 @@ def make_progress_callback(metrics_path: Path) -> TrainerCallback:
 
 
 def make_time_limit_callback(deadline: float) -> TrainerCallback:
-    """Ends training with a checkpoint while there is time left for one more step, an evaluation and saving.
+    """Ends training with a checkpoint while there is time left for one more step and an evaluation.
 
     `deadline` is a reading of `time.monotonic`. Processes that train together stop at the same step.
     """
@@ -773,7 +790,9 @@ def make_time_limit_callback(deadline: float) -> TrainerCallback:
             now = time.monotonic()
             self.longest_step = max(self.longest_step, now - self.began)
             evaluation = max(log.get("eval_runtime", 0.0) for log in state.log_history)
-            late = now + self.longest_step + evaluation + SAVING_SECONDS > deadline
+            # One at the end, and one before the next step where it is due.
+            evaluations = evaluation * (1 + control.should_evaluate)
+            late = now + self.longest_step + evaluations > deadline
             if torch.distributed.is_initialized():
                 votes = torch.tensor([late], dtype=torch.int32, device=args.device)
                 torch.distributed.all_reduce(votes)
@@ -848,12 +867,21 @@ def make_trainer(
 
 
 def train_and_evaluate(trainer: SFTTrainer, deadline: float | None, checkpoint: Path | None) -> dict[str, Any]:
-    """Trains, from `checkpoint` on if there is one; returns the run's numbers: eval losses, accuracy, steps and seconds."""
+    """Trains, from `checkpoint` on if there is one; returns the run's numbers: eval losses, accuracy, steps and seconds.
+
+    Raises:
+        UsageError: the GPU's memory was not enough.
+    """
+    import torch
+
     if deadline:
         trainer.add_callback(make_time_limit_callback(deadline))
     trainer.args.eval_on_start = checkpoint is None
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"Out of memory ({str(error).splitlines()[0]}). {MEMORY_ADVICE}") from error
     seconds = time.monotonic() - started
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     if evaluations[-1]["step"] < trainer.state.global_step:
@@ -879,7 +907,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def ask_probes(model: PeftModel, tokenizer: Any, base_model: str, num_probes: int) -> list[infer.Answer]:
+def ask_probes(model: PeftModel, tokenizer: Any, base_model: str, adapter: Path, num_probes: int) -> list[infer.Answer]:
     """What the model answers to the first probe questions right after training.
 
     One by one and in the dtype that it was trained in, which is quick; `infer.py` asks in a dtype and in rows that make answers
@@ -889,7 +917,8 @@ def ask_probes(model: PeftModel, tokenizer: Any, base_model: str, num_probes: in
     from unsloth import FastLanguageModel
 
     FastLanguageModel.for_inference(model)
-    loaded = infer.LoadedModel(model, tokenizer, base_model, min_rows=1)
+    digest = infer.adapter_digest(adapter)
+    loaded = infer.LoadedModel(model, tokenizer, base_model, min_rows=1, adapter=adapter, adapter_sha256=digest)
     requests = [infer.Request(question, infer.DECODINGS["kit"]) for question in data.read_probes()[:num_probes]]
     with tqdm(
         total=sum(request.decoding.max_new_tokens for request in requests), unit="token", desc="asking", disable=not requests
@@ -900,9 +929,7 @@ def ask_probes(model: PeftModel, tokenizer: Any, base_model: str, num_probes: in
 # --- What a run leaves -------------------------------------------------------------------------------------------
 
 
-def save_adapter(
-    model: PeftModel, tokenizer: Any, folder: Path, record: infer.AdapterRecord, plan: Plan, card: str, hub_id: str
-) -> int:
+def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, record: infer.AdapterRecord, plan: Plan, hub_id: str) -> int:
     """Writes the adapter folder, whole or not at all, and returns the bytes of its weights.
 
     The record's decoding goes with it: into generation_config.json, which other programs read, and whole into our own record,
@@ -928,7 +955,6 @@ def save_adapter(
             decoding.no_repeat_ngram_size,
         ).save_pretrained(part)
     data.write_whole(part / infer.ADAPTER_RECORD, json.dumps(record.to_json(), indent=2) + "\n")
-    data.write_whole(part / "README.md", card)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     return (folder / "adapter_model.safetensors").stat().st_size
@@ -936,8 +962,9 @@ def save_adapter(
 
 def describe_source(source: str) -> str:
     """A source of rows as a card names it, with its licence: of a file only the name, for its folder is nobody's business."""
-    name = source.partition("@")[0]
-    return f"{Path(name).name if Path(name).is_file() else source} (licence: {data.LICENCES.get(name, 'not known to the kit')})"
+    path = Path(source)
+    name, key = (path.name, str(path.resolve())) if path.is_file() else (source, source.partition("@")[0])
+    return f"{name} (licence: {data.LICENCES.get(key, 'not known to the kit')})"
 
 
 def format_vllm_command(recipe: Recipe, adapter: str, decoding: infer.Decoding) -> str:
@@ -948,17 +975,38 @@ def format_vllm_command(recipe: Recipe, adapter: str, decoding: infer.Decoding) 
         "repetition_penalty": decoding.repetition_penalty,
         "max_new_tokens": decoding.max_new_tokens,
     }
+    rank = next((rank for rank in VLLM_RANKS if rank >= recipe.r), recipe.r)
     return (
-        f"vllm serve {infer.PROFILES[recipe.profile].hub_id} --enable-lora --max-lora-rank {recipe.r} "
+        f"vllm serve {infer.PROFILES[recipe.profile].hub_id} --enable-lora --max-lora-rank {rank} "
         f"--lora-modules medical={adapter} --chat-template {adapter}/chat_template.jinja "
         f"--override-generation-config '{json.dumps(values)}'"
     )
 
 
+def format_card_answers(answers: Sequence[infer.Answer]) -> list[str]:
+    """Lines of markdown with every answer, and of each whether it ended; as HTML, so that no text is read as markdown."""
+    ended = sum(answer.finish_reason == "stop" for answer in answers)
+    lines = [
+        "## Answers",
+        "",
+        f"All {len(answers)} questions that were asked right after training, whatever came out; {ended} ended by the stop "
+        f"token. Decoding: {infer.describe_decoding(infer.DECODINGS['kit'])}. *rep-4* is the share of 4-word sequences that "
+        "occurred before.",
+        "",
+    ]
+    for answer in answers:
+        how = "ended" if answer.finish_reason == "stop" else f"**cut at the cap of {answer.answer_tokens} tokens**"
+        rep_4 = infer.rep_n(re.findall(r"\w+", answer.text.lower()), 4)
+        lines += [f"**{html.escape(answer.question, quote=False)}** ({how}; rep-4 {rep_4:.2f})", ""]
+        lines += [f"<pre>{html.escape(answer.text, quote=False)}</pre>", ""]
+    return lines
+
+
 def make_card(recipe: Recipe, record: Mapping[str, Any], answers: Sequence[infer.Answer]) -> str:
     """The model card (markdown): recipe, data with licences, losses, every probe answer, versions, how to ask."""
     profile, numbers, decoding = infer.PROFILES[recipe.profile], record["numbers"], infer.DECODINGS["kit"]
-    stopped = f" of {numbers['planned_steps']} planned (--max-hours)" if numbers["steps"] < numbers["planned_steps"] else ""
+    sources = {"conversational": recipe.conversational, "encyclopedic": recipe.encyclopedic}
+    stopped = "" if is_complete(record) else f" of {numbers['planned_steps']} planned (--max-hours)"
     table = {
         "base model": f"{profile.hub_id}, {'4-bit NF4' if recipe.load_in_4bit else '16 or 32 bits'}",
         "LoRA": f"r {recipe.r}, alpha {recipe.lora_alpha}, dropout 0, on {', '.join(TARGET_MODULES[recipe.target_modules])}",
@@ -969,7 +1017,6 @@ def make_card(recipe: Recipe, record: Mapping[str, Any], answers: Sequence[infer
         "eval loss": f"{numbers['eval_loss_before']:.4f} before, {numbers['eval_loss']:.4f} after, on {numbers['eval_rows']} "
         "rows held out",
     }
-    ended = sum(answer.finish_reason == "stop" for answer in answers)
     lines = [
         "---",
         f"base_model: {profile.hub_id}",
@@ -990,21 +1037,9 @@ def make_card(recipe: Recipe, record: Mapping[str, Any], answers: Sequence[infer
         "",
         "## Data",
         "",
-        f"- conversational: {describe_source(recipe.conversational)}",
-        f"- encyclopedic: {describe_source(recipe.encyclopedic)}",
+        *(f"- {name}: {describe_source(source)}" for name, source in sources.items() if recipe.wanted[name]),
         "",
-        "## Answers",
-        "",
-        f"All {len(answers)} questions that were asked right after training, whatever came out; {ended} ended by the stop "
-        f"token. Decoding: {infer.describe_decoding(decoding)}. *rep-4* is the share of 4-word sequences that occurred before.",
-        "",
-    ]
-    for answer in answers:
-        how = "ended" if answer.finish_reason == "stop" else f"**cut at the cap of {answer.answer_tokens} tokens**"
-        rep_4 = infer.rep_n(re.findall(r"\w+", answer.text.lower()), 4)
-        lines += [f"**{html.escape(answer.question, quote=False)}** ({how}; rep-4 {rep_4:.2f})", ""]
-        lines += [f"<pre>{html.escape(answer.text, quote=False)}</pre>", ""]
-    lines += [
+        *format_card_answers(answers),
         "## Asking",
         "",
         'With the kit that made it: `python infer.py --adapter FOLDER "question"`. With vLLM, whose penalty counts the prompt '
@@ -1044,11 +1079,12 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
     sizes = [audit[name] for name in ("train_rows", "train_tokens", "longest_row")]
     plan = make_plan(recipe, dtype, *sizes)
     print(f"\n{format_plan(plan, recipe, folder)}", flush=True)
-    if not plan.fits:
+    if not plan.fits and data.is_main_process():
         print(f"This may run out of memory. {MEMORY_ADVICE}", file=sys.stderr)
     with infer.quiet_libraries():
         if recipe.pad == "added":
-            print(explain_added_pad(plan, recipe, dtype), file=sys.stderr)
+            if data.is_main_process():
+                print(explain_added_pad(plan, recipe, dtype), file=sys.stderr)
             infer.add_pad_token(model, tokenizer)
         model = add_lora(model, recipe)
         check_before_training(model, tokenizer, recipe)
@@ -1081,13 +1117,13 @@ def run(
         "numbers": numbers,
     }
     if data.is_main_process():
-        answers = ask_probes(trainer.model, tokenizer, recipe.base_model, config.num_probes)
+        # The weights first: what comes after is only talk about them.
+        adapter, hub_id = folder / "adapter", infer.PROFILES[recipe.profile].hub_id
+        numbers["adapter_bytes"] = save_adapter(trainer.model, tokenizer, adapter, adapter_record, plan, hub_id)
+        answers = ask_probes(trainer.model, tokenizer, recipe.base_model, adapter, config.num_probes)
         lines = (json.dumps({"step": numbers["steps"], **answer.to_record()}, ensure_ascii=False) for answer in answers)
         data.write_whole(folder / "samples.jsonl", "".join(line + "\n" for line in lines))
-        card, hub_id = make_card(recipe, record, answers), infer.PROFILES[recipe.profile].hub_id
-        numbers["adapter_bytes"] = save_adapter(
-            trainer.model, tokenizer, folder / "adapter", adapter_record, plan, card, hub_id
-        )
+        data.write_whole(adapter / "README.md", make_card(recipe, record, answers))
     return record
 
 
@@ -1101,12 +1137,8 @@ def describe_result(folder: Path, recipe: Recipe, numbers: Mapping[str, Any]) ->
         f"record    {folder / 'run.json'}, {folder / 'metrics.jsonl'}; answers {folder / 'samples.jsonl'}",
     ]
     if numbers["steps"] < numbers["planned_steps"]:
-        return "\n".join(
-            [
-                *lines,
-                f"Stopped by --max-hours after {numbers['steps']} of {numbers['planned_steps']} steps; the same line goes on.",
-            ]
-        )
+        stopped = f"Stopped by --max-hours after {numbers['steps']} of {numbers['planned_steps']} steps"
+        return "\n".join([*lines, f"{stopped}; the same line (without --restart) goes on."])
     return "\n".join(
         [
             *lines,
@@ -1178,6 +1210,7 @@ def make_modelfile(tokenizer: Any, decoding: infer.Decoding) -> str:
             f"PARAMETER temperature {decoding.temperature:g}",
             f"PARAMETER top_p {decoding.top_p:g}",
             f"PARAMETER repeat_penalty {decoding.repetition_penalty:g}",
+            "PARAMETER repeat_last_n -1",
             f"PARAMETER num_predict {decoding.max_new_tokens}",
             f"PARAMETER num_ctx {data.MAX_SEQ_LENGTH}",
             "",
@@ -1212,6 +1245,7 @@ def push_adapter(adapter: Path, repo_id: str) -> str:
     Raises:
         UsageError: the hub refused it, or could not be reached any more.
     """
+    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -1219,7 +1253,7 @@ def push_adapter(adapter: Path, repo_id: str) -> str:
     try:
         url = api.create_repo(repo_id, private=True, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=adapter, commit_message="LoRA adapter and its card")
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise UsageError(
             f"{adapter} is whole, but could not be uploaded to {repo_id} ({str(error).splitlines()[0]}). "
             "Once that is mended, the same line uploads it without training again."
@@ -1238,11 +1272,15 @@ def default_name(recipe: Recipe) -> str:
 def train_unless_done(config: TrainConfig, recipe: Recipe, folder: Path, deadline: float | None) -> dict[str, Any]:
     """The record of the finished run in `folder`, after training it, or going on with it, where it is not finished yet."""
     mix = config.load(recipe.profile)
-    record = None if config.restart else find_finished(folder, recipe, mix.fingerprint)
+    record = None if config.restart else find_record(folder, recipe, mix.fingerprint)
     checkpoint = None
     if record:
         numbers = record["numbers"]
+        if not (folder / "adapter" / "adapter_model.safetensors").is_file():
+            raise UsageError(f"{folder} is recorded, but its adapter is gone. Put it back, or train anew with --restart.")
         if is_complete(record):
+            if data.is_main_process():
+                data.write_whole(infer.LATEST, folder.name + "\n")
             print(f"{folder} is already trained with these values (--restart trains it again).")
             return record
         checkpoint = folder / f"checkpoint-{numbers['steps']}"
@@ -1256,7 +1294,9 @@ def train_unless_done(config: TrainConfig, recipe: Recipe, folder: Path, deadlin
         if folder.exists() and config.restart:
             set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
+    earlier = record["numbers"]["training_seconds"] if record else 0
     record = run(config, recipe, mix, folder, deadline, checkpoint)
+    record["numbers"]["training_seconds"] += earlier
     if data.is_main_process():
         data.write_whole(folder / "run.json", json.dumps(record, indent=2) + "\n")
         data.write_whole(infer.LATEST, folder.name + "\n")
@@ -1270,7 +1310,8 @@ def train_unless_done(config: TrainConfig, recipe: Recipe, folder: Path, deadlin
 
 def main(config: TrainConfig) -> None:
     """Resolves the recipe, prints it and the plan, trains, exports, and prints what came out."""
-    deadline = time.monotonic() + 3600 * config.max_hours if config.max_hours else None
+    reserve = SAVING_SECONDS + PROBE_SECONDS * config.num_probes
+    deadline = time.monotonic() + 3600 * config.max_hours - reserve if config.max_hours else None
     infer.prepare_cublas()
     if not data.is_main_process():
         sys.stdout = io.StringIO()  # rank 0 alone prints
@@ -1303,7 +1344,7 @@ def main(config: TrainConfig) -> None:
     if config.merge:
         print(f"merged    {merge_adapter(recipe, folder)}, with a Modelfile for Ollama")
     if config.push_to_hub:
-        print(f"uploaded  {push_adapter(folder / 'adapter', config.push_to_hub)} (private at first)")
+        print(f"uploaded  {push_adapter(folder / 'adapter', config.push_to_hub)} (private, if it is new)")
 
 
 if __name__ == "__main__":

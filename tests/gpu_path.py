@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 import types
 from pathlib import Path
 
@@ -98,7 +97,6 @@ def pretend_t4():
 def import_gpu_unsloth(*, host_device_map=True):
     """Imports Unsloth's GPU code, trainers rewritten as on a GPU, its 4-bit loader unlocked and kept from asking the driver."""
     os.environ.update(UNSLOTH_ALLOW_CPU="1", TRITON_INTERPRET="1", UNSLOTH_COMPILE_DISABLE="1")
-    os.environ["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp(prefix="unsloth_gpu_path_")
     import torch  # noqa: F401 - before the pretence, which it must not see while it is imported
 
     pretend_t4()

@@ -64,6 +64,10 @@ REFUSED = {
     "name": (["train.py", "--name", "../elsewhere"], "letters, digits"),
     "no mix": (["train.py", "--mix", "week5"], "week4"),
     "no file": (["train.py", "--profile", "cpu", "--conversational", "none.jsonl"], "none.jsonl: no such file"),
+    "plan of no file": (
+        ["train.py", "--profile", "t4", "--dry-run", "--conversational", "none.jsonl"],
+        "none.jsonl: no such file",
+    ),
     "no source": (["data.py", "--profile", "cpu", "--conversational", "rows.txt"], "'rows.txt' is no source"),
     "show": (["data.py", "--show", "-1"], "--show -1"),
     "show as JSON": (["data.py", "--show", "1", "--json"], "Give one of the two"),
@@ -130,7 +134,7 @@ def test_the_t4_run_is_planned_anywhere_without_a_network(tmp_path):
     assert re.fullmatch(r"lavita/ChatDoctor-HealthCareMagic-100k@[0-9a-f]{40}", values["conversational"])
     assert re.fullmatch(r"medalpaca/medical_meadow_wikidoc@[0-9a-f]{40}", values["encyclopedic"])
     assert values["epochs"] == "2.0"
-    assert "are estimates: unsloth/Llama-3.2-3B-Instruct: its tokenizer could not be had" in ran.stdout
+    assert "are estimates: lavita/ChatDoctor-HealthCareMagic-100k: could not be loaded from the hub" in ran.stdout
     assert values["rows"].startswith("about 10,000")
     assert values["steps"].startswith("about 1,250 of 16 rows: 4 rows x 4 forward passes x 1 processes")
     assert values["trainable parameters"] == "24,313,856"
