@@ -539,7 +539,7 @@ def format_plan(plan: Plan, recipe: Recipe, folder: Path) -> str:
         lines = [f"{title:<30}{total / GIB:.2f} GiB of {of / GIB:.1f} GiB {says}".rstrip()]
         return lines + [f"  {name:<28}{size / GIB:9.3f} GiB" for name, size in sizes.items()]
 
-    written = next(parent for parent in folder.resolve().parents if parent.exists())
+    written = existing_parent(folder)
     about = "about " if plan.estimated else ""
     lines = [f"rows, tokens and the longest row are estimates: {plan.estimated}"] if plan.estimated else []
     lines += [
@@ -628,6 +628,11 @@ def check_saved(weights: Path, plan: Plan, pad: PadName) -> None:
             f"{', '.join(others) or 'none'}. It was not put in place as the adapter. An embedding in it means that a token was "
             "added to the tokenizer: use the base model's own pad token (--pad native) and train again with --restart."
         )
+
+
+def existing_parent(folder: Path) -> Path:
+    """The nearest folder above `folder` that is there: on its disk the run will be written."""
+    return next(parent for parent in folder.resolve().parents if parent.exists())
 
 
 def keep_metrics(path: Path, last_step: int) -> None:
@@ -1096,7 +1101,11 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
 def run(
     config: TrainConfig, recipe: Recipe, mix: data.Mix, folder: Path, deadline: float | None, checkpoint: Path | None
 ) -> dict[str, Any]:
-    """One training run into `folder`, from `checkpoint` on if there is one; returns the record that run.json holds."""
+    """One training run into `folder`, from `checkpoint` on if there is one; returns the record that run.json holds.
+
+    Raises:
+        UsageError: as `prepare_trainer`, `train_and_evaluate` and `save_adapter`.
+    """
     trainer, tokenizer, audit, plan = prepare_trainer(recipe, mix, folder, config.report_to)
     if data.is_main_process():
         keep_metrics(folder / "metrics.jsonl", int(checkpoint.name.partition("-")[2]) if checkpoint else -1)
@@ -1179,7 +1188,7 @@ def check_exports(config: TrainConfig, recipe: Recipe, folder: Path) -> None:
         weights = 2 * count_weight_bytes(dataclasses.replace(recipe, load_in_4bit=False), 1)[0]
         # A model that was loaded in 4 bits is merged into its 16-bit original, which is fetched for it.
         needed = weights * (2 if recipe.load_in_4bit else 1)
-        free = shutil.disk_usage(next(parent for parent in folder.resolve().parents if parent.exists())).free
+        free = shutil.disk_usage(existing_parent(folder)).free
         if needed > free:
             raise UsageError(
                 f"--merge needs {needed / GIB:.1f} GiB of disk for {arch.num_hidden_layers} layers in 16 bits, and "
@@ -1219,7 +1228,11 @@ def make_modelfile(tokenizer: Any, decoding: infer.Decoding) -> str:
 
 
 def merge_adapter(recipe: Recipe, folder: Path) -> Path:
-    """Writes base and adapter of a finished run as one 16-bit model, with an Ollama Modelfile; returns its folder."""
+    """Writes base and adapter of a finished run as one 16-bit model, with an Ollama Modelfile; returns its folder.
+
+    Raises:
+        UsageError: as `infer.load_base`.
+    """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -1270,7 +1283,11 @@ def default_name(recipe: Recipe) -> str:
 
 
 def train_unless_done(config: TrainConfig, recipe: Recipe, folder: Path, deadline: float | None) -> dict[str, Any]:
-    """The record of the finished run in `folder`, after training it, or going on with it, where it is not finished yet."""
+    """The record of the run in `folder`, after training it, or going on with it, where it is not finished yet.
+
+    Raises:
+        UsageError: as `find_record` and `run`, or what a stopped or finished run left is not there any more.
+    """
     mix = config.load(recipe.profile)
     record = None if config.restart else find_record(folder, recipe, mix.fingerprint)
     checkpoint = None
