@@ -24,7 +24,7 @@ from typing import Any, Literal
 import data
 import infer
 from data import UsageError
-from infer import DECODINGS, Answer, DecodingName
+from infer import DECODINGS, DecodingName, Judged
 
 ABLATE_RUNS = infer.RUNS / "ablate"
 
@@ -75,20 +75,23 @@ def make_grid(base_model: str, adapter: Path, questions: Sequence[str]) -> list[
 
 
 def is_done(cell: Cell, study: Path) -> bool:
-    """Whether the study holds this cell's answers, of this very model, decoding and questions."""
-    result = study / "cells" / cell.id / "result.json"
-    return result.is_file() and json.loads(result.read_text(encoding="utf-8"))["settings"] == cell.settings
+    """Whether the study holds this cell's answers, of this very model, decoding and questions, and judged."""
+    path = study / "cells" / cell.id / "result.json"
+    if not path.is_file():
+        return False
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result["settings"] == cell.settings and "num_sound" in result["numbers"]
 
 
-def write_cell(cell: Cell, answers: Sequence[Answer], study: Path) -> None:
+def write_cell(cell: Cell, judged: Sequence[Judged], study: Path) -> None:
     """Writes the cell's folder, whole or not at all, in place of an older one."""
     folder = study / "cells" / cell.id
     part = folder.with_name(f".{cell.id}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    lines = (json.dumps(answer.to_record(), ensure_ascii=False) for answer in answers)
+    lines = (json.dumps(each.to_record(), ensure_ascii=False) for each in judged)
     (part / "generations.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    result = {"settings": cell.settings, "numbers": measure(answers)}
+    result = {"settings": cell.settings, "numbers": measure(judged)}
     (part / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
@@ -107,18 +110,18 @@ def read_cells(study: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]
             if (folder / "result.json").is_file():
                 answers = (folder / "generations.jsonl").read_text(encoding="utf-8").strip().split("\n")
                 result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-                cells.append((result, [json.loads(line) for line in answers]))
+                if "num_sound" in result["numbers"]:
+                    cells.append((result, [json.loads(line) for line in answers]))
     if not cells:
         raise UsageError(f"{study} holds no finished cells to make a table from. Ask first: python ablate.py")
     return cells
 
 
-def measure(answers: Sequence[Answer]) -> dict[str, float]:
-    """Numbers of a cell: answers, those ended by the stop token, and means over the answers."""
+def measure(judged: Sequence[Judged]) -> dict[str, float]:
+    """Numbers of a cell: those of `infer.Quality`, and means over the answers."""
+    answers = [each.answer for each in judged]
     words = [re.findall(r"\w+", answer.text.lower()) for answer in answers]
-    return {
-        "n": len(answers),
-        "stopped": sum(answer.finish_reason == "stop" for answer in answers),
+    return dataclasses.asdict(infer.measure_quality(judged)) | {
         "mean_answer_tokens": sum(answer.answer_tokens for answer in answers) / len(answers),
         "rep_4": sum(infer.rep_n(each, 4) for each in words) / len(answers),
         "distinct_2": sum(infer.distinct_n(each, 2) for each in words) / len(answers),
@@ -140,18 +143,22 @@ def make_page(cells: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> s
             for result, _ in cells
         ),
         "",
-        "*stopped*: ended by the stop token before the cap, of all answers. *rep-4*: share of 4-word sequences that occurred "
-        "before (0 is best, a loop nears 1). *distinct-2*: share of 2-word sequences that are new. They see loops; an answer "
-        "that drifts or invents words passes all three, so read the answers below. None of this is medical advice.",
+        "*sound and ended*: nothing in the form speaks against the answer (the findings of infer.py), and the stop token ended "
+        "it before the cap. *points*: what a sound answer names, by the lists of samples/probes.jsonl; *wrong claims*: what it "
+        "must not. *rep-4*: share of 4-word sequences that occurred before (0 is best, a loop nears 1). *distinct-2*: share of "
+        "2-word sequences that are new. None of it says that an answer is right, and none of this is medical advice.",
         "",
-        "| model | decoding | n | stopped ↑ | mean tokens | rep-4 ↓ | distinct-2 ↑ |",
-        "|---|---|---|---|---|---|---|",
+        "| model | decoding | sound and ended ↑ | sound ↑ | stopped ↑ | points ↑ | wrong claims ↓ | mean tokens | rep-4 ↓ | "
+        "distinct-2 ↑ |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result, _ in cells:
         settings, numbers = result["settings"], result["numbers"]
         lines.append(
-            f"| {settings['model']} | {settings['decoding']} | {numbers['n']} | {numbers['stopped']} of {numbers['n']} | "
-            f"{numbers['mean_answer_tokens']:.0f} | {numbers['rep_4']:.2f} | {numbers['distinct_2']:.2f} |"
+            f"| {settings['model']} | {settings['decoding']} | {numbers['num_sound_and_ended']} of {numbers['num_answers']} | "
+            f"{numbers['num_sound']} | {numbers['num_ended']} | {numbers['num_named']}/{numbers['num_points']} | "
+            f"{numbers['num_wrong_claims']} | {numbers['mean_answer_tokens']:.0f} | {numbers['rep_4']:.2f} | "
+            f"{numbers['distinct_2']:.2f} |"
         )
     lines += ["", "## Answers"]
     for result, answers in cells:
@@ -159,7 +166,8 @@ def make_page(cells: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]) -> s
         lines += ["", "<details>", f"<summary>{settings['model']}, {settings['decoding']}</summary>", ""]
         for answer in answers:
             lines += [
-                f"**{html.escape(answer['question'])}** ({answer['answer_tokens']} tokens, {answer['finish_reason']})",
+                f"**{html.escape(answer['question'])}** ({answer['answer_tokens']} tokens, {answer['finish_reason']}; "
+                f"{answer['verdict']})",
                 "",
                 # As HTML, so that nothing in an answer is read as markdown.
                 f"<pre>{html.escape(answer['text'])}</pre>",
@@ -206,9 +214,10 @@ def answer_cells(cells: Sequence[Cell], profile: data.ProfileName, adapter: Path
             requests = [infer.Request(question, DECODINGS[cell.decoding]) for cell in own for question in cell.questions]
             with loaded.without_adapter() if name == "base" else contextlib.nullcontext(loaded) as model:
                 answers = infer.answer_requests(model, requests, bar.update)
+                judged = [infer.judge_asked(model, answer) for answer in answers]
             for place, cell in enumerate(own):
                 size = len(cell.questions)
-                write_cell(cell, answers[place * size : (place + 1) * size], study)
+                write_cell(cell, judged[place * size : (place + 1) * size], study)
 
 
 def main(config: AblateConfig) -> None:
@@ -219,7 +228,7 @@ def main(config: AblateConfig) -> None:
         adapter = infer.find_adapter(config.adapter) if config.adapter else infer.latest_adapter()
         record = infer.read_adapter_record(adapter)
         profile = infer.resolve_asked_profile("auto", record)
-        grid = make_grid(record.base_model, adapter, data.read_probes()[: config.num_probes])
+        grid = make_grid(record.base_model, adapter, [probe.question for probe in data.read_probes()[: config.num_probes]])
         missing = [cell for cell in grid if not is_done(cell, study)]
         print(f"{len(grid)} cells of {len(grid[0].questions)} questions, {len(missing)} to answer: {adapter} and its base")
         if missing:

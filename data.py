@@ -157,10 +157,10 @@ class Mix:
         return _digest(*(row.key for row in self.train), "|", *(row.key for row in self.eval))[:12]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes the file beside its place, then renames it: readers see the old text or the new, never a part."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes the file beside its place, then renames it: readers see the old content or the new, never a part."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)
 
 
@@ -574,9 +574,57 @@ class ProbeQuestions:
         return _content_key(words) in self._keys or any(probe in text for probe in self._texts)
 
 
-def read_probes(path: Path = PROBES) -> list[str]:
-    """The probe questions, in the file's order."""
-    return [record["question"] for _, record in read_records(str(path))]
+@dataclass(frozen=True)
+class Point:
+    """What a sound answer names. It is named where any of the phrases occurs."""
+
+    name: str
+    phrases: tuple[str, ...]
+    """Lower-case words; `...` stands for up to six words of the same sentence."""
+    guideline: str
+    """The published reference on which it rests."""
+
+
+@dataclass(frozen=True)
+class WrongClaim:
+    """What an answer must not claim. It is claimed where any of the phrases occurs, and none of `unless_after` before it."""
+
+    name: str
+    phrases: tuple[str, ...]
+    guideline: str
+    unless_after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question that every run is asked, with what a list can tell of its answers."""
+
+    id: str
+    question: str
+    points: tuple[Point, ...]
+    wrong_claims: tuple[WrongClaim, ...]
+
+
+def read_probes(path: Path = PROBES) -> list[Probe]:
+    """The probes, in the file's order.
+
+    Raises:
+        UsageError: a line is no probe; the message names the line and what is wrong with it.
+    """
+    probes = []
+    for place, record in read_records(str(path)):
+        try:
+            points = tuple(Point(**each | {"phrases": tuple(each["phrases"])}) for each in record["points"])
+            claims = tuple(
+                WrongClaim(**each | {name: tuple(each[name]) for name in ("phrases", "unless_after") if name in each})
+                for each in record["wrong_claims"]
+            )
+            probes.append(Probe(record["id"], record["question"], points, claims))
+        except (KeyError, TypeError) as error:
+            raise UsageError(
+                f"{place}: is no probe ({error}). Wanted are id, question, points and wrong_claims, as in samples/README.md."
+            ) from None
+    return probes
 
 
 class _LongQuestions:
@@ -1023,7 +1071,7 @@ class RowsConfig:
         rows: list[Row] = []
         for name, source in self.sources(profile).items():
             rows += clean_rows(load_rows(source, name), logs[name])
-        rows = drop_repeats(rows, ProbeQuestions(read_probes()), logs)
+        rows = drop_repeats(rows, ProbeQuestions(probe.question for probe in read_probes()), logs)
         return draw_mix(rows, self.wanted, self.seed, logs)
 
 

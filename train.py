@@ -8,11 +8,13 @@
     python train.py --merge                            16-bit weights of base and adapter in one, for other programs
     torchrun --nproc_per_node 2 train.py               two GPUs
 
-A run leaves runs/train/NAME/: run.json, metrics.jsonl, samples.jsonl and adapter/, which `infer.py` asks by default.
+A run leaves runs/train/NAME/: run.json, metrics.jsonl, samples.jsonl, curves.png and adapter/, which `infer.py` asks
+by default.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import html
@@ -24,16 +26,17 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import data
 import infer
@@ -45,9 +48,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from transformers import TrainerCallback
+    from transformers.trainer_callback import TrainerState
     from trl import SFTConfig, SFTTrainer
 
 TargetModules = Literal["attention", "all-linear"]
+Best = Literal["answers", "eval_loss"]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 
 # The modules LoRA touches. The story blamed attention-only LoRA for thin facts: attention routes, feed-forward stores.
@@ -87,6 +92,16 @@ class TrainingValues:
     """Bytes of logits, and of what is computed from them, that the loss holds at a time: Unsloth's losses go by chunks."""
     eval_bytes_per_logit: int
     """In evaluation, where the CPU backend computes all logits at once for the token accuracy (measured)."""
+    eval_every: float
+    """Evaluations come before the first step, then after every such share of the steps, the last step included."""
+    num_probes: int
+    """Questions that each evaluation asks, of the probes the first: the story's five lead."""
+    gate_max_new_tokens: int
+    """Cap of their answers."""
+    tokens_per_second: float
+    """Of training, for the plan: measured on two CPU cores; on a T4 the story's 4 hours for about 5.6 million tokens."""
+    seconds_per_new_token: float
+    """Of all of an evaluation's answers together, for the plan: measured on the CPU, on a T4 estimated."""
 
 
 TRAINING: dict[ProfileName, TrainingValues] = {
@@ -103,6 +118,11 @@ TRAINING: dict[ProfileName, TrainingValues] = {
         host_runtime=3 * GIB,
         loss=infer.FUSED_LOSS_GIB * GIB,
         eval_bytes_per_logit=0,
+        eval_every=0.2,
+        num_probes=26,
+        gate_max_new_tokens=256,
+        tokens_per_second=390,
+        seconds_per_new_token=0.1,
     ),
     "cpu": TrainingValues(
         4,
@@ -117,19 +137,20 @@ TRAINING: dict[ProfileName, TrainingValues] = {
         host_runtime=0,
         loss=3 * 64 * 2**20,
         eval_bytes_per_logit=10,
+        eval_every=0.5,
+        num_probes=8,
+        gate_max_new_tokens=112,
+        tokens_per_second=310,
+        seconds_per_new_token=0.08,
     ),
 }
-
-# Evaluations come before the first step, then after every such share of the steps, the last step included.
-EVAL_EVERY = 0.5
 
 # For a plan without the rows: mean tokens of prompt and answer, of 1,494 published ChatDoctor-iCliniq and 1,497 WikiDoc rows
 # after cleaning, under Llama 3.2's tokenizer.
 MEAN_ROW_TOKENS: dict[data.SourceName, int] = {"conversational": 264, "encyclopedic": 169}
 
-# Seconds that --max-hours keeps for saving, and for each probe question, beside evaluations and the longest step so far.
+# Seconds that --max-hours keeps for saving, beside an evaluation and the longest step so far.
 SAVING_SECONDS = 60
-PROBE_SECONDS = 20
 
 # The values that vLLM takes for --max-lora-rank.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -162,9 +183,13 @@ class TrainConfig(data.RowsConfig):
     """Rows of a forward pass; times the processes a divisor of 16, since steps always see 16 rows. Unset: the profile's."""
     max_hours: float | None = None
     """Stop in time to be done so many hours after the start, with everything saved; the same line goes on from there."""
-    num_probes: int = 5
-    """How many probe questions to ask when training is done, the story's five first; the answers stand in samples.jsonl and,
-    whatever they are, in the model card."""
+    num_probes: int | None = None
+    """How many probe questions each evaluation asks and judges, the story's five first; 0 asks none. Unset: the profile's."""
+    best: Best = "answers"
+    """Which evaluation's weights are kept as the adapter: of the best answers (most sound ones, then most points, then the
+    lowest eval loss), or of the lowest eval loss alone."""
+    stop_when_worse: int | None = None
+    """Stop after so many evaluations in a row without better answers."""
     report_to: Tracker = "none"
     """Where the Trainer reports to as well. The package has to be installed."""
     merge: bool = False
@@ -195,8 +220,13 @@ class TrainConfig(data.RowsConfig):
             problems.append(
                 f"--per-device-train-batch-size {batch}{of}: a divisor of {EFFECTIVE_BATCH_SIZE // processes} is wanted."
             )
-        if self.num_probes < 0:
-            problems.append(f"--num-probes {self.num_probes}: 0 or more is wanted.")
+        probes = len(data.read_probes())
+        if self.num_probes is not None and not 0 <= self.num_probes <= probes:
+            problems.append(f"--num-probes {self.num_probes}: 0 to {probes}, the probes of samples/probes.jsonl, is wanted.")
+        if self.stop_when_worse is not None and self.stop_when_worse < 1:
+            problems.append(f"--stop-when-worse {self.stop_when_worse}: 1 or more is wanted.")
+        if self.stop_when_worse is not None and self.num_probes == 0:
+            problems.append("--stop-when-worse goes by the answers, and --num-probes 0 asks none. Leave one of the two away.")
         if self.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
             problems.append(f"--push-to-hub {self.push_to_hub!r}: a hub repository, OWNER/NAME, is wanted.")
         if problems:
@@ -229,6 +259,11 @@ class Recipe:
     pad_to_multiple_of: int | None
     use_gradient_checkpointing: Literal["unsloth"] | bool
     pad: PadName
+    eval_every: float
+    num_probes: int
+    gate_max_new_tokens: int
+    best: Best
+    stop_when_worse: int | None
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -240,6 +275,10 @@ class Recipe:
         batches = math.ceil(rows / (self.per_device_train_batch_size * data.world_size()))
         steps = math.ceil(math.ceil(batches / self.gradient_accumulation_steps) * self.epochs)
         return self.max_steps or steps
+
+    def count_evaluations(self, steps: int) -> int:
+        """Evaluations in so many steps, as the Trainer counts them: one before the first, one each interval, one at the end."""
+        return 1 + math.ceil(steps / math.ceil(steps * self.eval_every))
 
 
 def resolve_recipe(config: TrainConfig) -> Recipe:
@@ -271,6 +310,11 @@ def resolve_recipe(config: TrainConfig) -> Recipe:
         pad_to_multiple_of=training.pad_to_multiple_of,
         use_gradient_checkpointing=model.use_gradient_checkpointing,
         pad=config.pad,
+        eval_every=training.eval_every,
+        num_probes=training.num_probes if config.num_probes is None else config.num_probes,
+        gate_max_new_tokens=training.gate_max_new_tokens,
+        best=config.best,
+        stop_when_worse=config.stop_when_worse,
     )
 
 
@@ -289,7 +333,7 @@ def find_record(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[str
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record["numbers"]["planned_steps"], record["numbers"]["steps"]
+        record["numbers"]["planned_steps"], record["numbers"]["steps"], record["numbers"]["stopped_by"]
         there = record["recipe"] | {"data_fingerprint": record["data_fingerprint"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is broken ({error!r}). Keep that run aside and train anew with --restart.") from None
@@ -310,8 +354,8 @@ def find_record(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[str
 
 
 def is_complete(record: Mapping[str, Any]) -> bool:
-    """Whether a run went to its last step; one that --max-hours stopped did not."""
-    return record["numbers"]["steps"] == record["numbers"]["planned_steps"]
+    """Whether a run is over; one that --max-hours stopped goes on."""
+    return record["numbers"]["stopped_by"] != "max_hours"
 
 
 def set_aside(folder: Path) -> None:
@@ -351,6 +395,10 @@ class Plan:
     """Bytes of host memory beside the device's, by part; empty where the host is the device."""
     disk: dict[str, int]
     """Bytes to be written, or fetched into the cache, by part."""
+    training_seconds: float
+    """Estimated, without the gate."""
+    gate_seconds: float
+    """Estimated: of all evaluations' answers."""
 
     @property
     def fits(self) -> bool:
@@ -516,11 +564,13 @@ def make_plan(recipe: Recipe, dtype: str, rows: int, tokens: int, longest_row: i
     offloaded = arch.num_hidden_layers * batch_tokens * arch.hidden_size * element_size
     host = {"runtime": training.host_runtime, "activations kept for the GPU": offloaded}
     disk = {"adapter": adapter_bytes, "checkpoint, with --max-hours": adapter_bytes + memory["optimiser"]}
+    steps = recipe.count_steps(rows)
+    asked = recipe.count_evaluations(steps) if recipe.num_probes else 0
     return Plan(
         rows=rows,
         tokens=tokens,
         estimated=estimated,
-        steps=recipe.count_steps(rows),
+        steps=steps,
         trainable_parameters=trainable,
         adapter_bytes=adapter_bytes,
         memory=memory,
@@ -528,6 +578,8 @@ def make_plan(recipe: Recipe, dtype: str, rows: int, tokens: int, longest_row: i
         memory_limit=training.memory_limit or psutil.virtual_memory().available // data.local_world_size(),
         host_memory=host if training.host_runtime else {},
         disk={"base model, into the cache, once": in_file, **disk},
+        training_seconds=steps * EFFECTIVE_BATCH_SIZE * tokens / rows / training.tokens_per_second / data.world_size(),
+        gate_seconds=asked * recipe.gate_max_new_tokens * training.seconds_per_new_token,
     )
 
 
@@ -546,6 +598,10 @@ def format_plan(plan: Plan, recipe: Recipe, folder: Path) -> str:
         f"{'rows':<30}{about}{plan.rows:,} of {about}{plan.tokens:,} tokens",
         f"{'steps':<30}{about}{plan.steps:,} of {EFFECTIVE_BATCH_SIZE} rows: {recipe.per_device_train_batch_size} rows x "
         f"{recipe.gradient_accumulation_steps} forward passes x {data.world_size()} processes",
+        f"{'evaluations':<30}{recipe.count_evaluations(plan.steps)}, each with {recipe.num_probes} answers of up to "
+        f"{recipe.gate_max_new_tokens} tokens",
+        f"{'time':<30}about {plan.training_seconds / 60:.1f} min, and {plan.gate_seconds / 60:.1f} min for the answers "
+        f"({plan.gate_seconds / plan.training_seconds:.1%})",
         f"{'trainable parameters':<30}{plan.trainable_parameters:,}",
         f"{'adapter file':<30}{plan.adapter_bytes:,} bytes",
         *parts("device memory", plan.memory, plan.memory_peak, plan.memory_limit, "" if plan.fits else "IS MORE THAN THERE IS"),
@@ -555,7 +611,7 @@ def format_plan(plan: Plan, recipe: Recipe, folder: Path) -> str:
         lines += parts("host memory", plan.host_memory, sum(plan.host_memory.values()), available, "free here")
     lines += parts("disk", plan.disk, sum(plan.disk.values()), shutil.disk_usage(written).free, f"free at {written}")
     lines += [
-        f"{'to be written':<30}{folder}/: run.json, metrics.jsonl, samples.jsonl, adapter/; "
+        f"{'to be written':<30}{folder}/: run.json, metrics.jsonl, samples.jsonl, curves.png, adapter/; "
         "checkpoint-N/ with --max-hours, merged/ with --merge"
     ]
     return "\n".join(lines)
@@ -635,14 +691,186 @@ def existing_parent(folder: Path) -> Path:
     return next(parent for parent in folder.resolve().parents if parent.exists())
 
 
-def keep_metrics(path: Path, last_step: int) -> None:
-    """Drops the lines after `last_step` from a file of metrics: a run that goes on from there writes them again."""
+def keep_lines(path: Path, last_step: int) -> None:
+    """Drops the lines after `last_step` from a file of JSON lines: a run that goes on from there writes them again."""
     if last_step < 0:
         path.unlink(missing_ok=True)
     elif path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
         data.write_whole(path, "".join(kept))
+
+
+# --- The gate: answers beside the loss ---------------------------------------------------------------------------
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl tells of an evaluation, and not of a training step."""
+    return "eval_loss" in line
+
+
+def rank_evaluation(evaluation: Mapping[str, Any], best: Best) -> tuple[float, ...]:
+    """What evaluations are compared by, the largest being best. A loss that is no number is the worst.
+
+    By answers: the share of sound ones, then the points named, then the loss. Without answers only the loss is left.
+    """
+    loss = evaluation["eval_loss"] if math.isfinite(evaluation["eval_loss"]) else math.inf
+    if best == "eval_loss":
+        return (-loss,)
+    answers = max(evaluation["num_answers"], 1)
+    return (evaluation["num_sound"] / answers, evaluation["num_named"], -loss)
+
+
+def choose_evaluation(evaluations: Sequence[Mapping[str, Any]], best: Best) -> Mapping[str, Any]:
+    """The best of the evaluations after training began; before its first step there is no adapter to keep.
+
+    One that came only because --max-hours stopped the run counts only as long as there is no other, so that a run that was
+    stopped and went on keeps the same weights as one that was not.
+    """
+    trained = [each for each in evaluations if each["step"]]
+    candidates = [each for each in trained if each["scheduled"]] or trained
+    return max(candidates, key=lambda each: rank_evaluation(each, best))
+
+
+def compare(now: float, before: float, larger_is_better: bool) -> str:
+    """`better`, `worse` or `as before`."""
+    if now == before:
+        return "as before"
+    return "better" if (now > before) == larger_is_better else "worse"
+
+
+def describe_evaluation(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
+    """Loss and answers of an evaluation side by side, each against the evaluation before; one line, or two where they part."""
+    loss = f"eval_loss {now['eval_loss']:.4f}"
+    sound, points = (f"{now[part]}/{now[whole]}" for part, whole in (("num_sound", "num_answers"), ("num_named", "num_points")))
+    if not before:
+        told = [loss, f"sound {sound}"]
+    else:
+        judged = compare(now["num_sound"], before["num_sound"], True)
+        told = [
+            f"{loss} ({compare(now['eval_loss'], before['eval_loss'], False)})",
+            f"sound {sound} (was {before['num_sound']}/{before['num_answers']}, {judged})",
+        ]
+    if not now["num_answers"]:
+        return f"step {now['step']}: {told[0]}"
+    stopped = f"stopped {now['num_ended'] / now['num_answers']:.0%}"
+    line = " | ".join(
+        [f"step {now['step']}: {told[0]}", told[1], stopped, f"points {points}, wrong claims {now['num_wrong_claims']}"]
+    )
+    if before and now["eval_loss"] < before["eval_loss"]:
+        parts = {"sound answers": "num_sound", "points": "num_named"}
+        fewer = [f"{name} {before[key]} -> {now[key]}" for name, key in parts.items() if now[key] < before[key]]
+        if fewer:
+            line += f"\n  the loss improves while the answers get worse: {', '.join(fewer)}"
+    return line
+
+
+@contextlib.contextmanager
+def asking(model: PeftModel, tokenizer: Any, recipe: Recipe) -> Iterator[None]:
+    """The model set up for generation; afterwards its modes, the padding side and all random generators are as they were."""
+    import numpy as np
+    import torch
+    from unsloth import FastLanguageModel
+
+    modes = [(module, module.training, getattr(module, "gradient_checkpointing", None)) for module in model.modules()]
+    side, on_gpu = tokenizer.padding_side, torch.cuda.is_available()
+    numpy_state, python_state, torch_state = np.random.get_state(), random.getstate(), torch.get_rng_state()
+    gpu_states = torch.cuda.get_rng_state_all() if on_gpu else []
+    FastLanguageModel.for_inference(model)
+    try:
+        yield
+    finally:
+        FastLanguageModel.for_training(model, use_gradient_checkpointing=recipe.use_gradient_checkpointing)
+        for module, training, checkpointing in modes:
+            module.training = training
+            if checkpointing is not None:
+                module.gradient_checkpointing = checkpointing
+        tokenizer.padding_side = side
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
+        if on_gpu:
+            torch.cuda.set_rng_state_all(gpu_states)
+
+
+class Gate:
+    """Asks the probes at each evaluation, judges the answers beside the loss, and keeps the best weights as the adapter.
+
+    Its records are metrics.jsonl and samples.jsonl in the run's folder; a run that goes on reads them again. `keep` writes
+    the adapter; `known_words` are those of the training rows. Of several processes the first asks.
+    """
+
+    def __init__(
+        self, recipe: Recipe, tokenizer: Any, folder: Path, known_words: frozenset[str], keep: Callable[[Gate], None]
+    ) -> None:
+        self.recipe, self.tokenizer, self.folder, self._keep = recipe, tokenizer, folder, keep
+        self.probes = data.read_probes()[: recipe.num_probes]
+        decoding = infer.DECODINGS["kit"]
+        cap = min(decoding.max_new_tokens, recipe.gate_max_new_tokens)
+        self.decoding = dataclasses.replace(decoding, max_new_tokens=cap)
+        self.evaluations = [line for line in read_lines(folder / "metrics.jsonl") if is_evaluation(line)]
+        before = [line["text"] for line in read_lines(folder / "samples.jsonl") if line["step"] == 0]
+        self.known_words = known_words | infer.collect_unexplained(before)
+        """What no lexicon knows of the training rows' words and of the base model's own, which training did not invent."""
+
+    def pass_through(self, model: PeftModel, state: TrainerState, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Asks and judges, writes the records, prints the line, keeps the weights if they are the best; returns the numbers."""
+        if not data.is_main_process():
+            return {}
+        from tqdm import tqdm
+
+        step, started = state.global_step, time.monotonic()
+        judged = self._ask(model, step)
+        quality = infer.measure_quality(judged)
+        evaluation = {"step": step, "epoch": round(state.epoch or 0, 4), "eval_loss": metrics["eval_loss"]}
+        evaluation["scheduled"] = step % state.eval_steps == 0 or step == state.max_steps
+        evaluation["mean_token_accuracy"] = metrics.get("eval_mean_token_accuracy")
+        seconds = round(time.monotonic() - started, 2)
+        evaluation |= dataclasses.asdict(quality) | {"gate_seconds": seconds}
+        append_line(self.folder / "metrics.jsonl", evaluation)
+        for each in judged:
+            record = {name: value for name, value in each.to_record().items() if name != "adapter"}
+            append_line(self.folder / "samples.jsonl", {"step": step, **record})
+        before = self.evaluations[-1] if self.evaluations else None
+        self.evaluations.append(evaluation)
+        tqdm.write(describe_evaluation(evaluation, before), file=sys.stderr)
+        if step and self.chosen is evaluation:
+            self._keep(self)
+        rates = {name: getattr(quality, name) for name in ("sound_rate", "stop_rate", "points_rate")}
+        return rates | {"gate_seconds": seconds}
+
+    def _ask(self, model: PeftModel, step: int) -> list[infer.Judged]:
+        from tqdm import tqdm
+
+        if not self.probes:
+            return []
+        loaded = infer.LoadedModel(model, self.tokenizer, self.recipe.base_model, min_rows=1)
+        requests = [infer.Request(probe.question, self.decoding) for probe in self.probes]
+        total = len(requests) * self.decoding.max_new_tokens
+        # Before the first step LoRA adds nothing, and is left away: the base model answers, sooner.
+        base = contextlib.nullcontext() if step else model.disable_adapter()
+        bar = tqdm(total=total, unit="token", desc="asking", leave=False, disable=not sys.stderr.isatty())
+        with asking(model, self.tokenizer, self.recipe), base, infer.quiet_libraries(), bar:
+            answers = infer.answer_requests(loaded, requests, bar.update, padded=True)
+        if step == 0:
+            self.known_words |= infer.collect_unexplained(answer.text for answer in answers)
+        return [
+            infer.judge_answer(*each) for each in zip(answers, itertools.repeat(self.known_words), self.probes, strict=False)
+        ]
+
+    @property
+    def chosen(self) -> Mapping[str, Any]:
+        """The evaluation whose weights are kept."""
+        return choose_evaluation(self.evaluations, self.recipe.best)
+
+    @property
+    def has_had_enough(self) -> bool:
+        """Whether so many evaluations as `--stop-when-worse` says have come since the one with the best answers."""
+        if not self.recipe.stop_when_worse or not self.evaluations or not self.evaluations[-1]["step"]:
+            return False
+        best = choose_evaluation(self.evaluations, "answers")
+        since = [each for each in self.evaluations if each["step"] > best["step"]]
+        return len(since) >= self.recipe.stop_when_worse
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -683,7 +911,7 @@ def make_sft_config(recipe: Recipe, folder: Path, report_to: Tracker = "none") -
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="no",
         eval_strategy="steps",
-        eval_steps=EVAL_EVERY,
+        eval_steps=recipe.eval_every,
         # By the Trainer, once the model is wrapped: after a call of `evaluate` before training, accelerate takes the model for
         # prepared and does not wrap it, so that several processes would train on their own (a test compares them with one).
         eval_on_start=True,
@@ -722,13 +950,24 @@ def release_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends a JSON line to a file, which may not be there yet."""
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; none where it is not there."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
 def make_progress_callback(metrics_path: Path) -> TrainerCallback:
     """Shows a live bar of steps on stderr, and writes one line a log to `metrics_path`; in the main process alone."""
     from tqdm import tqdm
     from transformers import TrainerCallback
 
-    names = {"loss": "train_loss", "eval_loss": "eval_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
-    names |= {"mean_token_accuracy": "train_mean_token_accuracy", "eval_mean_token_accuracy": "mean_token_accuracy"}
+    names = {"loss": "train_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
+    names |= {"mean_token_accuracy": "train_mean_token_accuracy"}
 
     class ProgressCallback(TrainerCallback):
         """The Trainer's own bar, with the loss beside it and the log in a file."""
@@ -758,15 +997,11 @@ def make_progress_callback(metrics_path: Path) -> TrainerCallback:
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if not data.is_main_process():
                 return
+            if "loss" not in logs:
+                return  # of an evaluation: the gate's
             known = {name: logs[key] for key, name in names.items() if key in logs}
-            if not known:
-                return
-            line = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **known}
-            with metrics_path.open("a", encoding="utf-8") as metrics:
-                metrics.write(json.dumps(line) + "\n")
-            if "eval_loss" in logs:
-                tqdm.write(f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}", file=sys.stderr)
-            elif "loss" in logs and self.bar:
+            append_line(metrics_path, {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **known})
+            if self.bar:
                 self.bar.set_postfix(train_loss=f"{logs['loss']:.3f}")
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -775,12 +1010,22 @@ def make_progress_callback(metrics_path: Path) -> TrainerCallback:
     return ProgressCallback()
 
 
+def agree(vote: bool, device: torch.device) -> bool:
+    """Whether any of the processes that train together votes for it."""
+    import torch
+
+    if not torch.distributed.is_initialized():
+        return vote
+    votes = torch.tensor([vote], dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(votes)
+    return bool(votes.item())
+
+
 def make_time_limit_callback(deadline: float) -> TrainerCallback:
     """Ends training with a checkpoint while there is time left for one more step and an evaluation.
 
     `deadline` is a reading of `time.monotonic`. Processes that train together stop at the same step.
     """
-    import torch
     from transformers import TrainerCallback
 
     class TimeLimitCallback(TrainerCallback):
@@ -794,14 +1039,11 @@ def make_time_limit_callback(deadline: float) -> TrainerCallback:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             now = time.monotonic()
             self.longest_step = max(self.longest_step, now - self.began)
-            evaluation = max(log.get("eval_runtime", 0.0) for log in state.log_history)
+            logs = state.log_history
+            evaluation = sum(max(log.get(name, 0.0) for log in logs) for name in ("eval_runtime", "eval_gate_seconds"))
             # One at the end, and one before the next step where it is due.
             evaluations = evaluation * (1 + control.should_evaluate)
-            late = now + self.longest_step + evaluations > deadline
-            if torch.distributed.is_initialized():
-                votes = torch.tensor([late], dtype=torch.int32, device=args.device)
-                torch.distributed.all_reduce(votes)
-                late = bool(votes.item())
+            late = agree(now + self.longest_step + evaluations > deadline, args.device)
             if late and state.global_step < state.max_steps:
                 control.should_training_stop = control.should_save = True
 
@@ -841,13 +1083,25 @@ def make_trainer(
     held_out: Dataset,
     folder: Path,
     report_to: Tracker = "none",
+    gate: Gate | None = None,
 ) -> SFTTrainer:
-    """TRL's trainer on encoded rows, with our progress in place of its printing."""
+    """TRL's trainer on encoded rows, with our progress in place of its printing, and the gate at each evaluation."""
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
     class Trainer(SFTTrainer):
         """TRL's trainer with our order of rows; rows to be evaluated keep their own."""
+
+        has_had_enough = False  # of evaluations without better answers
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            metrics = super().evaluate(*args, **kwargs)
+            if gate:
+                numbers = gate.pass_through(self.model, self.state, metrics)
+                self.log({f"eval_{name}": value for name, value in numbers.items()})
+                self.has_had_enough = agree(gate.has_had_enough, self.args.device)
+                self.control.should_training_stop |= self.has_had_enough
+            return metrics
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             if recipe.train_sampling_strategy == "group_by_length":
@@ -888,16 +1142,18 @@ def train_and_evaluate(trainer: SFTTrainer, deadline: float | None, checkpoint: 
     except torch.OutOfMemoryError as error:
         raise UsageError(f"Out of memory ({str(error).splitlines()[0]}). {MEMORY_ADVICE}") from error
     seconds = time.monotonic() - started
+    cut_short = trainer.state.global_step < trainer.state.max_steps
+    stopped_by = ("answers" if trainer.has_had_enough else "max_hours") if cut_short else "end"
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     if evaluations[-1]["step"] < trainer.state.global_step:
-        trainer.evaluate()
-        evaluations.append(trainer.state.log_history[-1])
+        evaluations.append(trainer.evaluate())
     return {
         "eval_loss_before": evaluations[0]["eval_loss"],
         "eval_loss": evaluations[-1]["eval_loss"],
         "mean_token_accuracy": evaluations[-1].get("eval_mean_token_accuracy"),
         "steps": trainer.state.global_step,
         "planned_steps": trainer.state.max_steps,
+        "stopped_by": stopped_by,
         "training_seconds": round(seconds, 1),
         "peak_memory": peak_memory_bytes(trainer.args.device),
     }
@@ -912,33 +1168,23 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def ask_probes(model: PeftModel, tokenizer: Any, base_model: str, adapter: Path, num_probes: int) -> list[infer.Answer]:
-    """What the model answers to the first probe questions right after training.
-
-    One by one and in the dtype that it was trained in, which is quick; `infer.py` asks in a dtype and in rows that make answers
-    repeatable, and may choose other words.
-    """
-    from tqdm import tqdm
-    from unsloth import FastLanguageModel
-
-    FastLanguageModel.for_inference(model)
-    digest = infer.adapter_digest(adapter)
-    loaded = infer.LoadedModel(model, tokenizer, base_model, min_rows=1, adapter=adapter, adapter_sha256=digest)
-    requests = [infer.Request(question, infer.DECODINGS["kit"]) for question in data.read_probes()[:num_probes]]
-    with tqdm(
-        total=sum(request.decoding.max_new_tokens for request in requests), unit="token", desc="asking", disable=not requests
-    ) as bar:
-        return infer.answer_requests(loaded, requests, bar.update)
-
-
 # --- What a run leaves -------------------------------------------------------------------------------------------
 
 
-def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, record: infer.AdapterRecord, plan: Plan, hub_id: str) -> int:
-    """Writes the adapter folder, whole or not at all, and returns the bytes of its weights.
+def save_adapter(
+    model: PeftModel,
+    tokenizer: Any,
+    folder: Path,
+    record: infer.AdapterRecord,
+    plan: Plan,
+    hub_id: str,
+    known_words: frozenset[str],
+) -> None:
+    """Writes the adapter folder, whole or not at all.
 
     The record's decoding goes with it: into generation_config.json, which other programs read, and whole into our own record,
-    since that file cannot say that the penalty does not count the prompt.
+    since that file cannot say that the penalty does not count the prompt. So do the words that its answers may use although
+    no lexicon knows them.
 
     Raises:
         UsageError: as `check_saved`.
@@ -960,9 +1206,9 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, record: infer.A
             decoding.no_repeat_ngram_size,
         ).save_pretrained(part)
     data.write_whole(part / infer.ADAPTER_RECORD, json.dumps(record.to_json(), indent=2) + "\n")
+    data.write_whole(part / infer.KNOWN_WORDS, "".join(word + "\n" for word in sorted(known_words)))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-    return (folder / "adapter_model.safetensors").stat().st_size
 
 
 def describe_source(source: str) -> str:
@@ -988,30 +1234,36 @@ def format_vllm_command(recipe: Recipe, adapter: str, decoding: infer.Decoding) 
     )
 
 
-def format_card_answers(answers: Sequence[infer.Answer]) -> list[str]:
-    """Lines of markdown with every answer, and of each whether it ended; as HTML, so that no text is read as markdown."""
-    ended = sum(answer.finish_reason == "stop" for answer in answers)
+def format_card_answers(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of markdown with every answer and what was found in it; as HTML, so that no text is read as markdown."""
+    ended = [sample["finish_reason"] == "stop" for sample in samples]
+    sound = sum(sample["verdict"] == "sound" and stop for sample, stop in zip(samples, ended, strict=True))
     lines = [
         "## Answers",
         "",
-        f"All {len(answers)} questions that were asked right after training, whatever came out; {ended} ended by the stop "
-        f"token. Decoding: {infer.describe_decoding(infer.DECODINGS['kit'])}. *rep-4* is the share of 4-word sequences that "
-        "occurred before.",
+        f"All {len(samples)} questions that were asked when these weights were evaluated, whatever came out: **sound and "
+        f"ended, {sound} of {len(samples)}**. A verdict is about the form of an answer, and points tell which words of a list "
+        "are in it; neither says that it is right.",
         "",
     ]
-    for answer in answers:
-        how = "ended" if answer.finish_reason == "stop" else f"**cut at the cap of {answer.answer_tokens} tokens**"
-        rep_4 = infer.rep_n(re.findall(r"\w+", answer.text.lower()), 4)
-        lines += [f"**{html.escape(answer.question, quote=False)}** ({how}; rep-4 {rep_4:.2f})", ""]
-        lines += [f"<pre>{html.escape(answer.text, quote=False)}</pre>", ""]
+    for sample, stop in zip(samples, ended, strict=True):
+        decoding = infer.Decoding(**sample["decoding"])
+        how = "ended" if stop else f"**cut at the cap of {decoding.max_new_tokens} tokens**"
+        facts = infer.Facts(**{name: tuple(value) for name, value in sample["facts"].items()})
+        lines += [f"**{html.escape(sample['question'], quote=False)}** ({how}; {sample['verdict']}; {facts})", ""]
+        lines += [f"<pre>{html.escape(sample['text'], quote=False)}</pre>", ""]
     return lines
 
 
-def make_card(recipe: Recipe, record: Mapping[str, Any], answers: Sequence[infer.Answer]) -> str:
-    """The model card (markdown): recipe, data with licences, losses, every probe answer, versions, how to ask."""
+def make_card(recipe: Recipe, record: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
+    """The model card (markdown): recipe, data with licences, losses, every probe answer, versions, how to ask.
+
+    `samples` are the lines of samples.jsonl of the chosen evaluation.
+    """
     profile, numbers, decoding = infer.PROFILES[recipe.profile], record["numbers"], infer.DECODINGS["kit"]
     sources = {"conversational": recipe.conversational, "encyclopedic": recipe.encyclopedic}
-    stopped = "" if is_complete(record) else f" of {numbers['planned_steps']} planned (--max-hours)"
+    before, chosen = numbers["evaluations"]
+    stopped = "" if numbers["stopped_by"] == "end" else f" of {numbers['planned_steps']} planned"
     table = {
         "base model": f"{profile.hub_id}, {'4-bit NF4' if recipe.load_in_4bit else '16 or 32 bits'}",
         "LoRA": f"r {recipe.r}, alpha {recipe.lora_alpha}, dropout 0, on {', '.join(TARGET_MODULES[recipe.target_modules])}",
@@ -1019,8 +1271,11 @@ def make_card(recipe: Recipe, record: Mapping[str, Any], answers: Sequence[infer
         "steps": f"{numbers['steps']:,} of {EFFECTIVE_BATCH_SIZE} rows{stopped}, learning rate {recipe.learning_rate:g}, "
         f"linear, {recipe.optim}, seed {recipe.seed}",
         "pad token": recipe.pad,
-        "eval loss": f"{numbers['eval_loss_before']:.4f} before, {numbers['eval_loss']:.4f} after, on {numbers['eval_rows']} "
-        "rows held out",
+        "weights": f"of step {chosen['step']}, the best by {'answers' if recipe.best == 'answers' else 'eval loss'}",
+        "eval loss": f"{before['eval_loss']:.4f} before, {chosen['eval_loss']:.4f} at that step, on "
+        f"{numbers['eval_rows']} rows held out",
+        "answers": f"sound {before['num_sound']}/{before['num_answers']} before, "
+        f"{chosen['num_sound']}/{chosen['num_answers']} at that step, cap {recipe.gate_max_new_tokens} tokens",
     }
     lines = [
         "---",
@@ -1044,7 +1299,7 @@ def make_card(recipe: Recipe, record: Mapping[str, Any], answers: Sequence[infer
         "",
         *(f"- {name}: {describe_source(source)}" for name, source in sources.items() if recipe.wanted[name]),
         "",
-        *format_card_answers(answers),
+        *format_card_answers(samples),
         "## Asking",
         "",
         'With the kit that made it: `python infer.py --adapter FOLDER "question"`. With vLLM, whose penalty counts the prompt '
@@ -1063,8 +1318,20 @@ def make_card(recipe: Recipe, record: Mapping[str, Any], answers: Sequence[infer
     return "\n".join(lines)
 
 
-def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Tracker) -> tuple[SFTTrainer, Any, dict, Plan]:
-    """Loads the model, encodes the rows, and returns `(trainer, tokenizer, audit, plan)`, all checked.
+@dataclass
+class Preparation:
+    """A trainer ready to run, and what was found out on the way."""
+
+    trainer: SFTTrainer
+    tokenizer: Any
+    gate: Gate
+    audit: dict[str, Any]
+    plan: Plan
+    adapter_record: infer.AdapterRecord
+
+
+def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Tracker) -> Preparation:
+    """Loads the model, encodes the rows, and returns the trainer with its gate, all checked.
 
     Raises:
         UsageError: every row is too long, or the model is not what was planned.
@@ -1081,11 +1348,11 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
     # Rows of like length are evaluated together: the order is the same whatever the batch, and little is padded.
     held_out.sort(key=lambda row: len(row["input_ids"]))
     dtype = str(model.dtype).removeprefix("torch.")
-    sizes = [audit[name] for name in ("train_rows", "train_tokens", "longest_row")]
-    plan = make_plan(recipe, dtype, *sizes)
+    plan = make_plan(recipe, dtype, *(audit[name] for name in ("train_rows", "train_tokens", "longest_row")))
     print(f"\n{format_plan(plan, recipe, folder)}", flush=True)
     if not plan.fits and data.is_main_process():
         print(f"This may run out of memory. {MEMORY_ADVICE}", file=sys.stderr)
+    known_words = infer.collect_unexplained(text for row in mix.train for text in (row.question, row.answer))
     with infer.quiet_libraries():
         if recipe.pad == "added":
             if data.is_main_process():
@@ -1093,9 +1360,18 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
             infer.add_pad_token(model, tokenizer)
         model = add_lora(model, recipe)
         check_before_training(model, tokenizer, recipe)
+        adapter_record = infer.AdapterRecord(
+            recipe.base_model, recipe.profile, data.prompt_fingerprint(tokenizer), infer.DECODINGS["kit"], recipe.pad
+        )
+        hub_id = infer.PROFILES[recipe.profile].hub_id
+
+        def keep(gate: Gate) -> None:
+            save_adapter(model, tokenizer, folder / "adapter", adapter_record, plan, hub_id, gate.known_words)
+
+        gate = Gate(recipe, tokenizer, folder, known_words, keep)
         rows = (datasets.Dataset.from_list(each) for each in (train, held_out))
-        trainer = make_trainer(model, tokenizer, recipe, *rows, folder, report_to)
-    return trainer, tokenizer, audit, plan
+        trainer = make_trainer(model, tokenizer, recipe, *rows, folder, report_to, gate)
+    return Preparation(trainer, tokenizer, gate, audit, plan, adapter_record)
 
 
 def run(
@@ -1106,15 +1382,13 @@ def run(
     Raises:
         UsageError: as `prepare_trainer`, `train_and_evaluate` and `save_adapter`.
     """
-    trainer, tokenizer, audit, plan = prepare_trainer(recipe, mix, folder, config.report_to)
     if data.is_main_process():
-        keep_metrics(folder / "metrics.jsonl", int(checkpoint.name.partition("-")[2]) if checkpoint else -1)
-    numbers = train_and_evaluate(trainer, deadline, checkpoint)
-    numbers |= {name: audit[name] for name in ("train_rows", "train_tokens", "eval_rows")}
-    numbers |= {"trainable_parameters": plan.trainable_parameters, "planned_memory": plan.memory_peak}
-    adapter_record = infer.AdapterRecord(
-        recipe.base_model, recipe.profile, data.prompt_fingerprint(tokenizer), infer.DECODINGS["kit"], recipe.pad
-    )
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_lines(folder / name, int(checkpoint.name.partition("-")[2]) if checkpoint else -1)
+    ready = prepare_trainer(recipe, mix, folder, config.report_to)
+    numbers = train_and_evaluate(ready.trainer, deadline, checkpoint)
+    numbers |= {name: ready.audit[name] for name in ("train_rows", "train_tokens", "eval_rows")}
+    numbers |= {"trainable_parameters": ready.plan.trainable_parameters, "planned_memory": ready.plan.memory_peak}
     record = {
         "recipe": dataclasses.asdict(recipe),
         "argv": sys.argv,
@@ -1122,18 +1396,36 @@ def run(
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "commit": commit_id(),
         "data_fingerprint": mix.fingerprint,
-        "prompt_fingerprint": adapter_record.prompt_fingerprint,
+        "prompt_fingerprint": ready.adapter_record.prompt_fingerprint,
         "numbers": numbers,
     }
     if data.is_main_process():
-        # The weights first: what comes after is only talk about them.
-        adapter, hub_id = folder / "adapter", infer.PROFILES[recipe.profile].hub_id
-        numbers["adapter_bytes"] = save_adapter(trainer.model, tokenizer, adapter, adapter_record, plan, hub_id)
-        answers = ask_probes(trainer.model, tokenizer, recipe.base_model, adapter, config.num_probes)
-        lines = (json.dumps({"step": numbers["steps"], **answer.to_record()}, ensure_ascii=False) for answer in answers)
-        data.write_whole(folder / "samples.jsonl", "".join(line + "\n" for line in lines))
-        data.write_whole(adapter / "README.md", make_card(recipe, record, answers))
+        evaluations, chosen = ready.gate.evaluations, ready.gate.chosen
+        numbers |= {"evaluations": [evaluations[0], chosen], "chosen_step": chosen["step"]}
+        numbers |= {f"step_by_{best}": choose_evaluation(evaluations, best)["step"] for best in get_args(Best)}
+        numbers["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+        samples = [line for line in read_lines(folder / "samples.jsonl") if line["step"] == chosen["step"]]
+        data.write_whole(folder / "adapter" / "README.md", make_card(recipe, record, samples))
+        draw_curves(read_lines(folder / "metrics.jsonl"), chosen["step"], folder / "curves.png")
     return record
+
+
+def describe_choice(numbers: Mapping[str, Any], best: Best) -> list[str]:
+    """Which evaluation's weights were kept, which each way of choosing would have taken, and whether training helped."""
+    before, chosen = numbers["evaluations"]
+    others = ", ".join(f"by {name.replace('_', ' ')} step {numbers[f'step_by_{name}']}" for name in get_args(Best))
+    lines = [f"weights   of step {chosen['step']} ({others})"]
+    if chosen["num_answers"]:
+        rows = (("before", before), (f"step {chosen['step']}", chosen))
+        lines += [
+            f"answers   {name}: sound and ended {each['num_sound_and_ended']} of {each['num_answers']}, "
+            f"sound {each['num_sound']}, points {each['num_named']}/{each['num_points']}, "
+            f"wrong claims {each['num_wrong_claims']}"
+            for name, each in rows
+        ]
+        if rank_evaluation(before, "answers")[:2] > rank_evaluation(chosen, "answers")[:2]:
+            lines.append("The base model's answers were better than those of any evaluated step.")
+    return lines
 
 
 def describe_result(folder: Path, recipe: Recipe, numbers: Mapping[str, Any]) -> str:
@@ -1141,13 +1433,19 @@ def describe_result(folder: Path, recipe: Recipe, numbers: Mapping[str, Any]) ->
     lines = [
         f"eval loss {numbers['eval_loss_before']:.4f} before, {numbers['eval_loss']:.4f} after {numbers['steps']} steps "
         f"({numbers['training_seconds'] / 60:.1f} minutes)",
+        *describe_choice(numbers, recipe.best),
         f"memory    {numbers['peak_memory'] / GIB:.2f} GiB at the peak, {numbers['planned_memory'] / GIB:.2f} planned",
         f"adapter   {folder / 'adapter'} ({numbers['adapter_bytes']:,} bytes, as planned)",
-        f"record    {folder / 'run.json'}, {folder / 'metrics.jsonl'}; answers {folder / 'samples.jsonl'}",
+        f"record    {folder / 'run.json'}, {folder / 'metrics.jsonl'}, {folder / 'samples.jsonl'}, {folder / 'curves.png'}",
     ]
-    if numbers["steps"] < numbers["planned_steps"]:
+    if numbers["stopped_by"] == "max_hours":
         stopped = f"Stopped by --max-hours after {numbers['steps']} of {numbers['planned_steps']} steps"
         return "\n".join([*lines, f"{stopped}; the same line (without --restart) goes on."])
+    if numbers["stopped_by"] == "answers":
+        lines.append(
+            f"Stopped by --stop-when-worse after {numbers['steps']} of {numbers['planned_steps']} steps: "
+            f"{recipe.stop_when_worse} evaluations without better answers."
+        )
     return "\n".join(
         [
             *lines,
@@ -1158,6 +1456,45 @@ def describe_result(folder: Path, recipe: Recipe, numbers: Mapping[str, Any]) ->
             f"  {format_vllm_command(recipe, str(folder / 'adapter'), infer.DECODINGS['kit'])}",
         ]
     )
+
+
+def draw_curves(lines: Sequence[Mapping[str, Any]], chosen_step: int, path: Path) -> None:
+    """Draws loss and answers over the same steps, from the lines of metrics.jsonl, with the chosen step marked.
+
+    Told apart by dashes and marks, so that it reads in black and white.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = Figure(figsize=(8, 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, answers = figure.subplots(2, sharex=True)
+    evaluations = [line for line in lines if is_evaluation(line)]
+    steps = [line["step"] for line in evaluations]
+    training = [line for line in lines if not is_evaluation(line)]
+    trained, train_losses = ([line[name] for line in training] for name in ("step", "train_loss"))
+    losses.plot(trained, train_losses, "-", color="0.6", label="train")
+    losses.plot(steps, [line["eval_loss"] for line in evaluations], "o--", color="black", label="eval")
+    losses.set_ylabel("loss (nats a token)")
+    shares = {
+        "sound": ("o-", "black", "num_sound", "num_answers"),
+        "ended by the stop token": ("s:", "0.35", "num_ended", "num_answers"),
+        "points named": ("^--", "0.55", "num_named", "num_points"),
+    }
+    for name, (style, colour, part, whole) in shares.items():
+        values = [line[part] / line[whole] if line[whole] else math.nan for line in evaluations]
+        answers.plot(steps, values, style, color=colour, label=name, clip_on=False)
+    answers.set(ylabel="share of probe answers", xlabel="step", ylim=(0, 1))
+    answers.yaxis.set_major_formatter(PercentFormatter(1))
+    answers.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (losses, answers):
+        axes.axvline(chosen_step, color="0.8", linewidth=5, zorder=0, label=f"weights kept (step {chosen_step})")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    data.write_whole(path, image.getvalue())
 
 
 # --- Out of the kit ----------------------------------------------------------------------------------------------
@@ -1327,8 +1664,7 @@ def train_unless_done(config: TrainConfig, recipe: Recipe, folder: Path, deadlin
 
 def main(config: TrainConfig) -> None:
     """Resolves the recipe, prints it and the plan, trains, exports, and prints what came out."""
-    reserve = SAVING_SECONDS + PROBE_SECONDS * config.num_probes
-    deadline = time.monotonic() + 3600 * config.max_hours - reserve if config.max_hours else None
+    deadline = time.monotonic() + 3600 * config.max_hours - SAVING_SECONDS if config.max_hours else None
     infer.prepare_cublas()
     if not data.is_main_process():
         sys.stdout = io.StringIO()  # rank 0 alone prints

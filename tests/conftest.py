@@ -82,7 +82,7 @@ class TrainedRun:
 def trained(tmp_path_factory):
     """A tiny adapter from the real train.py: four whole steps on a part of the sample rows. Tests must not change it."""
     cwd = tmp_path_factory.mktemp("trained")
-    flags = ["--name", "tiny", "--max-steps", "4", "--num-probes", "1", "--profile", "cpu"]
+    flags = ["--name", "tiny", "--max-steps", "4", "--num-probes", "2", "--best", "eval_loss", "--profile", "cpu"]
     for source, count in (("conversational", 61), ("encyclopedic", 20)):
         lines = (ROOT / "samples" / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
         part = cwd / f"{source}.jsonl"

@@ -43,7 +43,7 @@ class Config:
 def make_requests(cap):
     """Every question under every preset."""
     samples = data.load_rows(data.SOURCES["cpu"]["encyclopedic"], "encyclopedic")
-    questions = [*data.read_probes(), *(row.question for row in samples)][:NUM_QUESTIONS]
+    questions = [*(probe.question for probe in data.read_probes()), *(row.question for row in samples)][:NUM_QUESTIONS]
     presets = [replace(decoding, max_new_tokens=cap) for decoding in infer.DECODINGS.values()]
     return [infer.Request(question, decoding) for question in questions for decoding in presets]
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
+import data
 import infer
+import train
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +28,9 @@ def read_lines(path):
 
 def test_training_leaves_exactly_its_files(trained):
     assert trained.process.returncode == 0, trained.process.stderr
-    assert {path.name for path in trained.folder.iterdir()} == {"run.json", "metrics.jsonl", "samples.jsonl", "adapter"}
+    assert {path.name for path in trained.folder.iterdir()} == {
+        *("run.json", "metrics.jsonl", "samples.jsonl", "curves.png", "adapter")
+    }
     assert {path.name for path in (trained.folder / "adapter").iterdir()} == {
         "README.md",
         "adapter_config.json",
@@ -34,6 +38,7 @@ def test_training_leaves_exactly_its_files(trained):
         "chat_template.jinja",
         "generation_config.json",
         "kit.json",
+        "known_words.txt",
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -52,6 +57,38 @@ def test_training_learns_and_prints_both_losses(trained):
     assert [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4]
     assert all(math.isfinite(line["grad_norm"]) for line in lines if "train_loss" in line)
+
+
+def test_the_gate_judges_the_answers_of_every_evaluation_beside_the_loss(trained):
+    lines = [line for line in read_lines(trained.folder / "metrics.jsonl") if "eval_loss" in line]
+    samples = read_lines(trained.folder / "samples.jsonl")
+    questions = [probe.question for probe in data.read_probes()[:2]]
+    assert [(line["step"], line["question"]) for line in samples] == [(step, each) for step in (0, 2, 4) for each in questions]
+    for line in lines:
+        own = [sample for sample in samples if sample["step"] == line["step"]]
+        assert line["num_answers"] == 2 and line["gate_seconds"] > 0 and line["scheduled"]
+        assert line["num_sound"] == sum(sample["verdict"] == "sound" for sample in own)
+        assert line["num_ended"] == sum(sample["finish_reason"] == "stop" for sample in own)
+        assert line["num_named"] == sum(len(sample["facts"]["named"]) for sample in own)
+        told = train.describe_evaluation(line, lines[lines.index(line) - 1] if line["step"] else None)
+        assert told in trained.process.stderr
+    # What is judged is what is written: the same findings come out of the text again.
+    known = frozenset((trained.folder / "adapter" / "known_words.txt").read_text().split())
+    for sample in samples:
+        assert infer.judge(sample["text"], sample["question"], sample["finish_reason"], known).verdict == sample["verdict"]
+    numbers = json.loads((trained.folder / "run.json").read_text())["numbers"]
+    assert numbers["evaluations"] == [lines[0], lines[2]]
+    assert (numbers["chosen_step"], numbers["step_by_eval_loss"], numbers["stopped_by"]) == (4, 4, "end")
+    assert f"weights   of step 4 (by answers step {numbers['step_by_answers']}, by eval loss step 4)" in trained.process.stdout
+
+
+def test_curves_are_grey(trained):
+    """Told apart without colours, so that they read in black and white."""
+    from matplotlib.image import imread
+
+    pixels = imread(trained.folder / "curves.png")[..., :3]
+    assert pixels.shape[0] > 500 and float((pixels.max(axis=2) - pixels.min(axis=2)).max()) == 0
+    assert float(pixels.min()) < 0.1
 
 
 def test_only_lora_tensors_are_saved_as_many_bytes_as_planned_and_they_have_moved(trained):
@@ -77,11 +114,14 @@ def test_the_planned_steps_parameters_and_memory_came_true(trained):
 def test_the_card_tells_recipe_data_loss_and_the_answer_whatever_it_is(trained):
     card = (trained.folder / "adapter" / "README.md").read_text(encoding="utf-8")
     record = json.loads((trained.folder / "run.json").read_text())
-    [answer] = read_lines(trained.folder / "samples.jsonl")
+    answers = [line for line in read_lines(trained.folder / "samples.jsonl") if line["step"] == 4]
     assert "No medical advice" in card and "license: apache-2.0" in card and "r 16, alpha 32" in card
-    assert f"{record['numbers']['eval_loss_before']:.4f} before, {record['numbers']['eval_loss']:.4f} after" in card
+    assert f"{record['numbers']['eval_loss_before']:.4f} before, {record['numbers']['eval_loss']:.4f} at that step" in card
+    assert "of step 4, the best by eval loss" in card
     assert "conversational: conversational.jsonl (licence: not known to the kit)" in card
-    assert html.escape(answer["text"], quote=False) in card and answer["step"] == 4
+    assert len(answers) == 2
+    for answer in answers:
+        assert html.escape(answer["text"], quote=False) in card and f"; {answer['verdict']}; points " in card
     assert f"unsloth {record['versions']['unsloth']}" in card
     everything = "".join(path.read_text() for path in (trained.folder / "adapter").glob("*.json"))
     assert str(trained.cwd) not in card and str(ROOT) not in everything and str(Path.home()) not in everything
@@ -90,7 +130,9 @@ def test_the_card_tells_recipe_data_loss_and_the_answer_whatever_it_is(trained):
 def test_no_library_noise_reaches_the_user(trained):
     lines = trained.process.stderr.replace("\r", "\n").split("\n")
     unexpected = [
-        line for line in lines if line.strip() and not line.startswith(("training:", "asking:", "step ", "unpacking"))
+        line
+        for line in lines
+        if line.strip() and not line.startswith(("training:", "step ", "  the loss improves", "unpacking"))
     ]
     assert unexpected == []
 
@@ -121,8 +163,11 @@ def test_infer_answers_from_the_latest_adapter_with_the_answer_alone_on_stdout(t
     answer = json.loads(shown.stdout)
     assert ran.stdout == answer["text"] + "\n"
     assert answer["question"] == QUESTION and answer["finish_reason"] == "length" and len(answer["token_ids"]) == 24
-    assert [line.split()[0] for line in ran.stderr.splitlines()] == ["smollm2-135m-instruct", "The", "No"]
-    assert "adapter" in ran.stderr.splitlines()[0]
+    told = ran.stderr.splitlines()
+    assert "adapter" in told[0] and told[-1].startswith("No medical advice")
+    assert told[1] in ("sound", "not sound") and "  cut: it was cut off at the cap of 24 tokens (--max-new-tokens)" in told
+    assert told[-2].startswith("  points ") and told[-2].endswith("of the lists in samples/probes.jsonl")
+    assert answer["verdict"] and "cut" in [finding["name"] for finding in answer["findings"]]
 
 
 def test_the_decoding_travels_with_the_adapter(trained, tmp_path):
@@ -160,7 +205,7 @@ def test_a_file_of_questions_is_gone_on_with_where_it_was_cut(trained, tmp_path)
     whole = output.read_text()
     output.write_text(whole[: whole.index("\n") + 20])  # killed while it wrote the second line
     again = run_script(*flags, cwd=trained.cwd)
-    assert "2 answered now, 1 before" in again.stderr
+    assert "2 answered now, 1 before" in again.stderr and "sound and ended, 0 of 3" in again.stderr
     assert {record["question"]: record["sha256"] for record in read_lines(output)} == answers
 
 
@@ -197,7 +242,7 @@ def test_a_chat_on_a_terminal(trained):
     assert process.wait() == 0
     text = shown.decode()
     assert "Ask, or /decoding NAME" in text and "The base answers now" in text
-    assert text.count("The answer was cut at 6 tokens") == 2 and "Traceback" not in text
+    assert text.count("cut off at the cap of 6 tokens") == 2 and "Traceback" not in text
 
 
 def test_an_adapter_of_another_prompt_is_refused(trained, tmp_path):
@@ -242,10 +287,12 @@ def test_the_markdown_page_holds_whatever_an_answer_holds():
     import ablate
 
     text = "</pre></details> | a | ``` **b** <script>\n\n# c"
-    answer = {"question": "a | b <i>", "text": text, "answer_tokens": 3, "finish_reason": "stop"}
+    answer = {"question": "a | b <i>", "text": text, "answer_tokens": 3, "finish_reason": "stop", "verdict": "symbols"}
     result = {
         "settings": {"model": "base", "decoding": "kit", "base_model": "m", "model_fingerprint": "m"},
-        "numbers": {"n": 1, "stopped": 1, "mean_answer_tokens": 3.0, "rep_4": 0.0, "distinct_2": 1.0},
+        "numbers": {"num_answers": 1, "num_sound": 0, "num_ended": 1, "num_sound_and_ended": 0}
+        | {"num_named": 2, "num_points": 7, "num_wrong_claims": 1, "mean_answer_tokens": 3.0, "rep_4": 0.0, "distinct_2": 1.0},
     }
     page = ablate.make_page([(result, [answer])])
+    assert "| base | kit | 0 of 1 | 0 | 1 | 2/7 | 1 | 3 | 0.00 | 1.00 |" in page
     assert page.count("</pre>") == 1 and page.count("</details>") == 1 and "<script>" not in page and "<i>" not in page

@@ -53,7 +53,9 @@ REFUSED = {
     "batch": (["train.py", "--per-device-train-batch-size", "5"], "a divisor of 16"),
     "all problems at once": (["train.py", "--r", "0", "--max-steps", "-1"], "--max-steps -1"),
     "hours": (["train.py", "--max-hours", "0"], "--max-hours 0.0: a number above 0"),
-    "probes of a run": (["train.py", "--num-probes", "-1"], "--num-probes -1: 0 or more"),
+    "probes of a run": (["train.py", "--num-probes", "-1"], "--num-probes -1: 0 to 26"),
+    "enough of what": (["train.py", "--stop-when-worse", "0"], "--stop-when-worse 0: 1 or more"),
+    "enough without answers": (["train.py", "--stop-when-worse", "2", "--num-probes", "0"], "goes by the answers"),
     "hub repository": (["train.py", "--push-to-hub", "me"], "OWNER/NAME, is wanted"),
     "upload without a token": (
         ["train.py", "--profile", "cpu", "--push-to-hub", "me/adapter"],

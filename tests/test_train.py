@@ -279,21 +279,141 @@ def test_the_vllm_line_has_the_decodings_values():
     assert "vllm serve unsloth/Llama-3.2-3B-Instruct --enable-lora --max-lora-rank 16" in line
 
 
+# --- The gate
+
+
+def make_evaluation(step, eval_loss, num_sound=8, num_named=20, scheduled=True):
+    return {
+        **{"step": step, "eval_loss": eval_loss, "num_sound": num_sound, "num_named": num_named, "scheduled": scheduled},
+        **{"num_answers": 12, "num_ended": 9, "num_points": 40, "num_wrong_claims": 1},
+    }
+
+
+def test_the_best_evaluation_is_that_of_the_best_answers_or_of_the_lowest_loss():
+    before, first, second, last = (
+        make_evaluation(0, 2.5, 12),
+        make_evaluation(10, 2.4, 11, 20),
+        make_evaluation(20, 2.3, 11, 22),
+        make_evaluation(30, 2.2, 9, 30),
+    )
+    evaluations = [before, first, second, last]
+    assert train.choose_evaluation(evaluations, "answers") is second  # of equally many sound ones, more points
+    assert train.choose_evaluation(evaluations, "eval_loss") is last
+    assert train.choose_evaluation([first | {"num_named": 22}, second], "answers") is second  # then the loss
+    broken = make_evaluation(40, float("nan"), 9, 30)
+    assert (
+        train.choose_evaluation([last, broken], "answers") is last
+        and train.choose_evaluation([broken, last], "eval_loss") is last
+    )
+    # What only the clock brought about counts as long as there is nothing else.
+    stopped = make_evaluation(5, 2.45, 12, scheduled=False)
+    assert train.choose_evaluation([before, stopped], "answers") is stopped
+    assert train.choose_evaluation([before, stopped, first], "answers") is first
+
+
+def test_the_console_says_when_the_loss_improves_and_the_answers_get_worse():
+    before, now = make_evaluation(10, 2.4, 11, 20), make_evaluation(20, 2.31, 9, 21)
+    line, warning = train.describe_evaluation(now, before).split("\n")
+    assert line == (
+        "step 20: eval_loss 2.3100 (better) | sound 9/12 (was 11/12, worse) | stopped 75% | points 21/40, wrong claims 1"
+    )
+    assert warning == "  the loss improves while the answers get worse: sound answers 11 -> 9"
+    assert "\n" not in train.describe_evaluation(before, None) and "(" not in train.describe_evaluation(before, None)
+    assert "\n" not in train.describe_evaluation(make_evaluation(20, 2.31, 11, 20), before)
+    assert "\n" not in train.describe_evaluation(make_evaluation(20, 2.5, 9, 20), before)  # both worse: the line says so
+
+
+def test_enough_is_counted_from_the_best_answers(tmp_path):
+    gate = object.__new__(train.Gate)
+    gate.recipe = make_recipe(stop_when_worse=2)
+    told = []
+    gate.evaluations = []
+    for evaluation in (
+        make_evaluation(0, 2.5, 12),
+        make_evaluation(10, 2.4, 10),
+        make_evaluation(20, 2.3, 9),
+        make_evaluation(30, 2.2, 11),
+        make_evaluation(40, 2.1, 9),
+        make_evaluation(50, 2.0, 10),
+    ):
+        gate.evaluations.append(evaluation)
+        told.append(gate.has_had_enough)
+    assert told == [False, False, False, False, False, True]
+    gate.recipe = make_recipe(stop_when_worse=None)
+    assert not gate.has_had_enough
+
+
+def test_the_gate_costs_little_on_the_plan_of_a_t4():
+    recipe = make_recipe()
+    plan = train.make_plan(recipe, "float16", 10_000, 10_000 * 250, 1024)
+    assert plan.gate_seconds == recipe.count_evaluations(625) * 256 * 0.1
+    assert plan.gate_seconds <= 0.05 * plan.training_seconds
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "evaluations"), [(18, 0.5, 3), (625, 0.2, 6), (4, 0.5, 3), (3, 0.5, 3), (1, 0.5, 2)]
+)
+def test_evaluations_are_counted_as_the_trainer_makes_them(steps, every, evaluations):
+    assert make_recipe(eval_every=every).count_evaluations(steps) == evaluations
+
+
+@pytest.mark.slow
+def test_asking_leaves_modes_and_random_generators_as_they_were(small_model):
+    import random
+
+    import numpy as np
+    import torch
+
+    model, tokenizer = small_model.model, small_model.tokenizer
+    side, draws = tokenizer.padding_side, []
+    was_training = [module.training for module in model.modules()]
+    try:
+        model.train()
+        model.model.layers[0].eval()
+        modes = [module.training for module in model.modules()]
+        for ask in (False, True):
+            random.seed(1), np.random.seed(1), torch.manual_seed(1)
+            if ask:
+                with train.asking(model, tokenizer, make_recipe(profile="cpu")):
+                    assert not any(module.training for module in model.modules())
+                    random.random(), np.random.rand(), torch.rand(3)
+            draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+            assert [module.training for module in model.modules()] == modes and tokenizer.padding_side == side
+        assert draws[0] == draws[1]
+    finally:
+        for module, training in zip(model.modules(), was_training, strict=True):
+            module.training = training
+
+
+@pytest.mark.slow
+def test_probes_of_any_length_are_answered_in_one_padded_batch(small_model):
+    """In fp32 padding moves no first choice here, so that the batch says what each question alone is answered."""
+    decoding = infer.Decoding(max_new_tokens=6, repetition_penalty=1.1)
+    requests = [infer.Request(question, decoding) for question in ("What is a stye?", "Why?", "How long does a cold last?")]
+    together = infer.answer_requests(small_model, requests, padded=True)
+    alone = [infer.answer_requests(small_model, [request])[0] for request in requests]
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    assert [answer.prompt_tokens for answer in together] == [answer.prompt_tokens for answer in alone]
+
+
 # --- Training
 
 
 def read_metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Steps and losses, without what the gate adds."""
+    names = {"step", "epoch", "train_loss", "eval_loss", "grad_norm", "learning_rate"}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in line.keys() & names} for line in lines]
 
 
 def test_metrics_after_the_step_to_go_on_from_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    train.keep_metrics(path, 1)
+    train.keep_lines(path, 1)
     assert not path.exists()
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"ste')
-    train.keep_metrics(path, 1)
+    train.keep_lines(path, 1)
     assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
-    train.keep_metrics(path, -1)
+    train.keep_lines(path, -1)
     assert not path.exists()
 
 
@@ -305,15 +425,14 @@ def test_a_broken_record_of_a_run_is_one_message(tmp_path, content):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_by_the_clock_goes_on_to_the_same_bytes(trained, tmp_path):
+def test_a_run_that_was_stopped_by_the_clock_and_has_no_gate_comes_to_the_same_bytes(trained, tmp_path):
+    """Against the run that was not stopped and has a gate: neither a stop nor asking may change what is learned."""
     flags = ["train.py", *trained.flags, "--num-probes", "0"]
     stopped = run_script(*flags, "--max-hours", "0.0001", cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stderr
     folder = tmp_path / "runs" / "train" / "tiny"
     assert "Stopped by --max-hours after 1 of 4 steps" in stopped.stdout
-    assert {path.name for path in folder.iterdir()} == {
-        *("run.json", "metrics.jsonl", "samples.jsonl", "adapter", "checkpoint-1")
-    }
+    assert {path.name for path in folder.iterdir()} == {*("run.json", "metrics.jsonl", "curves.png", "adapter", "checkpoint-1")}
     assert "1 of 16 rows of 4 planned" in (folder / "adapter" / "README.md").read_text()
     checkpoint = (folder / "checkpoint-1").rename(folder / "elsewhere")
     refused = run_script(*flags, cwd=tmp_path)
@@ -322,7 +441,7 @@ def test_a_run_that_was_stopped_by_the_clock_goes_on_to_the_same_bytes(trained, 
     resumed = run_script(*flags, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on with runs/train/tiny after step 1 of 4" in resumed.stdout
-    assert {path.name for path in folder.iterdir()} == {path.name for path in trained.folder.iterdir()}
+    assert {path.name for path in folder.iterdir()} == {"run.json", "metrics.jsonl", "curves.png", "adapter"}
     weights = "adapter/adapter_model.safetensors"
     assert (folder / weights).read_bytes() == (trained.folder / weights).read_bytes()
     # One line more than the run without a stop has: the evaluation at the stop.
@@ -333,9 +452,10 @@ def test_a_run_that_was_stopped_by_the_clock_goes_on_to_the_same_bytes(trained, 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_with_twice_the_accumulation(trained, tmp_path):
     """On whole steps: where rows do not fill an epoch's last one, accelerate repeats some for the processes to be even."""
+    gate = ["--num-probes", "1", "--best", "answers", "--stop-when-worse", "3"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
     ran = subprocess.run(
-        [*torchrun, str(ROOT / "train.py"), *trained.flags, "--num-probes", "0"],
+        [*torchrun, str(ROOT / "train.py"), *trained.flags, *gate],
         cwd=tmp_path,
         env=ENVIRONMENT,
         capture_output=True,
@@ -344,7 +464,7 @@ def test_two_processes_train_as_one_does_with_twice_the_accumulation(trained, tm
     )
     assert ran.returncode == 0, ran.stderr
     # Rank 0 alone prints and writes.
-    assert ran.stdout.count("trainable parameters") == 1 and ran.stdout.count("eval loss") == 1
+    assert ran.stdout.count("trainable parameters") == 1 and ran.stdout.count("\neval loss ") == 1
     assert "4 rows x 2 forward passes x 2 processes" in ran.stdout
     folder = tmp_path / "runs" / "train" / "tiny"
     assert {path.name for path in folder.iterdir()} == {path.name for path in trained.folder.iterdir()}
@@ -352,7 +472,7 @@ def test_two_processes_train_as_one_does_with_twice_the_accumulation(trained, tm
         assert two["step"] == one["step"]
         for name in two.keys() & {"train_loss", "eval_loss", "grad_norm", "learning_rate"}:
             assert two[name] == pytest.approx(one[name], rel=2e-3), (two, one)
-    again = run_script("train.py", *trained.flags, cwd=tmp_path)
+    again = run_script("train.py", *trained.flags, *gate, cwd=tmp_path)
     assert "already trained" in again.stdout
 
 

@@ -61,7 +61,7 @@ def run_once(count):
         )
     )
     times.append(time.perf_counter())
-    kept = data.drop_repeats(cleaned, data.ProbeQuestions(data.read_probes()), logs)
+    kept = data.drop_repeats(cleaned, data.ProbeQuestions(probe.question for probe in data.read_probes()), logs)
     times.append(time.perf_counter())
     mix = data.draw_mix(kept, data.MIXES["rebalanced"], 3407, logs)
     times.append(time.perf_counter())
