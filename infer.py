@@ -313,7 +313,7 @@ CHECKS: dict[FindingName, Check] = {
         "Jaccard index of the words of neighbouring items, mean over the worst six", 0.28, "its items hardly differ: {}"
     ),
     "run-on-list": Check(
-        "items of up to 5 words in a row within one enumeration, or the number of the last numbered item",
+        "items of up to 5 words in a row within one enumeration, or numbered lines",
         16,
         "a list runs on: {}",
     ),
@@ -491,7 +491,7 @@ def measure_similar_items(reading: Reading, window: int = 6) -> Measure:
 
 
 def measure_run_on_list(reading: Reading, short: int = 5) -> Measure:
-    """Length of the longest list: short items in a row, or numbered lines."""
+    """Length of the longest list: items of at most `short` words in a row, or numbered lines; see `CHECKS`."""
     best, where = 0, (0, 0)
     for items in enumerations(reading):
         run = 0
@@ -499,8 +499,10 @@ def measure_run_on_list(reading: Reading, short: int = 5) -> Measure:
             run = run + 1 if last - first <= short else 0
             if run > best:
                 best, where = run, reading.span(items[place - run + 1][0], last)
-    numbers = [(int(match[1]), match.span()) for match in re.finditer(r"^\s*(\d{1,3})[.)]\s", reading.text, re.MULTILINE)]
-    return max([(best, where), *numbers])
+    numbered = [match.span() for match in re.finditer(r"^\s*\d{1,3}[.)]\s", reading.text, re.MULTILINE)]
+    if len(numbered) > best:
+        best, where = len(numbered), (numbered[0][0], numbered[-1][1])
+    return best, where
 
 
 def measure_shared_beginning(reading: Reading) -> Measure:

@@ -139,9 +139,9 @@ TRAINING: dict[ProfileName, TrainingValues] = {
         eval_bytes_per_logit=10,
         eval_every=0.5,
         num_probes=8,
-        gate_max_new_tokens=112,
+        gate_max_new_tokens=80,
         tokens_per_second=310,
-        seconds_per_new_token=0.08,
+        seconds_per_new_token=0.09,
     ),
 }
 

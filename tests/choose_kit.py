@@ -3,7 +3,7 @@
     python -m tests.choose_kit                          the table, from tests/labelled/kit_answers.jsonl
     python -m tests.choose_kit ADAPTER ANSWERS.jsonl    ask again (half an hour on two cores); the verdicts are then to be given
 
-Until the kit judges answers itself, readers judged their form, blind to model and decoding: see tests/labelled/README.md.
+Readers judged their form, blind to model and decoding: see tests/labelled/README.md.
 """
 
 import contextlib
