@@ -821,13 +821,22 @@ def compile_phrase(phrase: str) -> re.Pattern[str]:
     return re.compile(r"\b" + r"\b(?:[^\w.!?]+[\w'’-]+){0,6}?[^\w.!?]+".join(parts) + r"\b", re.IGNORECASE)
 
 
-def find_mention(text: str, phrases: Iterable[str]) -> int | None:
-    """Where the first of the phrases begins that no word before it in its clause negates; None where there is none."""
+# Right behind a phrase, they deny it: "... is not a sign", "... are no longer the first choice".
+_DENIAL = re.compile(r"(?:\W+[\w'’]+){0,2}?\W+(?:not\b|no\b|never\b|\w+n['’]t\b)", re.IGNORECASE)
+_CLAUSE_END = re.compile(r"[.!?;:,\n]|\bbut\b", re.IGNORECASE)
+
+
+def find_mention(text: str, phrases: Iterable[str], *, or_denied_after: bool = False) -> int | None:
+    """Where the first of the phrases begins that no word before it in its clause negates; None where there is none.
+
+    With `or_denied_after` a phrase that the words right behind it deny is no mention either.
+    """
     places = []
     for phrase in phrases:
         for match in compile_phrase(phrase).finditer(text):
-            clause = re.split(r"[.!?;:,\n]|\bbut\b", text[: match.start()])[-1]
-            if not _NEGATION.search(clause):
+            before = _CLAUSE_END.split(text[: match.start()])[-1]
+            after = _CLAUSE_END.split(text[match.end() :], maxsplit=1)[0]
+            if not (_NEGATION.search(before) or (or_denied_after and _DENIAL.match(after))):
                 places.append(match.start())
                 break
     return min(places, default=None)
@@ -851,7 +860,9 @@ def check_facts(text: str, probe: data.Probe) -> Facts:
     named = [point.name for point in probe.points if find_mention(text, point.phrases) is not None]
     wrong = []
     for claim in probe.wrong_claims:
-        place, excuse = find_mention(text, claim.phrases), find_mention(text, claim.unless_after)
+        # "A sore throat is not a sign" claims nothing; but a point that "is not the only sign" is named.
+        place = find_mention(text, claim.phrases, or_denied_after=True)
+        excuse = find_mention(text, claim.unless_after)
         if place is not None and (excuse is None or place < excuse):
             wrong.append(claim.name)
     missing = [point.name for point in probe.points if point.name not in named]

@@ -210,6 +210,7 @@ def test_a_beta_blocker_alone_first_is_a_wrong_claim():
     probe = probe_of("hypertension")
     wrong = infer.check_facts("The first-line treatment is a beta-blocker such as atenolol.", probe)
     assert wrong.wrong == ("a beta-blocker is the first choice",) and wrong.named == ()
+    assert infer.check_facts("Beta-blockers are no longer the first choice.", probe).wrong == ()
     right = infer.check_facts(
         "Thiazides, ACE inhibitors, angiotensin receptor blockers or calcium-channel blockers come first, beta blockers later.",
         probe,
@@ -223,6 +224,8 @@ def test_a_heart_attack_has_no_sore_throat_and_may_say_so():
     assert infer.check_facts("Signs are chest pain, sore throat and ear pain.", probe).wrong
     assert infer.check_facts("A sore throat, unlike chest pain, is harmless.", probe).wrong
     assert not infer.check_facts("It is not a sore throat, but chest pain.", probe).wrong
+    assert not infer.check_facts("A sore throat is not a sign of it. Chest pain isn't the only one.", probe).wrong
+    assert "chest pain or pressure" in infer.check_facts("Chest pain isn't the only sign.", probe).named
 
 
 @pytest.mark.parametrize(
