@@ -4,7 +4,8 @@
     python -m tests.calibrate --people ROWS.jsonl ...  and false alarms on people's own answers (columns input, output)
     python -m tests.calibrate --fit --people ...       weights of drift, fitted on the setting half and half the people
 
-Answers to one question are in one half, by a digest of the question: thresholds and weights were set on one half alone.
+Answers to one question are in one half, by a digest of the question: thresholds and weights were set on one half alone. What to
+measure was chosen with an eye on both; the answers marked `late` were labelled when nothing was changed any more.
 AUROC is of collapsed against sound answers for the verdict; for a finding, of answers labelled with its defect against sound
 ones. Precision and recall are at the threshold; false alarms are sound answers that are accused, with a 95% Wilson interval.
 """
@@ -164,6 +165,7 @@ def main():
     judged = [(each, infer.judge(each["text"], each["question"], each["finish_reason"])) for each in labelled]
     for title, held_back in (("The half that thresholds and weights were set on:", False), ("The half not used:", True)):
         print(format_half(title, [pair for pair in judged if is_held_back(pair[0]["question"]) == held_back]))
+    print(format_half("Labelled after all was set (of both halves):", [pair for pair in judged if pair[0].get("late")]))
     if people:
         verdicts = [infer.judge(*pair) for pair in people]
         accused = sum(not verdict.sound for verdict in verdicts)
