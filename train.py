@@ -185,6 +185,8 @@ class TrainConfig(data.RowsConfig):
     """Stop in time to be done so many hours after the start, with everything saved; the same line goes on from there."""
     num_probes: int | None = None
     """How many probe questions each evaluation asks and judges, the story's five first; 0 asks none. Unset: the profile's."""
+    eval_every: float | None = None
+    """Share of the steps between two evaluations. Unset: the profile's."""
     best: Best = "answers"
     """Which evaluation's weights are kept as the adapter: of the best answers (most sound ones, then most points, then the
     lowest eval loss), or of the lowest eval loss alone."""
@@ -223,6 +225,8 @@ class TrainConfig(data.RowsConfig):
         probes = len(data.read_probes())
         if self.num_probes is not None and not 0 <= self.num_probes <= probes:
             problems.append(f"--num-probes {self.num_probes}: 0 to {probes}, the probes of samples/probes.jsonl, is wanted.")
+        if self.eval_every is not None and not 0 < self.eval_every < 1:
+            problems.append(f"--eval-every {self.eval_every}: a share above 0 and below 1 is wanted.")
         if self.stop_when_worse is not None and self.stop_when_worse < 1:
             problems.append(f"--stop-when-worse {self.stop_when_worse}: 1 or more is wanted.")
         if self.stop_when_worse is not None and self.num_probes == 0:
@@ -310,7 +314,7 @@ def resolve_recipe(config: TrainConfig) -> Recipe:
         pad_to_multiple_of=training.pad_to_multiple_of,
         use_gradient_checkpointing=model.use_gradient_checkpointing,
         pad=config.pad,
-        eval_every=training.eval_every,
+        eval_every=training.eval_every if config.eval_every is None else config.eval_every,
         num_probes=training.num_probes if config.num_probes is None else config.num_probes,
         gate_max_new_tokens=training.gate_max_new_tokens,
         best=config.best,

@@ -54,6 +54,7 @@ REFUSED = {
     "all problems at once": (["train.py", "--r", "0", "--max-steps", "-1"], "--max-steps -1"),
     "hours": (["train.py", "--max-hours", "0"], "--max-hours 0.0: a number above 0"),
     "probes of a run": (["train.py", "--num-probes", "-1"], "--num-probes -1: 0 to 26"),
+    "evaluations": (["train.py", "--eval-every", "1"], "--eval-every 1.0: a share above 0 and below 1"),
     "enough of what": (["train.py", "--stop-when-worse", "0"], "--stop-when-worse 0: 1 or more"),
     "enough without answers": (["train.py", "--stop-when-worse", "2", "--num-probes", "0"], "goes by the answers"),
     "hub repository": (["train.py", "--push-to-hub", "me"], "OWNER/NAME, is wanted"),
