@@ -1030,6 +1030,8 @@ class RowsConfig:
     """Conversational rows of --mix custom."""
     num_encyclopedic: int | None = None
     """Encyclopedic rows of --mix custom."""
+    num_rows: int | None = None
+    """Training rows at most, in the mix's ratio. Unset: as many as the mix wants."""
     conversational: str | None = None
     """Hub id (owner/name or owner/name@commit) or .jsonl/.json/.csv/.parquet file. Unset: the profile's."""
     encyclopedic: str | None = None
@@ -1048,13 +1050,21 @@ class RowsConfig:
                 f"--mix custom with --num-conversational {counts[0]} and --num-encyclopedic {counts[1]}: "
                 "two counts are wanted, 0 or more, not both 0."
             )
+        if self.num_rows is not None and self.num_rows < 1:
+            raise ValueError(f"--num-rows {self.num_rows}: 1 or more is wanted.")
 
     @property
     def wanted(self) -> dict[SourceName, int]:
         """Rows that the mix wants of each source."""
-        if self.mix == "custom":
-            return {"conversational": self.num_conversational or 0, "encyclopedic": self.num_encyclopedic or 0}
-        return MIXES[self.mix]
+        counts = MIXES.get(self.mix) or {
+            "conversational": self.num_conversational or 0,
+            "encyclopedic": self.num_encyclopedic or 0,
+        }
+        total = sum(counts.values())
+        if self.num_rows is None or self.num_rows >= total:
+            return counts
+        conversational = round(Fraction(self.num_rows * counts["conversational"], total))
+        return {"conversational": conversational, "encyclopedic": self.num_rows - conversational}
 
     def sources(self, profile: ProfileName) -> dict[SourceName, str]:
         """Source of each kind of row: the one given, or the profile's."""

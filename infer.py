@@ -147,9 +147,9 @@ class Decoding:
     """Forbids every n-gram of this size a second time; 0 is off."""
     count_prompt: bool = False
     """Whether penalty and ban count the prompt's tokens too, the end-of-turn token among them, as the library does."""
-    stop: Literal["end-of-turn", "generation-config"] = "end-of-turn"
-    """Which token ends an answer: the one that ends a turn in the chat template, or whatever the base model's generation
-    config names."""
+    stop: Literal["end-of-turn", "generation-config", "never"] = "end-of-turn"
+    """Which token ends an answer: the one that ends a turn in the chat template, whatever the base model's generation config
+    names, or none: then only the cap does."""
     temperature: float = 0.0
     """0 is greedy; above, tokens are sampled from softmax(logits / temperature)."""
     top_p: float = 1.0
@@ -225,6 +225,8 @@ class Answer:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     answer_tokens: int
+    num_overruled: int
+    """Of the answer's tokens, those at whose place penalty or ban took the model's first choice from it."""
     decoding: Decoding
     model: str
     """Name of the base model."""
@@ -1278,6 +1280,8 @@ class Request:
 
 def stop_ids(decoding: Decoding, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer under `decoding`."""
+    if decoding.stop == "never":
+        return []
     if decoding.stop == "end-of-turn":
         return [end_of_turn_id(tokenizer)]
     eos = model.generation_config.eos_token_id
@@ -1313,6 +1317,8 @@ def make_row_processor(decodings: Sequence[Decoding], prompt_tokens: int) -> Log
     library's penalty lowers it before a word is written, and its ban may forbid it. An answer's own ids never hold it, so
     here a stop token is never penalised and never banned. And sampling adds Gumbel noise of the row's own generator, whose
     largest sum is a draw from the softmax (Gumbel 1954; Maddison et al. 2014): it does not depend on the other rows.
+
+    The processor's `overruled` holds, of each step so far, (B,) whether penalty or ban changed the row's likeliest token.
     """
     import torch
     from transformers import LogitsProcessor
@@ -1321,18 +1327,26 @@ def make_row_processor(decodings: Sequence[Decoding], prompt_tokens: int) -> Log
     generators = [torch.Generator().manual_seed(decoding.sampling_seed) for decoding in decodings]
 
     class RowProcessor(LogitsProcessor):
+        def __init__(self) -> None:
+            self.overruled: list[list[bool]] = []
+
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             """`input_ids` (B, T), `scores` (B, V) -> (B, V)."""
+            first_choice = scores.argmax(dim=-1)
             scores = scores.clone()
             for row, (decoding, chain) in enumerate(zip(decodings, chains, strict=True)):
                 seen = input_ids[row : row + 1, 0 if decoding.count_prompt else prompt_tokens :]
                 own = scores[row : row + 1]
                 for processor in chain:
                     own = processor(seen, own)
-                if decoding.temperature:
-                    uniform = torch.rand(own.shape, generator=generators[row], dtype=torch.float64)
-                    own = own - torch.log(-torch.log(uniform)).to(own)
+                # In place, so that the choice of a whole batch is looked up at once; sampling's noise comes behind it.
                 scores[row] = own
+            self.overruled.append((scores.argmax(dim=-1) != first_choice).tolist())
+            for row, decoding in enumerate(decodings):
+                if decoding.temperature:
+                    own = scores[row : row + 1]
+                    uniform = torch.rand(own.shape, generator=generators[row], dtype=torch.float64)
+                    scores[row] = own - torch.log(-torch.log(uniform)).to(own)
             return scores
 
     return RowProcessor()
@@ -1396,10 +1410,11 @@ def answer_requests(
     """One `Answer` a request, in their order.
 
     Requests whose prompts have the same length, and which stop at the same tokens, share forward passes: nothing is padded, and
-    a batch has at least `min_rows` rows, so that an answer does not depend on what it was asked with. `padded` gives that up
-    for speed: prompts of any length share forward passes, padded on the left.
+    a batch has at least `min_rows` rows, so that an answer does not depend on what it was asked with. Requests that differ only
+    in cap or stop are cut from one row. `padded` gives the first up for speed: prompts of any length share forward passes,
+    padded on the left.
 
-    `progress` is told of tokens as they are written, or as an early end makes them needless: in all, requests times cap.
+    `progress` is told of tokens as they are written, or as an early end makes them needless: in all `count_new_tokens`.
     `on_text` is handed the text of the first request piece by piece; the pieces are together its `Answer.text`.
 
     Raises:
@@ -1407,33 +1422,63 @@ def answer_requests(
     """
     tokenizer = loaded.tokenizer
     prompts = [check_room(loaded, request) for request in requests]
-    groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-    for place, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-        stop = tuple(stop_ids(request.decoding, loaded.model, tokenizer))
-        groups.setdefault((0 if padded else len(prompt), stop), []).append(place)
+    stops = [stop_ids(request.decoding, loaded.model, tokenizer) for request in requests]
+    groups: dict[tuple[int, tuple[int, ...]], list[list[int]]] = {}
+    for places in merge_requests(requests).values():
+        # A row ends where every one of its answers has ended.
+        stop = tuple(sorted(set.intersection(*(set(stops[place]) for place in places))))
+        groups.setdefault((0 if padded else len(prompts[places[0]]), stop), []).append(places)
     answers: dict[int, Answer] = {}
-    for (_, stop), places in sorted(groups.items()):
-        for batch in _batched(places, MAX_ROWS):
-            decodings = [requests[place].decoding for place in batch]
-            writer = _TextWriter(tokenizer, stop, decodings[0].max_new_tokens, on_text if 0 in batch else lambda text: None)
-            started = time.perf_counter()
-            new_ids = _generate(loaded, [prompts[place] for place in batch], decodings, stop, progress, writer.add)
-            seconds = time.perf_counter() - started
-            for place, ids in zip(batch, new_ids, strict=True):
-                kept, finish_reason = cut_answer(ids, requests[place].decoding.max_new_tokens, stop)
-                answers[place] = Answer(
-                    question=requests[place].question,
-                    text=_to_text(tokenizer, kept, stop).strip(),
-                    token_ids=kept,
-                    finish_reason=finish_reason,
-                    prompt_tokens=len(prompts[place]),
-                    answer_tokens=len(kept),
-                    decoding=requests[place].decoding,
-                    model=loaded.base_model,
-                    adapter=loaded.adapter_sha256,
-                    seconds=round(seconds, 3),
+    writer = _TextWriter(tokenizer, stops[0], requests[0].decoding.max_new_tokens, on_text) if requests else None
+    for (_, stop), rows in sorted(groups.items()):
+        for batch in _batched(rows, MAX_ROWS):
+            decodings = [
+                dataclasses.replace(
+                    requests[places[0]].decoding,
+                    max_new_tokens=max(requests[place].decoding.max_new_tokens for place in places),
                 )
+                for places in batch
+            ]
+            streams = writer.add if writer and 0 in batch[0] else lambda token: None
+            started = time.perf_counter()
+            new_ids = _generate(loaded, [prompts[places[0]] for places in batch], decodings, stop, progress, streams)
+            seconds = round(time.perf_counter() - started, 3)
+            for places, (ids, overruled) in zip(batch, new_ids, strict=True):
+                for place in places:
+                    cap = requests[place].decoding.max_new_tokens
+                    kept, finish_reason = cut_answer(ids, cap, stops[place])
+                    answers[place] = Answer(
+                        question=requests[place].question,
+                        text=_to_text(tokenizer, kept, stops[place]).strip(),
+                        token_ids=kept,
+                        finish_reason=finish_reason,
+                        prompt_tokens=len(prompts[place]),
+                        answer_tokens=len(kept),
+                        num_overruled=sum(overruled[: len(kept)]),
+                        decoding=requests[place].decoding,
+                        model=loaded.base_model,
+                        adapter=loaded.adapter_sha256,
+                        seconds=seconds,
+                    )
     return [answers[place] for place in range(len(requests))]
+
+
+def merge_requests(requests: Sequence[Request]) -> dict[Request, list[int]]:
+    """Places of the requests that one row of a batch can answer, for they differ at most in cap and stop.
+
+    Which token comes next depends on those before it, and neither cap nor stop; sampling draws from the row's own generator.
+    """
+    rows: dict[Request, list[int]] = {}
+    for place, request in enumerate(requests):
+        open_end = dataclasses.replace(request.decoding, max_new_tokens=1, stop="never")
+        rows.setdefault(dataclasses.replace(request, decoding=open_end), []).append(place)
+    return rows
+
+
+def count_new_tokens(requests: Sequence[Request]) -> int:
+    """The most tokens that `answer_requests` writes for the requests."""
+    rows = merge_requests(requests).values()
+    return sum(max(requests[place].decoding.max_new_tokens for place in places) for places in rows)
 
 
 def cut_answer(ids: Sequence[int], cap: int, stop: Sequence[int]) -> tuple[list[int], Literal["stop", "length"]]:
@@ -1476,13 +1521,13 @@ def _generate(
     stop: Sequence[int],
     progress: Callable[[int], object],
     on_token: Callable[[int], object],
-) -> list[list[int]]:
-    """New ids of each prompt; what follows a stop token is padding still. Shorter prompts are padded on the left, at whose
-    right end generation goes on."""
+) -> list[tuple[list[int], list[bool]]]:
+    """New ids of each prompt, what follows a stop token being padding still; and at which of them the decoding overruled the
+    model. Shorter prompts are padded on the left, at whose right end generation goes on."""
     import torch
     from transformers.generation import BaseStreamer
 
-    cap = max(decoding.max_new_tokens for decoding in decodings)
+    caps = [decoding.max_new_tokens for decoding in decodings]
 
     class StepObserver(BaseStreamer):
         """Tells of every step of `generate`, and of the first row's token."""
@@ -1492,11 +1537,11 @@ def _generate(
         def put(self, value: torch.Tensor) -> None:
             self.steps += 1
             if self.steps:
-                progress(len(prompts))
+                progress(sum(cap >= self.steps for cap in caps))
                 on_token(int(value[0]))
 
         def end(self) -> None:
-            progress(len(prompts) * (cap - self.steps))
+            progress(sum(max(0, cap - self.steps) for cap in caps))
 
     filled = [place % len(prompts) for place in range(max(loaded.min_rows, len(prompts)))]
     width, pad = max(map(len, prompts)), loaded.tokenizer.pad_token_id
@@ -1504,16 +1549,20 @@ def _generate(
     rows = [[pad] * missing + prompts[place] for missing, place in zip(padding, filled, strict=True)]
     input_ids = torch.tensor(rows, device=loaded.model.device)
     mask = torch.tensor([[0] * missing + [1] * (width - missing) for missing in padding], device=loaded.model.device)
+    # Where nothing is to end an answer, an id behind the last: without one, the model's own config would be asked.
+    no_token = loaded.model.config.vocab_size
+    processor = make_row_processor([decodings[place] for place in filled], width)
     # Not inference mode: what the model keeps for later, such as rotary angles, may be needed in a training step.
     with torch.no_grad():
         output = loaded.model.generate(
             input_ids=input_ids,
             attention_mask=mask,
-            generation_config=make_generation_config(cap, stop, pad),
-            logits_processor=[make_row_processor([decodings[place] for place in filled], width)],
+            generation_config=make_generation_config(max(caps), stop or [no_token], pad),
+            logits_processor=[processor],
             streamer=StepObserver(),
         )
-    return output[: len(prompts), width:].tolist()
+    overruled = list(zip(*processor.overruled, strict=True))
+    return list(zip(output[: len(prompts), width:].tolist(), map(list, overruled[: len(prompts)]), strict=True))
 
 
 # --- The same bytes ----------------------------------------------------------------------------------------------

@@ -163,7 +163,9 @@ class TrainConfig(data.RowsConfig):
     """Flags of train.py."""
 
     name: str | None = None
-    """Folder of the run below runs/train. Unset: PROFILE-MIX-TARGET_MODULES."""
+    """Folder of the run below --output-dir. Unset: PROFILE-MIX-TARGET_MODULES."""
+    output_dir: Path = infer.TRAIN_RUNS
+    """Where the run's folder is made. Only a run in runs/train becomes the one that `infer.py` asks by default."""
     epochs: float = 1.0
     """Passes over the rows."""
     max_steps: int | None = None
@@ -366,6 +368,12 @@ def set_aside(folder: Path) -> None:
     """Renames the folder to the first free `NAME.old-N`."""
     number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.old-{n}").exists())
     folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
+
+
+def note_latest(folder: Path) -> None:
+    """Makes a run in runs/train the one whose adapter is asked by default."""
+    if folder.parent.resolve() == infer.TRAIN_RUNS.resolve():
+        data.write_whole(infer.LATEST, folder.name + "\n")
 
 
 def commit_id() -> str | None:
@@ -1638,7 +1646,7 @@ def train_unless_done(config: TrainConfig, recipe: Recipe, folder: Path, deadlin
             raise UsageError(f"{folder} is recorded, but its adapter is gone. Put it back, or train anew with --restart.")
         if is_complete(record):
             if data.is_main_process():
-                data.write_whole(infer.LATEST, folder.name + "\n")
+                note_latest(folder)
             print(f"{folder} is already trained with these values (--restart trains it again).")
             return record
         checkpoint = folder / f"checkpoint-{numbers['steps']}"
@@ -1657,7 +1665,7 @@ def train_unless_done(config: TrainConfig, recipe: Recipe, folder: Path, deadlin
     record["numbers"]["training_seconds"] += earlier
     if data.is_main_process():
         data.write_whole(folder / "run.json", json.dumps(record, indent=2) + "\n")
-        data.write_whole(infer.LATEST, folder.name + "\n")
+        note_latest(folder)
         # TRL's card, which it writes beside a checkpoint; ours lies with the adapter.
         (folder / "README.md").unlink(missing_ok=True)
         for old in folder.glob("checkpoint-*"):
@@ -1673,7 +1681,7 @@ def main(config: TrainConfig) -> None:
     if not data.is_main_process():
         sys.stdout = io.StringIO()  # rank 0 alone prints
     recipe = resolve_recipe(config)
-    folder = infer.TRAIN_RUNS / (config.name or default_name(recipe))
+    folder = config.output_dir / (config.name or default_name(recipe))
     for name, value in dataclasses.asdict(recipe).items():
         print(f"{name:<30}{value}")
     print(f"{'run folder':<30}{folder}", flush=True)
