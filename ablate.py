@@ -626,6 +626,28 @@ class Progress:
         self._bar.close()
 
 
+# Set by torchrun and accelerate for their processes; a run inside an ablation trains on its own.
+LAUNCHER_VARIABLES = frozenset(
+    """RANK LOCAL_RANK GROUP_RANK ROLE_RANK ROLE_NAME WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR
+    MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_USE_AGENT_STORE
+    TORCHELASTIC_ERROR_FILE""".split()
+)
+
+
+def make_environment(grid: Grid, number: int) -> dict[str, str]:
+    """Variables of a process of worker `number`: its GPU or its share of the cores, and nothing of a launcher's."""
+    own = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    # Under torchrun the processes of a machine share its GPUs; beside them the workers of each process.
+    place = int(os.environ.get("LOCAL_RANK", "0")) * grid.workers + number
+    together = data.local_world_size() * grid.workers
+    if grid.profile == "t4" and together > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        own["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place] if visible else str(place)
+    if grid.profile == "cpu" and together > 1:
+        own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // together))
+    return own
+
+
 class FailedRunError(Exception):
     """A process of a model ended with an error; the message holds the last lines that it wrote."""
 
@@ -655,6 +677,7 @@ class Workshop:
                     worker.result()
             except BaseException:
                 self._stop()
+                self.progress.note("Stopped. What is recorded stays; the same line goes on.")
                 raise
             finally:
                 self.progress.close()
@@ -709,26 +732,13 @@ class Workshop:
         for result, answers in results:
             write_cell(self.grid.folder, model.id, result, answers)
 
-    def _environment(self, number: int) -> dict[str, str]:
-        """Of a process of worker `number`: its GPU or its share of the cores, and nothing of a launcher's."""
-        own = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-        # Under torchrun the processes of a machine share its GPUs; beside them the workers of each process.
-        place = int(os.environ.get("LOCAL_RANK", "0")) * self.grid.workers + number
-        together = data.local_world_size() * self.grid.workers
-        if self.grid.profile == "t4" and together > 1:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            own["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place] if visible else str(place)
-        if self.grid.profile == "cpu" and together > 1:
-            own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // together))
-        return own
-
     def _start(self, command: Sequence[str], number: int, descriptor: int, **pipes: Any) -> subprocess.Popen:
         with self._lock:
             if self._stopped:
                 raise FailedRunError("stopped")
             process = subprocess.Popen(
                 [sys.executable, *command],
-                env=self._environment(number),
+                env=make_environment(self.grid, number),
                 pass_fds=[descriptor],
                 # Ctrl-C reaches this process, which ends the others in its turn.
                 start_new_session=True,
@@ -751,13 +761,15 @@ class Workshop:
         anew = ["--restart"] if read_json(noted) not in (None, settings) else []
         data.write_whole(noted, json.dumps(settings, indent=2) + "\n")
         self.progress.note(f"python {shlex.join(command)}")
-        metrics, log = runs / model.id / "metrics.jsonl", runs / f"{model.id}.log"
+        metrics, log, began = runs / model.id / "metrics.jsonl", runs / f"{model.id}.log", time.time()
         with log.open("w", encoding="utf-8") as words:
             script = str(data.HERE / command[0])
             process = self._start([script, *command[1:], *anew], number, descriptor, stdout=words, stderr=words)
             while process.poll() is None:
                 time.sleep(0.5)
-                steps = metrics.read_bytes().count(b'"train_loss"') if metrics.is_file() else 0
+                # Lines of an earlier start that was cut are no progress of this one.
+                written = metrics.is_file() and metrics.stat().st_mtime >= began
+                steps = metrics.read_bytes().count(b'"train_loss"') if written else 0
                 share = min(1.0, steps / times.training_steps) if times.training_steps else 0.0
                 said = f"step {steps}/{times.training_steps}" if steps else "training begins"
                 self.progress.show(model.id, share * times.training_seconds, said)
@@ -828,14 +840,6 @@ class Workshop:
                 how += ", maybe for want of memory" if process.returncode == -signal.SIGKILL else ""
             last = [line for line in words.replace("\r", "\n").splitlines() if line.strip()][-12:]
             raise FailedRunError("\n".join([*last, f"The process {how}."]))
-
-
-# Set by torchrun and accelerate for their processes; a run inside an ablation trains on its own.
-LAUNCHER_VARIABLES = frozenset(
-    """RANK LOCAL_RANK GROUP_RANK ROLE_RANK ROLE_NAME WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR
-    MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_USE_AGENT_STORE
-    TORCHELASTIC_ERROR_FILE""".split()
-)
 
 
 def summarise_training(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -1542,22 +1546,24 @@ COLUMNS = (
 
 NOTES = (
     "*Sound and ended*: nothing in the form speaks against the answer, and the stop token ended it before the cap; in bold "
-    "where the next best row is outside the interval (Wilson). *Against base*: the same questions to the base model under the "
-    "same decoding, the base model's own against its `plain`: better in so many, worse in so many, p of a sign test. *Loops, "
-    "lists, drift, invented words*: answers with such a finding (`python infer.py`). *Points, wrong claims*: by the lists of "
-    "samples/probes.jsonl. *Overruled*: tokens at which penalty or ban took the model's first choice. *Same bytes twice*: the "
-    f"first question again in other company, up to {AGAIN_TOKENS} tokens. *Eval loss*: of the weights that were kept, on the "
-    "same held-out rows for all models. Answers to one question are no independent draws: p of pooled pairs is for guidance. "
-    "None of it says that an answer is medically right, and none of it is medical advice."
+    "where the best row and the next lie outside each other's interval (Wilson). *Against base*: the same questions to the "
+    "base model under the same decoding, the base model's own against its `plain`: better in so many, worse in so many, p of a "
+    "sign test. *Loops, lists, drift, invented words*: answers with such a finding (`python infer.py`). *Points, wrong claims*: "
+    "by the lists of samples/probes.jsonl. *Overruled*: tokens at which penalty or ban took the model's first choice. *Same bytes "
+    f"twice*: the first question again in other company, up to {AGAIN_TOKENS} tokens. *Eval loss*: of the weights that were "
+    "kept, on the same held-out rows for all models. Answers to one question are no independent draws: p of pooled pairs is "
+    "for guidance. None of it says that an answer is medically right, and none of it is medical advice."
 )
 
 
 def find_best(rows: Sequence[Row]) -> Row | None:
-    """The row with the largest share of sound and ended answers, if the next row's share lies outside its interval."""
+    """The row with the largest share of sound and ended answers, if it and the next lie outside each other's interval."""
     ranked = sorted((row for row in rows if row.answers), key=lambda row: row.rank, reverse=True)
     if len(ranked) < 2:
         return None
-    return ranked[0] if ranked[1].rank[0] < ranked[0].good_interval[0] else None
+    best, following = ranked[:2]
+    apart = following.rank[0] < best.good_interval[0] and best.rank[0] > following.good_interval[1]
+    return best if apart else None
 
 
 def format_row(records: Records, row: Row, best: Row | None) -> list[str]:
@@ -1891,6 +1897,8 @@ def main(config: AblateConfig) -> int:
         if missing or read_json(study / "study.json") is None:
             data.write_whole(study / "study.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         if missing:
+            # As Ctrl-C: the processes that were started end too.
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
             Workshop(grid, missing, times).run()
     elif config.save_best:
         grid = make_grid(config)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, read_lines, run_script
 
 import data
 import infer
@@ -20,10 +20,6 @@ import train
 pytestmark = pytest.mark.slow
 
 QUESTION = "What are the warning signs of a heart attack?"
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_training_leaves_exactly_its_files(trained):
@@ -253,46 +249,3 @@ def test_an_adapter_of_another_prompt_is_refused(trained, tmp_path):
     ran = run_script("infer.py", QUESTION, "--adapter", adapter, cwd=tmp_path)
     assert ran.returncode == 2
     assert "trained under the prompt 000000000000" in ran.stderr and "Traceback" not in ran.stderr
-
-
-@pytest.fixture(scope="module")
-def ablated(trained):
-    return run_script("ablate.py", "--num-probes", "1", cwd=trained.cwd)
-
-
-def test_ablate_writes_one_row_a_cell_and_every_answer(trained, ablated):
-    assert ablated.returncode == 0, ablated.stderr
-    study = trained.cwd / "runs" / "ablate" / "decoding"
-    page = (study / "ablation.md").read_text(encoding="utf-8")
-    rows = [line.split(" | ")[:2] for line in page.splitlines() if line.startswith(("| base", "| adapter"))]
-    assert rows == [[f"| {model}", decoding] for model in ("base", "adapter") for decoding in infer.DECODINGS]
-    assert page.count("<pre>") == len(rows)
-    for model, decoding in [(row[0][2:], row[1]) for row in rows]:
-        [answer] = read_lines(study / "cells" / f"{model}-{decoding}" / "generations.jsonl")
-        assert answer["answer_tokens"] == len(answer["token_ids"]) <= 256
-        assert (answer["finish_reason"] == "stop") == (answer["token_ids"][-1] == 2)
-
-
-def test_ablate_again_asks_nothing_and_writes_the_same_page(trained, ablated):
-    page = trained.cwd / "runs" / "ablate" / "decoding" / "ablation.md"
-    first = page.read_bytes()
-    again = run_script("ablate.py", "--num-probes", "1", cwd=trained.cwd)
-    assert "0 to answer" in again.stdout and page.read_bytes() == first
-    page.unlink()
-    table = run_script("ablate.py", "--table", cwd=trained.cwd)
-    assert table.returncode == 0 and page.read_bytes() == first
-
-
-def test_the_markdown_page_holds_whatever_an_answer_holds():
-    import ablate
-
-    text = "</pre></details> | a | ``` **b** <script>\n\n# c"
-    answer = {"question": "a | b <i>", "text": text, "answer_tokens": 3, "finish_reason": "stop", "verdict": "symbols"}
-    result = {
-        "settings": {"model": "base", "decoding": "kit", "base_model": "m", "model_fingerprint": "m"},
-        "numbers": {"num_answers": 1, "num_sound": 0, "num_ended": 1, "num_sound_and_ended": 0}
-        | {"num_named": 2, "num_points": 7, "num_wrong_claims": 1, "mean_answer_tokens": 3.0, "rep_4": 0.0, "distinct_2": 1.0},
-    }
-    page = ablate.make_page([(result, [answer])])
-    assert "| base | kit | 0 of 1 | 0 | 1 | 2/7 | 1 | 3 | 0.00 | 1.00 |" in page
-    assert page.count("</pre>") == 1 and page.count("</details>") == 1 and "<script>" not in page and "<i>" not in page

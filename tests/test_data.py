@@ -342,6 +342,15 @@ def test_a_custom_mix_draws_its_counts_or_their_ratio():
 
 
 @pytest.mark.parametrize(
+    ("mix", "num_rows", "counts"),
+    [("rebalanced", 64, (54, 10)), ("week4", 64, (43, 21)), ("chatdoctor", 64, (64, 0)), ("week4", 99_999, (8000, 4000))],
+)
+def test_so_many_rows_at_most_are_wanted_in_the_mixs_ratio(mix, num_rows, counts):
+    wanted = data.RowsConfig(mix=mix, num_rows=num_rows).wanted
+    assert (wanted["conversational"], wanted["encyclopedic"]) == counts
+
+
+@pytest.mark.parametrize(
     "flags",
     [
         {"num_conversational": 5},

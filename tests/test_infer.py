@@ -442,6 +442,53 @@ def test_a_chat_remembers_its_turns(small_model):
 
 
 @pytest.mark.slow
+def test_answers_that_differ_only_in_cap_or_stop_may_be_cut_from_one_run(small_model):
+    penalty = Decoding(24, repetition_penalty=1.3, count_prompt=True)
+    sampled = Decoding(24, temperature=0.7, top_p=0.9)
+    requests = [
+        Request(QUESTIONS[0], dataclasses.replace(decoding, **change))
+        for decoding in (Decoding(24), penalty, sampled)
+        for change in ({}, {"max_new_tokens": 9}, {"stop": "generation-config"}, {"stop": "never", "max_new_tokens": 40})
+    ]
+    told = []
+    together = infer.answer_requests(small_model, requests, told.append)
+    assert together == [infer.answer_requests(small_model, [request])[0] for request in requests]
+    assert sum(told) == infer.count_new_tokens(requests) == 3 * 40
+
+
+@pytest.mark.slow
+def test_a_run_without_a_stop_goes_on_behind_the_stop_token(small_model):
+    """The plain answer ends within the cap; the run that gave it is cut there, and without a stop it is not."""
+    decodings = [Decoding(96, repetition_penalty=1.1), Decoding(96, repetition_penalty=1.1, stop="never")]
+    requests = [Request(question, decoding) for question in QUESTIONS for decoding in decodings]
+    answers = infer.answer_requests(small_model, requests)
+    ended = [pair for pair in zip(answers[::2], answers[1::2], strict=True) if pair[0].finish_reason == "stop"]
+    assert ended
+    for stopped, going_on in ended:
+        assert going_on.answer_tokens == 96 and going_on.finish_reason == "length"
+        assert going_on.token_ids[: stopped.answer_tokens] == stopped.token_ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "story-collapse", "story-fix", "week3", "kit"])
+def test_overruled_tokens_are_those_where_the_model_would_have_gone_elsewhere(small_model, name):
+    """Counted again by one forward pass over the whole answer. Sampling by itself overrules nothing."""
+    import torch
+
+    decoding = dataclasses.replace(infer.DECODINGS[name], max_new_tokens=40)
+    [answer] = infer.answer_requests(small_model, [Request(QUESTIONS[0], decoding)])
+    prompt = data.encode_prompt(small_model.tokenizer, QUESTIONS[0])
+    with torch.no_grad():
+        logits = small_model.model(torch.tensor([prompt + answer.token_ids])).logits[0, len(prompt) - 1 : -1]
+    elsewhere = (logits.argmax(-1) != torch.tensor(answer.token_ids)).sum().item()
+    if decoding.temperature:
+        assert answer.num_overruled == 0 < elsewhere
+    else:
+        assert answer.num_overruled == elsewhere
+        assert (elsewhere > 0) == (name != "plain")
+
+
+@pytest.mark.slow
 def test_the_margin_between_the_two_best_candidates_is_that_of_the_first_token(small_model):
     request = Request(QUESTIONS[0], Decoding(max_new_tokens=4))
     [answer] = infer.answer_requests(small_model, [request])

@@ -96,10 +96,18 @@ REFUSED = {
     "cap": (["infer.py", "q?", "--max-new-tokens", "0"], "1 or more"),
     "no adapter yet": (["infer.py", "q?"], "Train one: python train.py"),
     "adapter missing": (["infer.py", "q?", "--adapter", "nowhere"], "nowhere is no adapter"),
-    "nothing to compare": (["ablate.py"], "Train one: python train.py"),
-    "no records": (["ablate.py", "--table"], "no finished cells"),
-    "study": (["ablate.py", "--study", "a/b"], "letters, digits"),
-    "probes": (["ablate.py", "--num-probes", "0"], "1 or more"),
+    "nothing to compare": (["ablate.py", "--study", "decoding"], "Train one: python train.py"),
+    "no records": (["ablate.py", "--table"], "holds no records"),
+    "no study": (["ablate.py", "--study", "week4"], "training"),
+    "study name": (["ablate.py", "--name", "a/b"], "letters, digits"),
+    "no probes": (["ablate.py", "--num-probes", "0"], "--num-probes 0: 1 or more"),
+    "too many probes": (["ablate.py", "--num-probes", "27"], "--num-probes 27: 1 to 26"),
+    "no seeds": (["ablate.py", "--seeds", "0"], "--seeds 0: 1 or more"),
+    "no workers": (["ablate.py", "--workers", "0"], "--workers 0: 1 or more"),
+    "adapter of a study that trains": (["ablate.py", "--adapter", "x"], "is for --study decoding"),
+    "rows of a study that asks": (["ablate.py", "--study", "decoding", "--num-rows", "9"], "is for studies that train"),
+    "table of nothing": (["ablate.py", "--table", "--dry-run"], "Give one of the two"),
+    "no rows": (["train.py", "--num-rows", "0"], "--num-rows 0: 1 or more"),
 }
 
 
