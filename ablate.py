@@ -1544,15 +1544,15 @@ COLUMNS = (
 )
 
 
-NOTES = (
-    "*Sound and ended*: nothing in the form speaks against the answer, and the stop token ended it before the cap; in bold "
-    "where the best row and the next lie outside each other's interval (Wilson). *Against base*: the same questions to the "
-    "base model under the same decoding, the base model's own against its `plain`: better in so many, worse in so many, p of a "
-    "sign test. *Loops, lists, drift, invented words*: answers with such a finding (`python infer.py`). *Points, wrong claims*: "
-    "by the lists of samples/probes.jsonl. *Overruled*: tokens at which penalty or ban took the model's first choice. *Same bytes "
-    f"twice*: the first question again in other company, up to {AGAIN_TOKENS} tokens. *Eval loss*: of the weights that were "
-    "kept, on the same held-out rows for all models. Answers to one question are no independent draws: p of pooled pairs is "
-    "for guidance. None of it says that an answer is medically right, and none of it is medical advice."
+NOTES = " ".join(
+    f"""*Sound and ended*: nothing in the form speaks against the answer, and the stop token ended it before the cap; in bold
+    where the best row and the next lie outside each other's interval (Wilson). *Against base*: the same questions to the base
+    model under the same decoding, the base model's own against its `plain`: better in so many, worse in so many, p of a sign
+    test. *Loops, lists, drift, invented words*: answers with such a finding (`python infer.py`). *Points, wrong claims*: by
+    the lists of samples/probes.jsonl. *Overruled*: tokens at which penalty or ban took the model's first choice. *Same bytes
+    twice*: the first question again in other company, up to {AGAIN_TOKENS} tokens. *Eval loss*: of the weights that were
+    kept, on the same held-out rows for all models. Answers to one question are no independent draws: p of pooled pairs is for
+    guidance. None of it says that an answer is medically right, and none of it is medical advice.""".split()
 )
 
 
