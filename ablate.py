@@ -276,6 +276,8 @@ class Model:
     """Of train.py, without those that name the folder; None where nothing is trained."""
     adapter: Path | None = None
     """Where it lies, or will lie once it is trained; None for the base model."""
+    adapter_sha256: str | None = None
+    """Of an adapter that was given."""
 
     @property
     def id(self) -> str:
@@ -306,7 +308,6 @@ class Grid:
 
     def settings(self, model: Model, decoding: str) -> dict[str, Any]:
         """All that the cell's answers, and what is counted in them, depend on, as it stands in result.json."""
-        given = {"adapter_sha256": infer.adapter_digest(model.adapter)} if model.arm == "adapter" and model.adapter else {}
         return {
             "arm": model.arm,
             "seed": model.seed,
@@ -315,9 +316,9 @@ class Grid:
             "profile": self.profile,
             "base_model": self.base_model,
             "training": self.training_settings(model),
-            **given,
+            "adapter_sha256": model.adapter_sha256,
             "system_prompt": data.SYSTEM_PROMPT,
-            "probes": _digest_json([dataclasses.asdict(probe) for probe in self.probes]),
+            "probes": digest_json([dataclasses.asdict(probe) for probe in self.probes]),
         }
 
     def training_settings(self, model: Model) -> dict[str, Any] | None:
@@ -336,7 +337,8 @@ class Grid:
         return ["train.py", *model.flags, "--output-dir", str(self.folder / "runs"), "--name", model.id]
 
 
-def _digest_json(value: Any) -> str:
+def digest_json(value: Any) -> str:
+    """sha256 (hex) of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -373,10 +375,10 @@ def make_grid(config: AblateConfig) -> Grid:
     Raises:
         UsageError: as `data.resolve_profile`, and of the study `decoding` where its adapter is not there.
     """
-    adapter = record = None
+    adapter = record = digest = None
     if config.study == "decoding":
         adapter = infer.find_adapter(config.adapter) if config.adapter else infer.latest_adapter()
-        record = infer.read_adapter_record(adapter)
+        record, digest = infer.read_adapter_record(adapter), infer.adapter_digest(adapter)
     profile = infer.resolve_asked_profile(config.profile, record)
     values = ABLATION[profile]
     models = []
@@ -385,7 +387,8 @@ def make_grid(config: AblateConfig) -> Grid:
             if arm in ("base", "adapter"):
                 # Of these only the sampled answers differ from seed to seed.
                 names = tuple(name for name in decodings if not seed or DECODING_ARMS[name].temperature)
-                models.append(Model(arm, seed, names, adapter=adapter if arm == "adapter" else None))
+                given = (None, adapter, digest) if arm == "adapter" else ()
+                models.append(Model(arm, seed, names, *given))
             else:
                 flags = training_flags(TRAINING_ARMS[arm], profile, seed, config.num_rows or values.num_rows)
                 model = Model(arm, seed, decodings, flags)
@@ -1119,10 +1122,11 @@ def read_records(study: Path) -> Records:
         raise UsageError(f"{study} holds no records to make a table from. Make some first: python ablate.py")
     cells: dict[tuple[str, str], list[tuple[dict[str, Any], tuple[Record, ...]]]] = {}
     for model_id, arm, decodings in about["models"]:
-        for decoding in decodings:
+        for decoding, settings in decodings.items():
             folder = cell_folder(study, model_id, decoding)
             result = read_json(folder / "result.json")
-            if result is None:
+            # One that was made with other settings will be made again; till then it is not there.
+            if result is None or digest_json(result["settings"]) != settings:
                 continue
             path = folder / "generations.jsonl"
             try:
@@ -1853,7 +1857,7 @@ def write_page(study: Path) -> Records:
 
 
 def describe_study(config: AblateConfig, grid: Grid) -> dict[str, Any]:
-    """study.json: what the page is made from, beside the cells."""
+    """study.json: what the page is made from, beside the cells, each of which it names with the digest of its settings."""
     flags = [flag for flag in sys.argv[1:] if flag not in ("--table", "--save-best")]
     return {
         "study": config.study,
@@ -1861,7 +1865,10 @@ def describe_study(config: AblateConfig, grid: Grid) -> dict[str, Any]:
         "base_model": grid.base_model,
         "questions": grid.questions,
         "probes": [probe.id for probe in grid.probes],
-        "models": [[model.id, model.arm, list(model.decodings)] for model in grid.models],
+        "models": [
+            [model.id, model.arm, {name: digest_json(grid.settings(model, name)) for name in model.decodings}]
+            for model in grid.models
+        ],
     }
 
 
@@ -1894,7 +1901,8 @@ def main(config: AblateConfig) -> int:
             return 0
         study.mkdir(parents=True, exist_ok=True)
         about = describe_study(config, grid)
-        if missing or read_json(study / "study.json") is None:
+        noted = read_json(study / "study.json")
+        if missing or noted is None or noted["models"] != about["models"]:
             data.write_whole(study / "study.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
         if missing:
             # As Ctrl-C: the processes that were started end too.

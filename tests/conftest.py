@@ -98,6 +98,22 @@ def trained(tmp_path_factory):
     return TrainedRun(cwd, flags, run_script("train.py", *flags, cwd=cwd))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def gpu_process(request, tmp_path_factory):
+    """`(folder, started)` of the run through Unsloth's GPU code, which is begun with the first test: it takes minutes of one
+    core, beside which the other tests run."""
+    if not any(item.get_closest_marker("gpu_path") for item in request.session.items):
+        yield None
+        return
+    import gpu_workplace
+
+    cwd = tmp_path_factory.mktemp("gpu_path")
+    gpu_workplace.make_workplace(cwd)
+    started = gpu_workplace.start_training("gpu", cwd, num_probes=2)
+    yield cwd, started
+    started[0].kill()
+
+
 @pytest.fixture(scope="session")
 def small_model():
     """The small base model, loaded as infer.py loads it for asking."""

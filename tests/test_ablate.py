@@ -125,7 +125,8 @@ def write_study(folder, texts, loss=(3.0, 2.0), study="all"):
     """A study of the rows `texts[arm, decoding]`: a list of texts, or of (text, finish reason), one a question."""
     models = {}
     for (arm, decoding), answers in texts.items():
-        models.setdefault(arm, []).append(decoding)
+        settings = {"arm": arm, "seed": 0, "decoding": decoding}
+        models.setdefault(arm, {})[decoding] = ablate.digest_json(settings)
         records = [
             make_record(question, *((answer,) if isinstance(answer, str) else answer), decoding=decoding)
             for question, answer in zip(QUESTIONS, answers, strict=False)
@@ -134,7 +135,7 @@ def write_study(folder, texts, loss=(3.0, 2.0), study="all"):
         training |= {"training_seconds": 60.0, "train_rows": 64, "train_tokens": 9000, "steps": 4}
         made_by = {"machine": "a | machine", "dtype": "float32", "versions": {"torch": "2"}, "commit": None}
         result = {
-            "settings": {"arm": arm, "seed": 0, "decoding": decoding},
+            "settings": settings,
             "training": None if arm == "base" else training,
             "again": {"asked": 1, "same": 1, "tokens": 64},
             "stop_ids": [2],
@@ -285,6 +286,14 @@ def test_a_failed_cell_is_a_row_that_says_so(tmp_path):
     assert "failed: out of &#96;memory&#96;" in page
     tokens = render(page)
     assert [token.type for token in tokens].count("table_open") == 2
+
+
+def test_a_cell_of_other_settings_is_not_in_the_table(tmp_path):
+    write_study(tmp_path, {("base", "kit"): [SOUND] * 2, ("week4", "kit"): [SOUND] * 2})
+    result = json.loads((tmp_path / "cells" / "week4.kit" / "result.json").read_text())
+    result["settings"]["seed"] = 1
+    (tmp_path / "cells" / "week4.kit" / "result.json").write_text(json.dumps(result))
+    assert list(ablate.read_records(tmp_path).rows) == ["base.kit"]
 
 
 # --- A real study ------------------------------------------------------------------------------------------------
