@@ -34,6 +34,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -165,8 +166,8 @@ AGAIN_TOKENS = 64
 class AblationValues:
     """The values in which the two profiles differ, for ablations."""
 
-    num_rows: int | None
-    """Training rows of a run; None: all that the mix wants."""
+    num_rows: int
+    """Training rows of a run."""
     num_probes: int
     eval_every: float | None
     """None: as `train.py` does it."""
@@ -185,12 +186,13 @@ class AblationValues:
 
 ABLATION: dict[ProfileName, AblationValues] = {
     "t4": AblationValues(
-        num_rows=None,
+        # All runs of the story in one session of a free T4; the story's own took four hours each.
+        num_rows=1200,
         num_probes=26,
         eval_every=None,
         workers=1,
         start_seconds=90,
-        evaluation_seconds=60,
+        evaluation_seconds=80,
         tokens_per_second=train.TRAINING["t4"].tokens_per_second,
         step_seconds=0.1,
         row_seconds=0,
@@ -300,6 +302,14 @@ class Grid:
     models: tuple[Model, ...]
     probes: tuple[data.Probe, ...]
     workers: int
+    local_rank: int = 0
+    """Of this process among those that a launcher such as torchrun started on this machine."""
+    local_world_size: int = 1
+
+    @property
+    def num_together(self) -> int:
+        """Workers on this machine, of all processes that a launcher started."""
+        return self.local_world_size * self.workers
 
     @property
     def questions(self) -> list[str]:
@@ -319,6 +329,7 @@ class Grid:
             "adapter_sha256": model.adapter_sha256,
             "system_prompt": data.SYSTEM_PROMPT,
             "probes": digest_json([dataclasses.asdict(probe) for probe in self.probes]),
+            "judge": digest_json([{name: check.threshold for name, check in infer.CHECKS.items()}, infer.DRIFT_WEIGHTS]),
         }
 
     def training_settings(self, model: Model) -> dict[str, Any] | None:
@@ -400,6 +411,8 @@ def make_grid(config: AblateConfig) -> Grid:
         models=tuple(model for model in models if model.decodings),
         probes=tuple(order_probes()[: config.num_probes or values.num_probes]),
         workers=config.workers or values.workers,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world_size=data.local_world_size(),
     )
 
 
@@ -426,8 +439,8 @@ def make_requests(model: Model, decodings: Sequence[str], questions: Sequence[st
     return [infer.Request(question, model.decoding(name)) for name in decodings for question in questions]
 
 
-def plan_training(grid: Grid, model: Model) -> tuple[float, int]:
-    """`(seconds, steps)` of the model's training.
+def plan_training(grid: Grid, model: Model, counted: dict[Any, tuple[int, int]]) -> tuple[float, int]:
+    """`(seconds, steps)` of the model's training; `counted` keeps rows and tokens of each mix.
 
     Raises:
         UsageError: a file of rows cannot be used.
@@ -436,7 +449,10 @@ def plan_training(grid: Grid, model: Model) -> tuple[float, int]:
         return 0.0, 0
     config = tyro.cli(train.TrainConfig, args=model.flags)
     recipe = train.resolve_recipe(config)
-    rows, tokens, _, _ = train.count_rows(config, recipe)
+    mix = (config.mix, config.num_rows, config.seed)
+    if mix not in counted:
+        counted[mix] = train.count_rows(config, recipe)[:2]
+    rows, tokens = counted[mix]
     steps = recipe.count_steps(rows)
     values = ABLATION[grid.profile]
     evaluations = recipe.count_evaluations(steps)
@@ -479,12 +495,10 @@ def measure_prompts(grid: Grid) -> dict[str, int]:
 def plan_times(grid: Grid, missing: Mapping[str, Sequence[str]]) -> dict[str, Times]:
     """The times of each model that has cells missing, by its id. Raises UsageError as `plan_training`."""
     lengths, times = measure_prompts(grid), {}
-    trained: dict[tuple[str, ...] | None, tuple[float, int]] = {}
+    counted: dict[Any, tuple[int, int]] = {}
     for model in grid.models:
         if names := missing.get(model.id):
-            if model.flags not in trained:
-                trained[model.flags] = plan_training(grid, model)
-            times[model.id] = Times(*trained[model.flags], *plan_answers(grid, model, names, lengths))
+            times[model.id] = Times(*plan_training(grid, model, counted), *plan_answers(grid, model, names, lengths))
     return times
 
 
@@ -542,10 +556,21 @@ def read_json(path: Path) -> Any:
         raise UsageError(f"{path} cannot be read ({error}). Remove it; the same line makes it again.") from None
 
 
+def failed_file(study: Path, model_id: str, decoding: str) -> Path:
+    """Where it stands why a cell failed: beside the cell, so that older answers there stay."""
+    return study / "cells" / f"{model_id}.{decoding}.failed.json"
+
+
 def is_done(grid: Grid, model: Model, decoding: str) -> bool:
-    """Whether the study holds this cell's answers, under these very settings; a failed cell is not done."""
+    """Whether the study holds this cell's answers, under these very settings."""
     result = read_json(cell_folder(grid.folder, model.id, decoding) / "result.json")
-    return bool(result) and result.get("settings") == grid.settings(model, decoding) and "error" not in result
+    return bool(result) and result.get("settings") == grid.settings(model, decoding)
+
+
+def has_failed_since(grid: Grid, model: Model, began: float) -> bool:
+    """Whether some process has recorded, since that time, that the model failed."""
+    files = (failed_file(grid.folder, model.id, name) for name in model.decodings)
+    return any(file.is_file() and file.stat().st_mtime >= began for file in files)
 
 
 def find_missing(grid: Grid) -> dict[str, list[str]]:
@@ -565,6 +590,7 @@ def write_cell(study: Path, model_id: str, result: Mapping[str, Any], answers: S
     (part / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
+    failed_file(study, model_id, result["settings"]["decoding"]).unlink(missing_ok=True)
 
 
 # --- Doing what is missing ---------------------------------------------------------------------------------------
@@ -608,6 +634,7 @@ class Progress:
             smoothing=0,
             dynamic_ncols=True,
             mininterval=0.5 if watched else 30,
+            disable=not data.is_main_process(),
         )
 
     def show(self, model_id: str, seconds: float, says: str) -> None:
@@ -620,9 +647,10 @@ class Progress:
             self._bar.update(gained)
 
     def note(self, text: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a line above the bar; of several processes of a launcher the first alone does."""
         with self._lock:
-            self._bar.write(text, file=sys.stderr)
+            if data.is_main_process():
+                self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """Leaves the bar as it is."""
@@ -641,18 +669,40 @@ def make_environment(grid: Grid, number: int) -> dict[str, str]:
     """Variables of a process of worker `number`: its GPU or its share of the cores, and nothing of a launcher's."""
     own = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     # Under torchrun the processes of a machine share its GPUs; beside them the workers of each process.
-    place = int(os.environ.get("LOCAL_RANK", "0")) * grid.workers + number
-    together = data.local_world_size() * grid.workers
-    if grid.profile == "t4" and together > 1:
+    place = grid.local_rank * grid.workers + number
+    if grid.profile == "t4" and grid.num_together > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         own["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place] if visible else str(place)
-    if grid.profile == "cpu" and together > 1:
-        own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // together))
+    if grid.profile == "cpu" and grid.num_together > 1:
+        own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // grid.num_together))
     return own
+
+
+def check_devices(grid: Grid) -> None:
+    """Checks that every worker on this machine has a GPU of its own, where the profile wants one.
+
+    Raises:
+        UsageError: there are fewer.
+    """
+    if grid.profile != "t4":
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < grid.num_together:
+        raise UsageError(
+            f"The profile t4 wants a GPU for each of {grid.num_together} workers on this machine, and torch sees {found}. "
+            "Lower --workers or the launcher's processes, or say --profile cpu."
+        )
 
 
 class FailedRunError(Exception):
     """A process of a model ended with an error; the message holds the last lines that it wrote."""
+
+
+def last_line(text: str) -> str:
+    """The last line of a text, controls shown."""
+    return data.escape_controls(text.strip().splitlines()[-1])
 
 
 class Workshop:
@@ -665,7 +715,10 @@ class Workshop:
         self.grid, self.times = grid, times
         self.progress = Progress(times)
         self.todo = [model for model in grid.models if model.id in missing]
-        self.todo.sort(key=lambda model: times[model.id].seconds, reverse=True)
+        if grid.num_together > 1:
+            # The longest first, so that all end at about the same time.
+            self.todo.sort(key=lambda model: times[model.id].seconds, reverse=True)
+        self._began = time.time()
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen] = set()
         self._own: set[str] = set()
@@ -712,7 +765,7 @@ class Workshop:
                     continue
                 # What another process had claimed may be done by now.
                 names = [name for name in model.decodings if not is_done(self.grid, model, name)]
-                if names and model in self.todo:
+                if names and model in self.todo and not has_failed_since(self.grid, model, self._began):
                     self._own.add(model.id)
                     self._do(model, names, number, descriptor)
                 with self._lock, contextlib.suppress(ValueError):
@@ -727,13 +780,19 @@ class Workshop:
             if model.flags is not None:
                 self._train(model, number, descriptor)
             results = self._ask(model, names, number, descriptor)
-        except FailedRunError as error:
+            for result, answers in results:
+                write_cell(self.grid.folder, model.id, result, answers)
+        except Exception as error:
+            # Whatever it was, it concerns this model alone.
             if self._stopped:
                 return
-            self.progress.note(f"{model.id} failed, and the rest goes on: {str(error).strip().splitlines()[-1]}")
-            results = [({"settings": self.grid.settings(model, name), "error": str(error)}, []) for name in names]
-        for result, answers in results:
-            write_cell(self.grid.folder, model.id, result, answers)
+            said = str(error) if isinstance(error, FailedRunError) else "".join(traceback.format_exception(error))
+            self.progress.note(f"{model.id} failed, and the rest goes on: {last_line(said)}")
+            for name in names:
+                failed = {"settings": self.grid.settings(model, name), "error": said}
+                file = failed_file(self.grid.folder, model.id, name)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                data.write_whole(file, json.dumps(failed, indent=2, ensure_ascii=False) + "\n")
 
     def _start(self, command: Sequence[str], number: int, descriptor: int, **pipes: Any) -> subprocess.Popen:
         with self._lock:
@@ -756,18 +815,30 @@ class Workshop:
         Raises:
             FailedRunError: it ended with an error.
         """
-        runs, times = self.grid.folder / "runs", self.times[model.id]
+        runs = self.grid.folder / "runs"
         runs.mkdir(parents=True, exist_ok=True)
         command, settings = self.grid.train_command(model), self.grid.training_settings(model)
-        noted = runs / f"{model.id}.json"
-        # A run that was made of other rows or flags is kept aside.
-        anew = ["--restart"] if read_json(noted) not in (None, settings) else []
-        data.write_whole(noted, json.dumps(settings, indent=2) + "\n")
+        # What an earlier run was made of is noted when it is done; one of other rows or flags is kept aside.
+        noted, finished = runs / f"{model.id}.json", runs / model.id / "run.json"
+        anew = finished.is_file() and read_json(noted) != settings
         self.progress.note(f"python {shlex.join(command)}")
-        metrics, log, began = runs / model.id / "metrics.jsonl", runs / f"{model.id}.log", time.time()
+        log = runs / f"{model.id}.log"
+        try:
+            self._watch_training(model, [*command, *(["--restart"] if anew else [])], number, descriptor, log)
+        except FailedRunError as error:
+            # Its recipe may hold values that are no flags, of another version of the kit.
+            if anew or "holds a run with other values" not in str(error):
+                raise
+            self._watch_training(model, [*command, "--restart"], number, descriptor, log)
+        data.write_whole(noted, json.dumps(settings, indent=2) + "\n")
+
+    def _watch_training(self, model: Model, command: Sequence[str], number: int, descriptor: int, log: Path) -> None:
+        """Runs the command and shows its steps. Raises FailedRunError where it ends with an error."""
+        times, began = self.times[model.id], time.time()
+        metrics = self.grid.folder / "runs" / model.id / "metrics.jsonl"
         with log.open("w", encoding="utf-8") as words:
             script = str(data.HERE / command[0])
-            process = self._start([script, *command[1:], *anew], number, descriptor, stdout=words, stderr=words)
+            process = self._start([script, *command[1:]], number, descriptor, stdout=words, stderr=words)
             while process.poll() is None:
                 time.sleep(0.5)
                 # Lines of an earlier start that was cut are no progress of this one.
@@ -776,7 +847,7 @@ class Workshop:
                 share = min(1.0, steps / times.training_steps) if times.training_steps else 0.0
                 said = f"step {steps}/{times.training_steps}" if steps else "training begins"
                 self.progress.show(model.id, share * times.training_seconds, said)
-        self._finish(process, log.read_text(encoding="utf-8"))
+        self._finish(process, log.read_text(encoding="utf-8", errors="replace"))
 
     def _ask(
         self, model: Model, names: Sequence[str], number: int, descriptor: int
@@ -789,6 +860,7 @@ class Workshop:
         times, told, report = self.times[model.id], 0, None
         job = {
             "profile": self.grid.profile,
+            "base_model": self.grid.base_model,
             "adapter": model.adapter and str(model.adapter),
             "questions": self.grid.questions,
             "decodings": {name: dataclasses.asdict(model.decoding(name)) for name in names},
@@ -816,7 +888,9 @@ class Workshop:
                     f"{told:,}/{times.answer_tokens:,} tokens, {speed:.0f} a second",
                 )
             process.wait()
-        self._finish(process, log.read_text(encoding="utf-8"))
+        self._finish(process, log.read_text(encoding="utf-8", errors="replace"))
+        if report is None:
+            raise FailedRunError("The answering process ended without a report.")
         training = read_json(model.adapter.parent / "run.json") if model.flags is not None and model.adapter else None
         return [
             (
@@ -842,7 +916,7 @@ class Workshop:
                 how = f"was ended by {signal.Signals(-process.returncode).name}"
                 how += ", maybe for want of memory" if process.returncode == -signal.SIGKILL else ""
             last = [line for line in words.replace("\r", "\n").splitlines() if line.strip()][-12:]
-            raise FailedRunError("\n".join([*last, f"The process {how}."]))
+            raise FailedRunError("\n".join([f"The process {how}. Its last words:", *(last or ["(none)"])]))
 
 
 def summarise_training(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -867,17 +941,18 @@ def answer_job() -> None:
     In a process of its own the model's memory is given back, and what goes wrong there ends nothing else.
     """
     job = json.load(sys.stdin)
-    out, sys.stdout = sys.stdout, sys.stderr
+    # Whatever else is printed, by native code too, goes to stderr.
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
 
     def send(message: Mapping[str, Any]) -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
     adapter = Path(job["adapter"]) if job["adapter"] else None
-    record = infer.read_adapter_record(adapter) if adapter else None
     infer.prepare_cublas()
-    infer.prepare_environment(job["profile"], offline=job["profile"] == "cpu" and (not record or is_small(record.base_model)))
-    loaded = infer.load_for_asking(job["profile"], adapter)
+    infer.prepare_environment(job["profile"], offline=job["base_model"] == infer.SMALL_MODEL)
+    loaded = infer.load_for_asking(job["profile"], adapter, base_model=job["base_model"])
     decodings = {name: Decoding(**fields) for name, fields in job["decodings"].items()}
     requests = [infer.Request(question, decoding) for decoding in decodings.values() for question in job["questions"]]
     answers = infer.answer_requests(loaded, requests, lambda tokens: send({"tokens": tokens}))
@@ -912,11 +987,6 @@ def plan_pad_bytes() -> dict[str, int]:
         tensors = train.saved_tensors(train.build_meta_adapter(recipe, dtype), pad)
         planned[name] = train.count_safetensors_bytes(tensors)
     return planned
-
-
-def is_small(base_model: str) -> bool:
-    """Whether a base model is the small one, which needs no network."""
-    return base_model == infer.SMALL_MODEL
 
 
 def describe_machine(loaded: infer.LoadedModel) -> dict[str, Any]:
@@ -977,6 +1047,11 @@ def counts_against(record: Record, names: frozenset[str]) -> bool:
 def is_sound(record: Record) -> bool:
     """Whether nothing speaks against the answer."""
     return record["verdict"] == "sound"
+
+
+def is_unsound(record: Record) -> bool:
+    """Whether something speaks against the answer: it has collapsed."""
+    return not is_sound(record)
 
 
 def has_ended(record: Record) -> bool:
@@ -1041,13 +1116,23 @@ class Row:
         return [result["training"] for result, _ in self.cells if result.get("training")]
 
     def mean_training(self, name: str) -> float | None:
-        """Mean of a number of the trainings over the seeds; None where nothing was trained."""
-        values = [training[name] for training in self.trainings]
+        """Mean of a number of the trainings over the seeds; None where nothing was trained, or none has it."""
+        values = [training[name] for training in self.trainings if training[name] is not None]
         return sum(values) / len(values) if values else None
 
     def count(self, outcome: Callable[[Record], float]) -> float:
         """Sum of an outcome over the answers."""
         return sum(outcome(record) for record in self.answers.values())
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """What ends the row's answers."""
+        return next(result["stop_ids"] for result, answers in self.cells if answers)
+
+    @property
+    def adapters(self) -> list[str]:
+        """sha256 of the weights that answered, each once; none of the base model."""
+        return [digest for digest in dict.fromkeys(record["adapter"] for record in self.answers.values()) if digest]
 
     @property
     def good_interval(self) -> tuple[float, float]:
@@ -1081,14 +1166,14 @@ class Records:
         return [arm for arm in arms if all(self.row(arm, decoding) for decoding in decodings)]
 
     def pair(self, one: tuple[str, str], other: tuple[str, str]) -> list[tuple[Record, Record]]:
-        """The answers of two rows, `(arm, decoding)`, to the same question under the same seed; of the base model seed 0 stands
-        for every seed."""
+        """The answers of two rows, `(arm, decoding)`, to the same question under the same seed; of the other, where it was not
+        trained here, seed 0 stands for every seed."""
         rows = self.row(*one), self.row(*other)
         if not rows[0] or not rows[1]:
             return []
-        found = rows[1].answers
+        found, trained = rows[1].answers, other[0] in TRAINING_ARMS
         pairs = (
-            (record, found.get((seed, question), found.get((0, question))))
+            (record, found.get((seed, question)) or (None if trained else found.get((0, question))))
             for (seed, question), record in rows[0].answers.items()
         )
         return [(record, partner) for record, partner in pairs if partner]
@@ -1127,6 +1212,9 @@ def read_records(study: Path) -> Records:
             result = read_json(folder / "result.json")
             # One that was made with other settings will be made again; till then it is not there.
             if result is None or digest_json(result["settings"]) != settings:
+                failed = read_json(failed_file(study, model_id, decoding))
+                if failed and digest_json(failed["settings"]) == settings:
+                    cells.setdefault((arm, decoding), []).append((failed, ()))
                 continue
             path = folder / "generations.jsonl"
             try:
@@ -1142,17 +1230,22 @@ def read_records(study: Path) -> Records:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pairs of answers compared by an outcome: how often the first's is larger, smaller, or the same."""
+    """Pairs of answers compared by an outcome, question by question: in how many the first has more, fewer, or as much.
+
+    Answers of several models, decodings or seeds to one question are no independent draws, so each question counts once, by
+    the sum of its pairs.
+    """
 
     larger: int
     smaller: int
+    questions: int
     pairs: int
     mean_one: float
     mean_other: float
 
     @property
     def p(self) -> float:
-        """Two-sided, of the sign test."""
+        """Two-sided, of the sign test over questions."""
         return sign_test(self.larger, self.smaller)
 
     def shows(self, direction: Literal["more", "fewer"], level: float = 0.05) -> bool:
@@ -1160,24 +1253,29 @@ class Comparison:
         return self.p < level and (self.larger > self.smaller) == (direction == "more")
 
     def tell(self, one: str, other: str, what: str) -> str:
-        """In words, with n, the interval of the share of decided pairs, and p."""
+        """In words, with n, the interval of the share of the questions that differ, and p."""
         low, high = wilson_interval(self.larger, self.larger + self.smaller)
         return (
             f"{what}: {one} {self.mean_one:.2f}, {other} {self.mean_other:.2f} an answer; more in {self.larger}, fewer in "
-            f"{self.smaller} of {self.pairs} pairs (of those that differ, {low:.0%} to {high:.0%} have more), p {self.p:.2g}"
+            f"{self.smaller} of {self.questions} questions, {self.pairs} pairs (of the questions that differ {low:.0%} to "
+            f"{high:.0%} have more), p {self.p:.2g}"
         )
 
 
 def compare(pairs: Sequence[tuple[Record, Record]], outcome: Callable[[Record], float]) -> Comparison:
     """The pairs compared by an outcome."""
-    values = [(float(outcome(one)), float(outcome(other))) for one, other in pairs]
+    values = [(one["question"], float(outcome(one)), float(outcome(other))) for one, other in pairs]
+    differences: dict[str, float] = {}
+    for question, one, other in values:
+        differences[question] = differences.get(question, 0.0) + one - other
     size = max(len(values), 1)
     return Comparison(
-        larger=sum(one > other for one, other in values),
-        smaller=sum(one < other for one, other in values),
+        larger=sum(difference > 0 for difference in differences.values()),
+        smaller=sum(difference < 0 for difference in differences.values()),
+        questions=len(differences),
         pairs=len(values),
-        mean_one=sum(one for one, _ in values) / size,
-        mean_other=sum(other for _, other in values) / size,
+        mean_one=sum(one for _, one, _ in values) / size,
+        mean_other=sum(other for _, _, other in values) / size,
     )
 
 
@@ -1207,7 +1305,7 @@ def decide(shown: bool, opposite: bool = False) -> Verdict:
 
 
 def check_loss(records: Records) -> tuple[Verdict, str]:
-    """C1."""
+    """Whether week4's eval loss fell while its answers got worse than the base model's."""
     row, pairs = records.row("week4", "story-collapse"), records.pair_arms("week4", "base", ["story-collapse"])
     if not row or not pairs:
         return NOT_RUN
@@ -1252,37 +1350,62 @@ def check_decodings(
 
 
 def check_arms(
-    one: str, others: Sequence[str], outcome: Callable[[Record], float], direction: Literal["more", "fewer"], what: str
+    choices: Mapping[str, Sequence[str]], outcome: Callable[[Record], float], direction: Literal["more", "fewer"], what: str
 ) -> Callable[[Records], tuple[Verdict, str]]:
-    """A check of whether an arm has more (or fewer) of an outcome than each of the others, over their common decodings."""
+    """A check of whether an arm has more (or fewer) of an outcome than each of some others, over their common decodings.
+
+    `choices` names the others of each arm; the first arm that was run with all of them is taken.
+    """
 
     def check(records: Records) -> tuple[Verdict, str]:
-        compared = {other: compare(pairs, outcome) for other in others if (pairs := records.pair_arms(one, other))}
-        if len(compared) < len(others):
-            return NOT_RUN
-        opposite = "fewer" if direction == "more" else "more"
-        verdict = decide(
-            all(each.shows(direction) for each in compared.values()), all(each.shows(opposite) for each in compared.values())
-        )
-        return verdict, "; ".join(each.tell(one, other, what) for other, each in compared.items())
+        for one, others in choices.items():
+            compared = {other: compare(pairs, outcome) for other in others if (pairs := records.pair_arms(one, other))}
+            if len(compared) == len(others):
+                opposite = "fewer" if direction == "more" else "more"
+                verdict = decide(
+                    all(each.shows(direction) for each in compared.values()),
+                    all(each.shows(opposite) for each in compared.values()),
+                )
+                return verdict, "; ".join(each.tell(one, other, what) for other, each in compared.items())
+        return NOT_RUN
 
     return check
 
 
+def check_lists(records: Records) -> tuple[Verdict, str]:
+    """Whether week4 lists more and ends less than the base model; told beside it, what its mix and its epochs do alone."""
+    pairs = records.pair_arms("week4", "base")
+    if not pairs:
+        return NOT_RUN
+    longer, ended = compare(pairs, list_length), compare(pairs, has_ended)
+    told = [longer.tell("week4", "base", "items of the longest list"), ended.tell("week4", "base", "ended")]
+    told += [
+        compare(alone, outcome).tell(arm, "week3", what)
+        for arm in ("week3-week4-mix", "week3-2-epochs")
+        if (alone := records.pair_arms(arm, "week3"))
+        for outcome, what in ((list_length, "items of the longest list"), (has_ended, "ended"))
+    ]
+    verdict = decide(longer.shows("more") and ended.shows("fewer"), longer.shows("fewer") and ended.shows("more"))
+    return verdict, "; ".join(told)
+
+
 def check_stop(records: Records) -> tuple[Verdict, str]:
-    """C8."""
+    """Whether the explicit stop token mends answers; nothing to show where the generation config names no other."""
     verdict, told = check_decodings("collapse-stop", "story-collapse", is_good, "more", "sound and ended")(records)
     row, other = records.row("base", "collapse-stop"), records.row("base", "story-collapse")
     if row and other:
-        explicit, implicit = (each.cells[0][0]["stop_ids"] for each in (row, other))
-        told += f"; the stop ids are {explicit} explicit and {implicit} out of the generation config"
+        explicit, implicit = row.stop_ids, other.stop_ids
+        if explicit == implicit:
+            verdict, told = "not run here", f"This base model's generation config names the same stop token, {explicit}"
+        else:
+            told += f"; the stop ids are {explicit} explicit and {implicit} out of the generation config"
     if pairs := records.pair_decodings("plain", "plain-no-stop"):
         told += "; " + compare(pairs, is_good).tell("plain", "without any stop token", "sound and ended")
     return verdict, told
 
 
 def check_penalty(records: Records) -> tuple[Verdict, str]:
-    """C9."""
+    """Whether the penalty of 1.3 has fewer loops, and no fewer sound and ended answers, than no penalty."""
     pairs = records.pair_decodings("story-fix", "plain")
     if not pairs:
         return NOT_RUN
@@ -1295,31 +1418,28 @@ def check_penalty(records: Records) -> tuple[Verdict, str]:
 
 
 def check_cap(records: Records) -> tuple[Verdict, str]:
-    """C10."""
-    capped = [
-        (one, other)
-        for one, other in (
-            ("collapse-cap-128", "story-collapse"),
-            ("fix-cap-128", "story-fix"),
-            ("plain-cap-128", "plain"),
-            ("plain", "plain-cap-512"),
-        )
-        if records.arms(one, other)
-    ]
+    """Whether fewer answers collapse under a smaller cap; and whether it mends them, or hides how they go on."""
+    capped = (
+        *(("collapse-cap-128", "story-collapse"), ("fix-cap-128", "story-fix"), ("plain-cap-128", "plain")),
+        ("plain", "plain-cap-512"),
+    )
     pairs = [pair for one, other in capped for pair in records.pair_decodings(one, other)]
     if not pairs:
         return NOT_RUN
-    good = compare(pairs, is_good)
-    hidden = sum(is_sound(short) and not has_ended(short) and not is_sound(long) for short, long in pairs)
-    told = good.tell("smaller cap", "larger cap", "sound and ended")
-    told += f"; of {hidden} the smaller cap hides that they collapse: they look sound where it cuts them"
-    return decide(good.shows("more"), good.shows("fewer")), told
+    collapsed = compare(pairs, is_unsound)
+    mended = sum(is_good(short) and not is_good(long) for short, long in pairs)
+    hidden = sum(is_sound(short) and not has_ended(short) and is_unsound(long) for short, long in pairs)
+    told = collapsed.tell("smaller cap", "larger cap", "unsound")
+    told += (
+        f"; the smaller cap made {mended} answers sound and ended, and hides of {hidden} that they collapse, by cutting them"
+    )
+    return decide(collapsed.shows("fewer"), collapsed.shows("more")), told
 
 
 def check_pad(records: Records) -> tuple[Verdict, str]:
-    """C11."""
+    """Whether an added pad token multiplies the adapter's bytes: planned for the 3B model, and those of the runs here."""
     base = next((row for row in records.rows.values() if row.arm == "base" and row.answers), None)
-    planned = base and base.cells[0][0].get("planned_bytes")
+    planned = base and next(result.get("planned_bytes") for result, answers in base.cells if answers)
     if not planned:
         return NOT_RUN
     ratio = planned["added, 16-bit embedding"] / planned["native"]
@@ -1328,12 +1448,12 @@ def check_pad(records: Records) -> tuple[Verdict, str]:
         rows = records.row(one, "kit"), records.row(other, "kit")
         if rows[0] and rows[1]:
             sizes = [int(row.mean_training("adapter_bytes") or 0) for row in rows if row]
-            told += f"; the small model, run: {one} {sizes[0]:,} bytes, {other} {sizes[1]:,} ({sizes[0] / sizes[1]:.1f} times)"
+            told += f"; run here: {one} {sizes[0]:,} bytes, {other} {sizes[1]:,} ({sizes[0] / sizes[1]:.1f} times)"
     return decide(ratio >= 10, ratio <= 1), f"{told}; {ratio:.0f} times"
 
 
 def check_bytes(records: Records) -> tuple[Verdict, str]:
-    """C13."""
+    """Whether greedy answers that were asked again have the same ids."""
     greedy = [row for row in records.rows.values() if not DECODING_ARMS[row.decoding].temperature]
     distinct = distinct_decodings(dict.fromkeys(row.decoding for row in greedy))
     again = [result["again"] for row in greedy if row.decoding in distinct for result, answers in row.cells if answers]
@@ -1346,7 +1466,7 @@ def check_bytes(records: Records) -> tuple[Verdict, str]:
 
 
 def check_same_weights(records: Records) -> tuple[Verdict, str]:
-    """C14."""
+    """Whether the same trained weights give more sound and ended answers under story-fix than under story-collapse."""
     trained = [arm for arm in records.arms("story-fix", "story-collapse") if arm != "base"]
     pairs = [pair for arm in trained for pair in records.pair((arm, "story-fix"), (arm, "story-collapse"))]
     if not pairs:
@@ -1359,8 +1479,8 @@ def check_same_weights(records: Records) -> tuple[Verdict, str]:
 
 
 def check_loss_is_blind(records: Records) -> tuple[Verdict, str]:
-    """C15."""
-    decodings = dict.fromkeys(row.decoding for row in records.rows.values() if row.arm != "base")
+    """Whether one eval loss goes with different answers: of the same weights under two decodings, not cut from one run."""
+    decodings = distinct_decodings(dict.fromkeys(row.decoding for row in records.rows.values() if row.arm != "base"))
     found = []
     for one, other in itertools.combinations(decodings, 2):
         arms = [arm for arm in records.arms(one, other) if arm != "base"]
@@ -1374,18 +1494,13 @@ def check_loss_is_blind(records: Records) -> tuple[Verdict, str]:
     if len(lossy) > 1:
         by_loss = sorted(lossy, key=lambda row: row.mean_training("eval_loss"))
         told += "; under kit the arm of the lowest loss has {} of {} sound and ended, that of the highest {} of {}".format(
-            *(value for row in (by_loss[0], by_loss[-1]) for value in (int(row.count(is_good)), len(row.answers)))
+            *(number for row in (by_loss[0], by_loss[-1]) for number in (int(row.count(is_good)), len(row.answers)))
         )
     # Bonferroni: the pair was looked for.
     return decide(best.p * len(found) < 0.05), f"{size} trained models; {told}, the most telling of {len(found)} pairs"
 
 
-def is_unsound(record: Record) -> bool:
-    """Whether something speaks against the answer: it has collapsed."""
-    return not is_sound(record)
-
-
-_PAIRED = "beyond chance by a sign test over the same questions (p < 0.05, two-sided); opposite: beyond chance the other way"
+_PAIRED = "beyond chance by a sign test over the questions (p < 0.05, two-sided); opposite: beyond chance the other way"
 
 CLAIMS = (
     Claim(
@@ -1410,21 +1525,31 @@ CLAIMS = (
     Claim(
         "C4",
         "Two epochs on 8,000 : 4,000 rows taught the model to start lists and not to stop.",
-        f"week4's longest lists have more items than the base model's, over all decodings, {_PAIRED}",
-        check_arms("week4", ["base"], list_length, "more", "items of the longest list"),
+        "week4's longest lists have more items than the base model's, and fewer of its answers end, over all decodings, both "
+        f"{_PAIRED}",
+        check_lists,
     ),
     Claim(
         "C5",
         "About 85 : 15 rows give bounded, flowing answers: the mix decides.",
-        f"of week4 with the rebalanced mix more answers are sound and ended than of week4, over all decodings, {_PAIRED}",
-        check_arms("week4-rebalanced", ["week4"], is_good, "more", "sound and ended"),
+        "with the rebalanced mix more answers are sound and ended than with week4's, all else the same, over all decodings, "
+        f"{_PAIRED}",
+        check_arms({"week4-rebalanced": ["week4"], "kit-by-loss": ["kit-week4-mix"]}, is_good, "more", "sound and ended"),
     ),
     Claim(
         "C6",
         "LoRA on the feed-forward modules too gives better facts.",
         "all-linear names more points than attention of the same rank, and than attention of as many parameters, both "
         f"{_PAIRED}",
-        check_arms("week4-all-linear", ["week4", "week4-wide-attention"], num_points, "more", "points"),
+        check_arms(
+            {
+                "week4-all-linear": ["week4", "week4-wide-attention"],
+                "kit-by-loss": ["kit-attention", "kit-wide-attention"],
+            },
+            num_points,
+            "more",
+            "points",
+        ),
     ),
     Claim(
         "C7",
@@ -1435,7 +1560,8 @@ CLAIMS = (
     Claim(
         "C8",
         "The explicit end-of-turn token gives a stop that the model honours.",
-        f"with it more answers are sound and ended than with the generation config's, all else as in story-collapse, {_PAIRED}",
+        "with it more answers are sound and ended than with the generation config's, where that is another, all else as in "
+        f"story-collapse, {_PAIRED}",
         check_stop,
     ),
     Claim(
@@ -1447,8 +1573,8 @@ CLAIMS = (
     ),
     Claim(
         "C10",
-        "max_new_tokens=256 prevents runaway answers: a cap cures.",
-        f"under a smaller cap more answers are sound and ended than under a larger one, {_PAIRED}",
+        "max_new_tokens=256 prevents runaway answers.",
+        f"of the same answers fewer are unsound under a smaller cap than under a larger one, {_PAIRED}",
         check_cap,
     ),
     Claim(
@@ -1479,7 +1605,7 @@ CLAIMS = (
         "C15",
         "Eval loss measures neither coherence nor stopping; only reading the answers does.",
         "two decodings of the same weights, which have one eval loss, differ in sound and ended answers (sign test, p < 0.05 "
-        "after Bonferroni over all pairs of decodings)",
+        "over the questions, after Bonferroni over the pairs of decodings)",
         check_loss_is_blind,
     ),
 )
@@ -1501,9 +1627,10 @@ def escape_markdown(text: str) -> str:
     Punctuation becomes numeric entities, which markdown never takes for its own; controls are shown.
     """
     shown = data.escape_controls(text.replace("\r\n", "\n").replace("\t", " "))
-    escaped = re.sub(r"[^\w\s.,;:()'?!%/-]|_", lambda match: f"&#{ord(match.group())};", shown)
+    # A colon and the dot of www. too, of which some viewers make links.
+    escaped = re.sub(r"[^\w\s.,;()'?!%/-]|_|(?<=www)\.", lambda match: _entities(match.group()), shown)
     # At a line's start even these would make a list or a heading; line ends leave none, but a cell's start is one.
-    return re.sub(r"^(\s*)([-.:()]|\d+[.)])", lambda match: match[1] + _entities(match[2]), escaped).replace("\n", "<br>")
+    return re.sub(r"^(\s*)([-.()]|\d+[.)])", lambda match: match[1] + _entities(match[2]), escaped).replace("\n", "<br>")
 
 
 def _entities(text: str) -> str:
@@ -1624,6 +1751,7 @@ def describe_makers(records: Records) -> list[str]:
             ", ".join(f"{name} {value}" for name, value in result["made_by"]["versions"].items()) for result in results
         ],
         "commit": [str(result["made_by"]["commit"]) for result in results],
+        "adapters": [f"{row.arm} {digest[:12]}" for row in records.rows.values() for digest in row.adapters],
         "rows": [
             f"{arm} {training['train_rows']} of {training['train_tokens']:,} tokens in {training['steps']} steps"
             for arm, training in ((result["settings"]["arm"], result.get("training")) for result in results)
@@ -1667,22 +1795,25 @@ def make_page(records: Records) -> str:
         "## Answers",
     ]
     for row in rows:
-        lines += ["", f'<a name="{row.name}"></a>', "<details>", f"<summary>{row.arm}, {row.decoding}</summary>", ""]
-        lines += [f"<pre>{html.escape(error)}</pre>" for error in row.errors]
-        for (seed, question), record in row.answers.items():
-            of_seed = f", seed {seed}" if len(row.cells) > 1 else ""
-            facts = record["facts"]
-            told = infer.Facts(**{name: tuple(values) for name, values in facts.items()})
-            lines += [
-                f"{escape_markdown(question)} ({record['answer_tokens']} tokens, {record['finish_reason']}{of_seed}; "
-                f"{record['verdict']}; {told})",
-                "",
-                # HTML without an empty line, so that no part of an answer is read as markdown.
-                f"<pre>{html.escape(data.escape_controls(record['text'])).replace(chr(10), '&#10;')}</pre>",
-                "",
-            ]
-        lines.append("</details>")
+        lines += format_answers(row)
     return "\n".join(lines) + "\n"
+
+
+def format_answers(row: Row) -> list[str]:
+    """Every answer of a row, folded; the table's links lead here."""
+    lines = ["", f'<a name="{row.name}"></a>', "<details>", f"<summary>{row.arm}, {row.decoding}</summary>", ""]
+    lines += [format_verbatim(error) for error in row.errors]
+    for (seed, question), record in row.answers.items():
+        of_seed = f", seed {seed}" if len(row.cells) > 1 else ""
+        facts = infer.Facts(**{name: tuple(values) for name, values in record["facts"].items()})
+        how = f"{record['answer_tokens']} tokens, {record['finish_reason']}{of_seed}; {record['verdict']}; {facts}"
+        lines += [f"{escape_markdown(question)} ({how})", "", format_verbatim(record["text"]), ""]
+    return [*lines, "</details>"]
+
+
+def format_verbatim(text: str) -> str:
+    """The text as HTML in one line, so that no part of it is read as markdown; controls are shown."""
+    return f"<pre>{html.escape(data.escape_controls(text)).replace(chr(10), '&#10;')}</pre>"
 
 
 def format_side_by_side(records: Records) -> list[str]:
@@ -1692,7 +1823,7 @@ def format_side_by_side(records: Records) -> list[str]:
     if len(found) < len(rows):
         return []
     question = records.study["questions"][0]
-    answers = [row.answers[0, question] for row in found]
+    answers = [next(record for (_, asked), record in row.answers.items() if asked == question) for row in found]
     return [
         "",
         f"## One question, three answers: {escape_markdown(question)}",
@@ -1731,7 +1862,7 @@ def draw_picture(records: Records, path: Path) -> None:
     rows = sort_rows(records)
     arms = list(dict.fromkeys(row.arm for row in rows))
     names = [name for name in DECODING_ARMS if any(row.decoding == name for row in rows)]
-    trained = [row for row in rows if row.trainings and row.answers]
+    trained = [row for row in rows if row.answers and math.isfinite(row.mean_training("eval_loss") or math.nan)]
     questions = len(records.study["questions"]) * max(len(row.cells) for row in rows)
     width = 2.6 + 0.085 * questions * len(names) + 0.12 * len(names)
     heights = [0.34 * len(arms) + 1.6, 4.2 if trained else 0.01]
@@ -1772,7 +1903,7 @@ def draw_grid(axes: Any, records: Records, arms: Sequence[str], names: Sequence[
 
 def draw_losses(axes: Any, rows: Sequence[Row]) -> None:
     """Share of sound and ended answers over eval loss, a line of marks for each common decoding, the arms named above."""
-    losses = {row.arm: row.mean_training("eval_loss") for row in rows}
+    losses = {row.arm: row.mean_training("eval_loss") or math.nan for row in rows}
     order = sorted(losses, key=lambda arm: losses[arm])
     common = [name for name in _COMMON if all(any(row.arm == arm and row.decoding == name for row in rows) for arm in order)]
     for name, mark, colour in zip(common, ("s:", "^--", "o-"), ("#cb181d", "0.45", "#08306b"), strict=False):
@@ -1813,32 +1944,55 @@ def save_best_decoding(records: Records, adapters: Mapping[str, Path]) -> str:
     programs read.
 
     Raises:
-        UsageError: no adapter was asked, or its files are gone.
+        UsageError: no adapter was asked, or the one that gave the answers is not there any more.
     """
     rows = [row for row in records.rows.values() if row.answers and row.arm in adapters]
     if not rows:
         raise UsageError("--save-best writes into an adapter, and no adapter's answers are recorded.")
-    best = max(rows, key=lambda row: row.rank)
-    adapter, decoding = adapters[best.arm], DECODING_ARMS[best.decoding]
-    record = infer.read_adapter_record(adapter)
+    ranked = sorted(rows, key=lambda row: row.rank, reverse=True)
+    best, adapter, decoding = ranked[0], adapters[ranked[0].arm], DECODING_ARMS[ranked[0].decoding]
+    if infer.adapter_digest(adapter) not in best.adapters:
+        raise UsageError(
+            f"{adapter} is not the adapter that was asked ({', '.join(best.adapters)}). Name that one with --adapter, or ask "
+            "this one: leave --table away."
+        )
     config = read_json(adapter / "generation_config.json") or {}
     config |= {
         "max_new_tokens": decoding.max_new_tokens,
         "repetition_penalty": decoding.repetition_penalty,
         "no_repeat_ngram_size": decoding.no_repeat_ngram_size,
         "do_sample": decoding.temperature > 0,
-        "eos_token_id": best.cells[0][0]["stop_ids"] or None,
+        "eos_token_id": best.stop_ids or None,
     }
     for name in ("temperature", "top_p"):
+        config.pop(name, None)
         if decoding.temperature:
             config[name] = getattr(decoding, name)
-        else:
-            config.pop(name, None)
-    ours = dataclasses.replace(record, decoding=decoding).to_json()
+    ours = dataclasses.replace(infer.read_adapter_record(adapter), decoding=decoding).to_json()
     data.write_whole(adapter / "generation_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     data.write_whole(adapter / infer.ADAPTER_RECORD, json.dumps(ours, indent=2) + "\n")
-    how = f"{adapter} is asked under {best.decoding} from now on"
-    return f"{how}: sound and ended {best.count(is_good):.0f} of {len(best.answers)}"
+    said = f"{adapter} is asked under {best.decoding} from now on: sound and ended {best.count(is_good):.0f} of "
+    said += f"{len(best.answers)}"
+    if len(ranked) > 1 and not find_best(ranked):
+        following = ranked[1]
+        said += f"; {following.name}, with {following.count(is_good):.0f} of {len(following.answers)}, is within its interval"
+    return said
+
+
+@contextlib.contextmanager
+def hold_page(study: Path) -> Iterator[None]:
+    """Of several processes one at a time writes what belongs to the whole study."""
+    with (study / "page.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def note_study(study: Path, about: Mapping[str, Any]) -> None:
+    """Writes study.json, unless it names these very cells already: the page is made again with the command that it had."""
+    with hold_page(study):
+        noted = read_json(study / "study.json")
+        if noted is None or noted["models"] != about["models"]:
+            data.write_whole(study / "study.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_page(study: Path) -> Records:
@@ -1847,12 +2001,13 @@ def write_page(study: Path) -> Records:
     Raises:
         UsageError: as `read_records`.
     """
-    with (study / "page.lock").open("w") as lock:
-        # Who writes later has read later, so the last of several processes leaves a page of everything.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    if not study.is_dir():
+        raise UsageError(f"{study} is not there. Make records first: python ablate.py")
+    # Who writes later has read later, so the last of several processes leaves a page of everything.
+    with hold_page(study):
         records = read_records(study)
-        draw_picture(records, study / "ablation.png")
         data.write_whole(study / "ablation.md", make_page(records))
+        draw_picture(records, study / "ablation.png")
     return records
 
 
@@ -1889,36 +2044,50 @@ def main(config: AblateConfig) -> int:
     """Does what is missing, then writes page and picture. Returns the exit code: 1 if a cell failed."""
     study = config.folder
     adapters: dict[str, Path] = {}
-    if not config.table:
+    if not data.is_main_process():
+        sys.stdout = io.StringIO()  # of several processes of a launcher the first alone prints
+    if not config.table or config.save_best:
         grid = make_grid(config)
         adapters = {model.arm: model.adapter for model in grid.models if model.adapter and not model.seed}
-        missing = find_missing(grid)
-        if missing or config.dry_run:
-            infer.prepare_environment(grid.profile, offline=grid.profile == "cpu" or not data.reaches_hub())
-            times = plan_times(grid, missing)
-            print(format_plan(grid, missing, times), flush=True)
-        if config.dry_run:
-            return 0
-        study.mkdir(parents=True, exist_ok=True)
-        about = describe_study(config, grid)
-        noted = read_json(study / "study.json")
-        if missing or noted is None or noted["models"] != about["models"]:
-            data.write_whole(study / "study.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-        if missing:
-            # As Ctrl-C: the processes that were started end too.
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-            Workshop(grid, missing, times).run()
-    elif config.save_best:
-        grid = make_grid(config)
-        adapters = {model.arm: model.adapter for model in grid.models if model.adapter and not model.seed}
+        if config.dry_run or not config.table:
+            do_missing(config, grid)
+    if config.dry_run:
+        return 0
     records = write_page(study)
     print_result(study, records)
-    if config.save_best:
+    if config.save_best and data.is_main_process():
         print(save_best_decoding(records, adapters))
     failed = [row.name for row in records.rows.values() if row.errors]
     if failed:
         print(f"{len(failed)} cells failed ({', '.join(failed)}); the same line does them again.", file=sys.stderr)
     return 1 if failed else 0
+
+
+def do_missing(config: AblateConfig, grid: Grid) -> None:
+    """Prints what is missing and does it, or with `--dry-run` only prints.
+
+    Raises:
+        UsageError: as `plan_times` and `check_devices`.
+    """
+    missing = find_missing(grid)
+    if missing or config.dry_run:
+        # What a launcher tells its processes is not for the runs that are planned here.
+        told = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
+        offline = grid.base_model == infer.SMALL_MODEL or not data.reaches_hub()
+        infer.prepare_environment(grid.profile, offline=offline)
+        times = plan_times(grid, missing)
+        os.environ.update(told)
+        print(format_plan(grid, missing, times), flush=True)
+    if config.dry_run:
+        return
+    if missing:
+        check_devices(grid)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    note_study(config.folder, describe_study(config, grid))
+    if missing:
+        # As Ctrl-C: the processes that were started end too.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        Workshop(grid, missing, times).run()
 
 
 if __name__ == "__main__":

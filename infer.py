@@ -1252,9 +1252,13 @@ def adapter_digest(adapter: Path) -> str:
     return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def load_for_asking(profile: ProfileName, adapter: Path | None) -> LoadedModel:
-    """The adapter on its own base model, or the profile's base model alone. Raises UsageError as `load_adapter`."""
-    base_model = read_adapter_record(adapter).base_model if adapter else PROFILES[profile].base_model
+def load_for_asking(profile: ProfileName, adapter: Path | None, base_model: str | None = None) -> LoadedModel:
+    """The adapter on its own base model, or a base model alone, the profile's unless another is named.
+
+    Raises:
+        UsageError: as `load_adapter`.
+    """
+    base_model = read_adapter_record(adapter).base_model if adapter else base_model or PROFILES[profile].base_model
     model, tokenizer = load_base(profile, dtype=PROFILES[profile].dtype, base_model=base_model)
     from unsloth import FastLanguageModel
 

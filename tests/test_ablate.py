@@ -85,7 +85,7 @@ def test_under_a_launcher_every_worker_has_its_own_gpu_and_trains_on_its_own(tmp
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    grid = ablate.Grid(tmp_path, "t4", "m", (), (), workers=1)
+    grid = ablate.Grid(tmp_path, "t4", "m", (), (), workers=1, local_rank=1, local_world_size=2)
     own = ablate.make_environment(grid, 0)
     assert own["CUDA_VISIBLE_DEVICES"] == "1" and not {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} & own.keys()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7,9")
@@ -122,11 +122,14 @@ def make_record(question, text, finish_reason="stop", decoding="kit", num_overru
 
 
 def write_study(folder, texts, loss=(3.0, 2.0), study="all"):
-    """A study of the rows `texts[arm, decoding]`: a list of texts, or of (text, finish reason), one a question."""
+    """A study of the rows `texts[arm, decoding]`, or `texts[arm, decoding, seed]`: a list of texts, or of (text, finish
+    reason), one a question."""
     models = {}
-    for (arm, decoding), answers in texts.items():
-        settings = {"arm": arm, "seed": 0, "decoding": decoding}
-        models.setdefault(arm, {})[decoding] = ablate.digest_json(settings)
+    for (arm, decoding, *seeds), answers in texts.items():
+        seed = seeds[0] if seeds else 0
+        model = f"{arm}-seed{seed}" if seed else arm
+        settings = {"arm": arm, "seed": seed, "decoding": decoding}
+        models.setdefault((model, arm), {})[decoding] = ablate.digest_json(settings)
         records = [
             make_record(question, *((answer,) if isinstance(answer, str) else answer), decoding=decoding)
             for question, answer in zip(QUESTIONS, answers, strict=False)
@@ -141,9 +144,9 @@ def write_study(folder, texts, loss=(3.0, 2.0), study="all"):
             "stop_ids": [2],
             "made_by": made_by,
         }
-        ablate.write_cell(folder, arm, result, records)
+        ablate.write_cell(folder, model, result, records)
     about = {"study": study, "command": "python ablate.py", "base_model": "model", "probes": ["a_b"]}
-    about |= {"questions": QUESTIONS[:2], "models": [[arm, arm, names] for arm, names in models.items()]}
+    about |= {"questions": QUESTIONS[:2], "models": [[*names, cells] for names, cells in models.items()]}
     (folder / "study.json").write_text(json.dumps(about))
     return ablate.read_records(folder)
 
@@ -199,6 +202,42 @@ def test_feed_forward_modules_must_beat_attention_of_as_many_parameters_too(tmp_
     assert verdict(write_study(tmp_path / "a", arms), "C6") == "not run here"
     assert verdict(write_study(tmp_path / "b", arms | {("week4-wide-attention", "kit"): ["Nothing."] * 8}), "C6") == "shown"
     assert verdict(write_study(tmp_path / "c", arms | {("week4-wide-attention", "kit"): good}), "C6") == "not shown"
+
+
+def test_a_question_counts_once_however_many_models_answer_it(tmp_path):
+    """One question of eight that drifts in ten models is one question, and no evidence."""
+    arms = [name for name in ablate.TRAINING_ARMS if name.startswith(("week", "fixed", "kit"))][:10]
+    texts = {(arm, "collapse-no-ban"): [SOUND] * 8 for arm in arms}
+    texts |= {(arm, "story-collapse"): [DRIFT] + [SOUND] * 7 for arm in arms}
+    records = write_study(tmp_path, texts)
+    compared = ablate.compare(records.pair_decodings("story-collapse", "collapse-no-ban"), ablate.drifts)
+    assert (compared.pairs, compared.questions, compared.larger, compared.smaller) == (80, 8, 1, 0)
+    assert verdict(records, "C3") == "not shown"
+
+
+def test_seeds_are_pooled_and_one_that_failed_takes_nothing_with_it(tmp_path):
+    texts = {
+        ("base", "story-collapse"): [SOUND] * 2,
+        ("week4", "story-collapse", 1): [DRIFT] * 2,
+        ("week4", "story-collapse", 2): [SOUND] * 2,
+        ("week3", "week3", 1): [SOUND] * 2,
+        ("fixed", "story-fix", 1): [SOUND] * 2,
+        ("week4-rebalanced", "story-collapse"): [SOUND] * 2,
+    }
+    records = write_study(tmp_path, texts)
+    assert len(records.row("week4", "story-collapse").answers) == 4
+    # The base model stands for every seed; another training does not.
+    assert len(records.pair_arms("week4", "base")) == 4 and records.pair_arms("week4", "week4-rebalanced") == []
+    page = ablate.make_page(records)
+    assert "| 2 of 4 |" in page and "One question, three answers" in page
+
+
+def test_a_loss_that_is_no_number_and_an_accuracy_that_is_missing_leave_a_page(tmp_path):
+    write_study(tmp_path, {(arm, "kit"): [SOUND] * 2 for arm in ("base", "week4", "kit")}, loss=(3.0, float("nan")))
+    for path in tmp_path.glob("cells/*/result.json"):
+        path.write_text(path.read_text().replace('"mean_token_accuracy": 0.5', '"mean_token_accuracy": null'))
+    ablate.write_page(tmp_path)
+    assert "| nan |  |" in (tmp_path / "ablation.md").read_text() and (tmp_path / "ablation.png").is_file()
 
 
 def test_arms_cut_from_one_run_count_once(tmp_path):
@@ -278,14 +317,19 @@ def test_page_and_picture_made_twice_are_the_same_bytes(tmp_path):
     assert made[0] == made[1] and made[0][1].startswith(b"\x89PNG")
 
 
-def test_a_failed_cell_is_a_row_that_says_so(tmp_path):
+def test_a_failed_cell_is_a_row_that_says_so_and_older_answers_stay(tmp_path):
     write_study(tmp_path, {("base", "kit"): [SOUND] * 2, ("week4", "kit"): [SOUND] * 2})
-    settings = {"arm": "week4", "seed": 0, "decoding": "kit"}
-    ablate.write_cell(tmp_path, "week4", {"settings": settings, "error": "a | line\nout of `memory`"}, [])
+    answers = tmp_path / "cells" / "week4.kit" / "generations.jsonl"
+    settings = {"arm": "week4", "seed": 0, "decoding": "kit", "flags": "others"}
+    failed = {"settings": settings, "error": "The process ended.\n\x1b[31ma | line\nout of `memory`"}
+    ablate.failed_file(tmp_path, "week4", "kit").write_text(json.dumps(failed))
+    about = json.loads((tmp_path / "study.json").read_text())
+    about["models"][1][2]["kit"] = ablate.digest_json(settings)
+    (tmp_path / "study.json").write_text(json.dumps(about))
     page = ablate.make_page(ablate.read_records(tmp_path))
-    assert "failed: out of &#96;memory&#96;" in page
-    tokens = render(page)
-    assert [token.type for token in tokens].count("table_open") == 2
+    assert "failed: out of &#96;memory&#96;" in page and "\x1b" not in page
+    assert [token.type for token in render(page)].count("table_open") == 2
+    assert answers.is_file()
 
 
 def test_a_cell_of_other_settings_is_not_in_the_table(tmp_path):
