@@ -188,12 +188,14 @@ def test_the_loss_that_fell_shows_nothing_unless_the_answers_got_worse(tmp_path)
     assert verdict(write_study(tmp_path / "d", {base: [DRIFT] * 8, week4: [SOUND] * 8}), "C1") == "the opposite"
 
 
-def test_a_penalty_that_ends_loops_and_harms_is_the_opposite_of_what_was_told(tmp_path):
+def test_a_penalty_is_judged_by_its_loops_and_by_its_harm(tmp_path):
     plain, fix = ("week4", "plain"), ("week4", "story-fix")
     mixed = [LOOP] * 8 + [SOUND] * 8
     assert verdict(write_study(tmp_path / "a", {plain: mixed, fix: [SOUND] * 16}), "C9") == "shown"
     harmed = [(SOUND, "length")] * 8 + [DRIFT] * 8
-    assert verdict(write_study(tmp_path / "b", {plain: mixed, fix: harmed}), "C9") == "the opposite"
+    assert verdict(write_study(tmp_path / "b", {plain: mixed, fix: harmed}), "C9") == "not shown"
+    assert verdict(write_study(tmp_path / "c", {plain: [SOUND] * 8, fix: [DRIFT] * 8}), "C9") == "the opposite"
+    assert verdict(write_study(tmp_path / "d", {plain: [SOUND] * 8, fix: [LOOP] * 8}), "C9") == "the opposite"
 
 
 def test_feed_forward_modules_must_beat_attention_of_as_many_parameters_too(tmp_path):
