@@ -1934,7 +1934,7 @@ def draw_losses(axes: Any, rows: Sequence[Row]) -> None:
             ha="left",
             va="bottom",
             fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": "0.7", "shrinkA": 0, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": "0.7", "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0)},
         )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
