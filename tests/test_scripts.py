@@ -97,7 +97,7 @@ REFUSED = {
     "no adapter yet": (["infer.py", "q?"], "Train one: python train.py"),
     "adapter missing": (["infer.py", "q?", "--adapter", "nowhere"], "nowhere is no adapter"),
     "nothing to compare": (["ablate.py", "--study", "decoding"], "Train one: python train.py"),
-    "no records": (["ablate.py", "--table"], "holds no records"),
+    "no records": (["ablate.py", "--table"], "is not there. Make records first"),
     "no study": (["ablate.py", "--study", "week4"], "training"),
     "study name": (["ablate.py", "--name", "a/b"], "letters, digits"),
     "no probes": (["ablate.py", "--num-probes", "0"], "--num-probes 0: 1 or more"),
