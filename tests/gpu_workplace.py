@@ -53,10 +53,11 @@ def cut_vocabulary(tokenizer):
 
 def make_workplace(cwd):
     """Fills the folder with a Llama of two narrow layers in `base`, and a few short rows: a token costs milliseconds here."""
+    # First, for it imports Unsloth, which wants to come before transformers.
+    tokenizer = cut_vocabulary(load_llama_tokenizer())
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = cut_vocabulary(load_llama_tokenizer())
     stops = [tokenizer.convert_tokens_to_ids(token) for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
     torch.manual_seed(0)
     config = LlamaConfig(
