@@ -256,7 +256,7 @@ def test_a_line_that_is_no_probe_is_one_message(tmp_path):
 
 def test_quality_counts():
     def judged(text, finish_reason, facts=None):
-        answer = infer.Answer("?", text, [1], finish_reason, 1, 1, infer.Decoding(), "m", None, 0.0)
+        answer = infer.Answer("?", text, [1], finish_reason, 1, 1, 0, infer.Decoding(), "m", None, 0.0)
         return infer.Judged(answer, judge(text, "?", finish_reason), facts)
 
     facts = infer.Facts(("a",), ("b", "c"), ("d",))
