@@ -768,6 +768,8 @@ class Workshop:
                 if names and model in self.todo and not has_failed_since(self.grid, model, self._began):
                     self._own.add(model.id)
                     self._do(model, names, number, descriptor)
+                if self._stopped:
+                    return False
                 with self._lock, contextlib.suppress(ValueError):
                     self.todo.remove(model)
                 self.progress.show(model.id, self.times[model.id].seconds, "")
@@ -1036,12 +1038,14 @@ INVENTIONS = frozenset({"invented-word", "invented-medicine"})
 DRIFTS = frozenset({"drift", "shared-beginning", "symbols", "other-speaker"})
 
 
+def speaks_against(finding: Mapping[str, Any]) -> bool:
+    """Whether a recorded finding speaks against its answer, and is not only told."""
+    return finding["score"] >= infer.CHECKS[finding["name"]].threshold
+
+
 def counts_against(record: Record, names: frozenset[str]) -> bool:
     """Whether one of these findings speaks against the answer."""
-    return any(
-        finding["name"] in names and infer.CHECKS[finding["name"]].threshold <= finding["score"]
-        for finding in record["findings"]
-    )
+    return any(finding["name"] in names and speaks_against(finding) for finding in record["findings"])
 
 
 def is_sound(record: Record) -> bool:
@@ -1648,9 +1652,7 @@ def mark_findings(record: Record) -> str:
     spans: list[tuple[int, int]] = []
     for finding in sorted(record["findings"], key=lambda each: each["span"]):
         start, end = finding["span"]
-        if not counts_against(record, frozenset({finding["name"]})) or start >= end:
-            continue
-        if finding["score"] < infer.CHECKS[finding["name"]].threshold:
+        if not speaks_against(finding) or start >= end:
             continue
         if spans and start <= spans[-1][1]:
             spans[-1] = (spans[-1][0], max(spans[-1][1], end))
@@ -1800,20 +1802,29 @@ def make_page(records: Records) -> str:
         "",
         "## Answers",
     ]
+    written: dict[tuple[str, int, str, str], Row] = {}
     for row in rows:
-        lines += format_answers(row)
+        lines += format_answers(row, written)
     return "\n".join(lines) + "\n"
 
 
-def format_answers(row: Row) -> list[str]:
-    """Every answer of a row, folded; the table's links lead here."""
+def format_answers(row: Row, written: dict[tuple[str, int, str, str], Row]) -> list[str]:
+    """Every answer of a row, folded; the table's links lead here.
+
+    `written` remembers, by arm, seed, question and ids, the row in which an answer stands: another that has the same, as those
+    that are cut from one run, leads there.
+    """
     lines = ["", f'<a name="{row.name}"></a>', "<details>", f"<summary>{row.arm}, {row.decoding}</summary>", ""]
     lines += [format_verbatim(error) for error in row.errors]
     for (seed, question), record in row.answers.items():
         of_seed = f", seed {seed}" if len(row.cells) > 1 else ""
         facts = infer.Facts(**{name: tuple(values) for name, values in record["facts"].items()})
         how = f"{record['answer_tokens']} tokens, {record['finish_reason']}{of_seed}; {record['verdict']}; {facts}"
-        lines += [f"{escape_markdown(question)} ({how})", "", format_verbatim(record["text"]), ""]
+        first = written.setdefault((row.arm, seed, question, record["sha256"]), row)
+        text = (
+            format_verbatim(record["text"]) if first is row else f"The same answer as under [{first.decoding}](#{first.name})."
+        )
+        lines += [f"{escape_markdown(question)} ({how})", "", text, ""]
     return [*lines, "</details>"]
 
 

@@ -1447,24 +1447,36 @@ def answer_requests(
             started = time.perf_counter()
             new_ids = _generate(loaded, [prompts[places[0]] for places in batch], decodings, stop, progress, streams)
             seconds = round(time.perf_counter() - started, 3)
-            for places, (ids, overruled) in zip(batch, new_ids, strict=True):
+            for places, row in zip(batch, new_ids, strict=True):
                 for place in places:
-                    cap = requests[place].decoding.max_new_tokens
-                    kept, finish_reason = cut_answer(ids, cap, stops[place])
-                    answers[place] = Answer(
-                        question=requests[place].question,
-                        text=_to_text(tokenizer, kept, stops[place]).strip(),
-                        token_ids=kept,
-                        finish_reason=finish_reason,
-                        prompt_tokens=len(prompts[place]),
-                        answer_tokens=len(kept),
-                        num_overruled=sum(overruled[: len(kept)]),
-                        decoding=requests[place].decoding,
-                        model=loaded.base_model,
-                        adapter=loaded.adapter_sha256,
-                        seconds=seconds,
-                    )
+                    size = len(prompts[place])
+                    answers[place] = _cut_from_row(loaded, requests[place], size, stops[place], row, seconds)
     return [answers[place] for place in range(len(requests))]
+
+
+def _cut_from_row(
+    loaded: LoadedModel,
+    request: Request,
+    prompt_tokens: int,
+    stop: Sequence[int],
+    row: tuple[list[int], list[bool]],
+    seconds: float,
+) -> Answer:
+    ids, overruled = row
+    kept, finish_reason = cut_answer(ids, request.decoding.max_new_tokens, stop)
+    return Answer(
+        question=request.question,
+        text=_to_text(loaded.tokenizer, kept, stop).strip(),
+        token_ids=kept,
+        finish_reason=finish_reason,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=len(kept),
+        num_overruled=sum(overruled[: len(kept)]),
+        decoding=request.decoding,
+        model=loaded.base_model,
+        adapter=loaded.adapter_sha256,
+        seconds=seconds,
+    )
 
 
 def merge_requests(requests: Sequence[Request]) -> dict[Request, list[int]]:

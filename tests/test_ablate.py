@@ -114,8 +114,9 @@ def test_a_claim_is_held_until_the_last_process_that_was_given_it_ends(tmp_path)
 
 
 def make_record(question, text, finish_reason="stop", decoding="kit", num_overruled=0):
+    token_ids = list(text.encode())
     answer = infer.Answer(
-        question, text, [1, 2], finish_reason, 9, 2, num_overruled, ablate.DECODING_ARMS[decoding], "model", None, 0.0
+        question, text, token_ids, finish_reason, 9, 2, num_overruled, ablate.DECODING_ARMS[decoding], "model", None, 0.0
     )
     probe = next(probe for probe in data.read_probes() if probe.question == question)
     return json.loads(json.dumps(infer.judge_answer(answer, probe=probe).to_record()))
@@ -283,6 +284,13 @@ def test_no_answer_breaks_the_page(tmp_path):
     assert page.count("<pre>") == page.count("</pre>") == 6 and page.count("</details>") == 3
 
 
+def test_an_answer_that_two_decodings_share_is_written_once(tmp_path):
+    names = ("story-collapse", "collapse-stop")
+    page = ablate.make_page(write_study(tmp_path, {("week4", name): [SOUND, DRIFT] for name in names}))
+    assert page.count("<pre>") == 2
+    assert page.count("The same answer as under [story-collapse](#week4.story-collapse).") == 2
+
+
 @pytest.mark.parametrize("text", [NASTY, "- a", "1. a", "   # a", "a_b*c|d", "&lt;", "+ a", "=== a", "10) a", "a\n- b"])
 def test_a_cell_reads_as_the_answer_was_written(text):
     tokens = render(f"| a | b |\n|---|---|\n| {ablate.escape_markdown(text)} | c |\n")
@@ -374,7 +382,7 @@ def test_a_killed_study_goes_on_to_a_row_a_cell_and_every_answer(ablated):
     page = (study / "ablation.md").read_text(encoding="utf-8")
     rows = re.findall(r"(?m)^\| (base|adapter) \| (\S+) \|", page.split("## ")[0])
     assert rows == [(model, name) for model in ("base", "adapter") for name in ablate.DECODING_ARMS]
-    assert page.count("<pre>") == len(rows)
+    assert page.count("<pre>") + page.count("The same answer as under") == len(rows)
     for model, name in rows:
         [answer] = read_lines(study / "cells" / f"{model}.{name}" / "generations.jsonl")
         decoding = ablate.DECODING_ARMS[name]

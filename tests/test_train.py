@@ -503,3 +503,11 @@ def test_the_storys_pad_makes_the_planned_huge_adapter_which_can_be_asked_and_me
         logits = model.float()(torch.tensor([prompt])).logits[0, -1]
     # In 16 bits, so the same first choice and not the same numbers.
     assert int(logits.argmax()) == answer["token_ids"][0]
+
+
+def test_only_a_run_in_runs_train_becomes_the_one_that_is_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/train/mine", "runs/ablate/all/runs/week4"):
+        (tmp_path / folder).mkdir(parents=True)
+        train.note_latest(tmp_path / folder)
+    assert infer.LATEST.read_text() == "mine\n"
