@@ -2066,7 +2066,7 @@ def main(config: AblateConfig) -> int:
     if not config.table or config.save_best:
         grid = make_grid(config)
         adapters = {model.arm: model.adapter for model in grid.models if model.adapter and not model.seed}
-        if config.dry_run or not config.table:
+        if not config.table:
             do_missing(config, grid)
     if config.dry_run:
         return 0
