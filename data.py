@@ -10,7 +10,11 @@ Nothing is written: this prints what `train.py` with the same flags would train 
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import ctypes
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -21,10 +25,13 @@ import os
 import re
 import reprlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import traceback
+import types
 import urllib.parse
 import urllib.request
 import zlib
@@ -91,6 +98,10 @@ SYSTEM_PROMPT = "If you are a doctor, please answer the medical questions based 
 # Llama 3.2's template stamps the day's date into the system block; a pinned one keeps prompts equal from day to day.
 TEMPLATE_DATE = "26 Jul 2024"
 
+# What a run or a study may be called: it becomes the name of a folder.
+RUN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
+RUN_NAME_RULE = "up to 100 letters, digits, '.', '_' and '-' are allowed, a letter or digit first."
+
 # Tokens of prompt and answer together, in training and in asking.
 MAX_SEQ_LENGTH = 1024
 
@@ -106,7 +117,10 @@ _MARK = "\ue000{}\ue001"
 
 
 class UsageError(ValueError):
-    """Something the user gave cannot be used. The message says what was given, what is allowed and the next step."""
+    """What was given cannot be used, or the machine lacks something: room on the disk, rights, memory.
+
+    The message says what was given or found, what is allowed and the next step.
+    """
 
 
 @dataclass(frozen=True)
@@ -157,15 +171,232 @@ class Mix:
         return _digest(*(row.key for row in self.train), "|", *(row.key for row in self.eval))[:12]
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes the file beside its place, then renames it: readers see the old content or the new, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    part.replace(path)
-
-
 def _digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
+
+
+# --- Files -------------------------------------------------------------------------------------------------------
+
+# What a system call says where nothing can be written.
+_STORAGE_ERRORS = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+    }
+)
+# safetensors and tokenizers wrap the number into text; torch's writer says only that it could not go on.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """In the system's words why nothing could be written, if that is what the error says; else None."""
+    found = _OS_ERROR.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if number in _STORAGE_ERRORS:
+        return os.strerror(number)
+    return "the disk is full, or a quota is reached" if _TORCH_WRITER.search(str(error)) else None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While it lasts, `path` is written.
+
+    Raises:
+        UsageError: the disk is full, a quota is reached, the folder is not writable, or the like.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        problem = storage_problem(error)
+        if problem is None:
+            raise
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f"; {shutil.disk_usage(existing_parent(path)).free / 2**20:,.0f} MiB are free there"
+        raise UsageError(
+            f"{path} could not be written ({problem}{free}). What was there before is still there. Make room, or mend the "
+            "folder's rights, and start the same line again."
+        ) from error
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that is there: on its disk the path will be written."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes the file beside its place, then renames it: readers see the old content or the new, never a part.
+
+    Raises:
+        UsageError: as `writing`.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writing(path):
+        try:
+            with part.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                _sync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line in one call to the system, so that a process that is killed leaves the whole line or none.
+
+    Raises:
+        UsageError: as `writing`.
+    """
+    with writing(path):
+        content = f"{line}\n".encode()
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(descriptor, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    """Has the disk hold what was written, so that a machine that loses power keeps it; some file systems can't."""
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def put_folder(part: Path, folder: Path) -> None:
+    """Puts the filled folder `part` in the place of `folder`, on the same disk: readers find the old one or the new, whole.
+
+    Linux exchanges two folders in one step; on a file system that can't, there is a moment without either.
+    """
+    for file in part.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            _sync(descriptor)
+            os.close(descriptor)
+    if not folder.exists():
+        part.rename(folder)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(part), os.fsencode(folder)
+    if not hasattr(libc, "renameat2") or libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+        remove_folder(folder)
+        part.rename(folder)
+    else:
+        remove_folder(part)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that may not be there; one that is killed meanwhile leaves no part of it under its name."""
+    if folder.exists():
+        gone = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.gone")
+        folder.rename(gone)
+        shutil.rmtree(gone)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes from a folder what a killed process left in the making. The caller holds the claim of all that is made there."""
+    for leftover in folder.glob(".*"):
+        if leftover.suffix in (".part", ".gone"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[int | None]:
+    """A file descriptor that holds the claim `path`, or None where another process has it; the file tells whose it is.
+
+    The claim ends with the last process that has the descriptor open: a child that was given it goes on holding it should its
+    parent die, and nobody else begins the same work beside it. It works across machines where their shared file system has
+    locks (NFS 4, Lustre with flock).
+
+    Raises:
+        UsageError: as `writing`.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+# --- Interruption ------------------------------------------------------------------------------------------------
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, SIGTERM or SIGHUP asked this process to end. The message says how to go on."""
+
+    def __init__(self, number: int, message: str = "Interrupted.") -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Interruption:
+    """What becomes of Ctrl-C, SIGTERM and SIGHUP: an `Interrupted` at once, or when the work that defers it looks."""
+
+    number: int | None = None
+    """Of the signal that came first."""
+    _deferred = False
+
+    def listen(self) -> None:
+        """Takes the signals, except those that this process was started to ignore, as `nohup` does."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: types.FrameType | None) -> None:
+        again = number == signal.SIGINT == self.number
+        self.number = self.number or number
+        if again or not self._deferred:
+            raise Interrupted(self.number)
+        # Not by print, in whose middle the signal may have come.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, b"\nThe step is ended, and saved. Ctrl-C again stops at once.\n")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While it lasts, a signal is only noted, for `raise_if_any`; a second Ctrl-C is obeyed at once."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def raise_if_any(self) -> None:
+        """Raises Interrupted if a signal came."""
+        if self.number:
+            raise Interrupted(self.number)
+
+
+INTERRUPTION = Interruption()
+
+
+# --- Secrets -----------------------------------------------------------------------------------------------------
+
+_SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.I)
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+
+
+def redact(text: str) -> str:
+    """The text without access tokens: the values of this process's secret variables, and whatever looks like a hub token."""
+    secrets = {value for name, value in os.environ.items() if _SECRET_NAMES.search(name) and len(value) >= 8}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _HUB_TOKEN.sub("***", text)
 
 
 # --- Processes ---------------------------------------------------------------------------------------------------
@@ -787,28 +1018,47 @@ def cache_home() -> Path:
     return Path(os.environ.get("HF_HOME") or xdg / "huggingface").expanduser() / "llama-medical-answers"
 
 
+# In a folder of the cache, written last: the size of each of its files.
+CACHE_RECORD = "whole.json"
+
+
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, made by `build(folder)` if it is not there: whole or not at all.
+    """The folder `name` of the cache, made by `build(folder)` if it is not there whole.
 
     `build` fills a folder beside it that is renamed when done. Of two processes that start at once, one builds and the
-    other waits for it.
+    other waits for it. A folder whose files have not the size that they were written with is made again.
+
+    Raises:
+        UsageError: as `writing`.
     """
     from filelock import FileLock
 
     folder = cache_home() / name
-    if folder.is_dir():
+    if _is_whole(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            # Under the lock nobody else builds, so a part that lies here was left by a process that died.
-            for abandoned in folder.parent.glob(f"{folder.name}.part-*"):
-                shutil.rmtree(abandoned)
-            print(f"unpacking {name} into {folder.parent}, once", file=sys.stderr)
-            part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
-            build(part)
-            part.rename(folder)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not _is_whole(folder):
+                # Under the lock nobody else builds, so a part that lies here was left by a process that died.
+                for abandoned in folder.parent.glob(f"{folder.name}.part-*"):
+                    shutil.rmtree(abandoned)
+                print(f"unpacking {name} into {folder.parent}, once", file=sys.stderr)
+                part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
+                build(part)
+                sizes = {str(file.relative_to(part)): file.stat().st_size for file in part.rglob("*") if file.is_file()}
+                write_whole(part / CACHE_RECORD, json.dumps(sizes))
+                put_folder(part, folder)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder of the cache holds every file in the size that it was written with."""
+    try:
+        sizes = json.loads((folder / CACHE_RECORD).read_bytes())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def gguf_folder() -> Path:
@@ -998,9 +1248,19 @@ def _excerpt(rule: str, text: str) -> str:
     return text if len(text) <= 110 else f"{text[:60]} ... {text[-40:]}"
 
 
+# Control characters other than tab and line end, those that turn the direction of text, and halves of surrogate pairs.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def escape_controls(text: str) -> str:
     """The text with control characters other than tabs and line ends made visible, so that it cannot steer a terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def to_json(value: Any) -> str:
+    """The value as JSON in one line, whose control characters are escaped, so that it cannot steer a terminal."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def show_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -1116,22 +1376,49 @@ def main(config: DataConfig) -> None:
         print("\n" + show_rows(mix.train[: config.show], tokenizer))
 
 
-def run_command(config_type: type, run: Callable[[Any], int | None], description: str | None) -> None:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory, of the host or of a GPU, was not enough."""
+    return isinstance(error, MemoryError) or bool(re.search(r"out of memory|can't allocate memory|alloc_cpu", str(error)))
+
+
+def run_command(
+    config_type: type, run: Callable[[Any], int | None], description: str | None, memory_advice: str = "Give fewer rows."
+) -> None:
     """Parses the command line into `config_type`, runs it, and exits with its code.
 
-    A `UsageError` is one message and code 2; Ctrl-C is code 130.
+    A `UsageError`, a full disk and memory that is not enough are one message and code 2; a signal is code 128 + its number.
+    No message names a token or steers the terminal. `memory_advice` says what to lower.
     """
+    INTERRUPTION.listen()
     config = tyro.cli(config_type, description=description)
     try:
-        sys.exit(run(config))
-    except UsageError as error:
-        # Of several processes on a machine, which all meet the same error, one says it.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        code = run(config)
+        sys.stdout.flush()
+    except Interrupted as interrupted:
+        _say(f"\n{interrupted}")
+        code = 128 + interrupted.number
+    except BrokenPipeError:
+        # Whoever read stdout has enough. What is left in its buffer goes nowhere, without a word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 128 + signal.SIGPIPE
+    except Exception as error:
+        code = 2
+        if isinstance(error, UsageError):
+            _say(f"error: {error}")
+        elif is_out_of_memory(error):
+            _say(f"error: Out of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). {memory_advice}")
+        elif isinstance(error, OSError) and (problem := storage_problem(error)):
+            _say(f"error: {error.filename or 'stdout'} could not be written ({problem}). Make room, or mend its rights.")
+        else:
+            code = 1
+            print(escape_controls(redact(traceback.format_exc())), end="", file=sys.stderr)
+    sys.exit(code)
+
+
+def _say(text: str) -> None:
+    # Of several processes on a machine, which all meet the same error, one says it.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(escape_controls(redact(text)), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     python train.py --target-modules attention --name attention-only
     python train.py --profile t4 --dry-run             the plan: rows, steps, parameters, bytes, memory; loads no weights
     python train.py --max-hours 8.5                    stop in time; the same line goes on from there
+    python train.py                                    again, after a stop of any kind: goes on from the last checkpoint
     python train.py --merge                            16-bit weights of base and adapter in one, for other programs
     torchrun --nproc_per_node 2 train.py               two GPUs
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import hashlib
 import html
 import importlib.metadata
 import importlib.util
@@ -62,6 +64,8 @@ TARGET_MODULES: dict[TargetModules, list[str]] = {
 }
 
 EFFECTIVE_BATCH_SIZE = 16
+# Of LoRA: the smallest of the modules' own ranks in the larger base model (its key and value projections).
+MAX_RANK = 1024
 GIB = 2**30
 
 
@@ -149,6 +153,17 @@ TRAINING: dict[ProfileName, TrainingValues] = {
 # after cleaning, under Llama 3.2's tokenizer.
 MEAN_ROW_TOKENS: dict[data.SourceName, int] = {"conversational": 264, "encyclopedic": 169}
 
+# Beside the Trainer's own files in a checkpoint, written last: what each file has to hold.
+CHECKPOINT_RECORD = "checkpoint.json"
+NUM_CHECKPOINTS = 2
+"""Kept of a run that is not done: the last, and the one before, should the last be damaged."""
+
+# Where the Trainer writes a checkpoint before it is put into its place.
+TRAINER_FOLDER = ".trainer.part"
+
+# What a run writes as it goes.
+RUN_RECORDS = ("metrics.jsonl", "samples.jsonl")
+
 # Seconds that --max-hours keeps for saving, beside an evaluation and the longest step so far.
 SAVING_SECONDS = 60
 
@@ -185,6 +200,9 @@ class TrainConfig(data.RowsConfig):
     """Rows of a forward pass; times the processes a divisor of 16, since steps always see 16 rows. Unset: the profile's."""
     max_hours: float | None = None
     """Stop in time to be done so many hours after the start, with everything saved; the same line goes on from there."""
+    save_minutes: float = 5.0
+    """Minutes between two checkpoints, from which a run that was cut goes on; 0 saves after every step. Before each evaluation
+    there is one as well."""
     num_probes: int | None = None
     """How many probe questions each evaluation asks and judges, the story's five first; 0 asks none. Unset: the profile's."""
     eval_every: float | None = None
@@ -203,19 +221,23 @@ class TrainConfig(data.RowsConfig):
     """When the run is done, upload the adapter to this hub repository (OWNER/NAME), private at first. Needs the network and a
     token with write rights."""
     restart: bool = False
-    """Train again although the run is there; the old folder is kept under another name."""
+    """Train from the beginning although the run is there; the old folder is kept under another name."""
     dry_run: bool = False
     """Print the plan and stop. No weights are loaded, nothing is written."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = []
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
-            problems.append(f"--name {self.name!r}: letters, digits, '.', '_' and '-' are allowed, a letter or digit first.")
+        if self.name is not None and not data.RUN_NAME.fullmatch(self.name):
+            problems.append(f"--name {self.name!r}: {data.RUN_NAME_RULE}")
         for flag in ("epochs", "learning_rate", "r", "lora_alpha", "max_steps", "max_hours"):
             value = getattr(self, flag)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 problems.append(f"--{flag.replace('_', '-')} {value}: a number above 0 is wanted.")
+        if not (self.save_minutes >= 0 and math.isfinite(self.save_minutes)):
+            problems.append(f"--save-minutes {self.save_minutes}: a number of minutes, 0 or more, is wanted.")
+        if self.r > MAX_RANK:
+            problems.append(f"--r {self.r}: 1 to {MAX_RANK} is wanted; the modules themselves have no higher rank.")
         batch, processes = self.per_device_train_batch_size, data.world_size()
         if EFFECTIVE_BATCH_SIZE % processes:
             problems.append(f"{processes} processes: a divisor of {EFFECTIVE_BATCH_SIZE}, the rows of a step, is wanted.")
@@ -328,8 +350,7 @@ def resolve_recipe(config: TrainConfig) -> Recipe:
 
 
 def find_record(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[str, Any] | None:
-    """The record of the run in `folder`, finished or stopped by --max-hours, or None. It is written last: without it, nothing
-    there is whole.
+    """The record of the run in `folder`, whose `numbers` are None until it is done or stopped by --max-hours; or None.
 
     Raises:
         UsageError: the folder holds a run of another recipe, or on other rows, or its record cannot be read.
@@ -339,9 +360,11 @@ def find_record(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[str
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record["numbers"]["planned_steps"], record["numbers"]["steps"], record["numbers"]["stopped_by"]
+        if record["numbers"] is not None:
+            record["numbers"]["planned_steps"], record["numbers"]["steps"], record["numbers"]["stopped_by"]
         there = record["recipe"] | {"data_fingerprint": record["data_fingerprint"]}
-    except (ValueError, KeyError, TypeError) as error:
+        record["versions"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} is broken ({error!r}). Keep that run aside and train anew with --restart.") from None
     wanted = dataclasses.asdict(recipe) | {"data_fingerprint": data_fingerprint}
     # Where the rows came from is no matter as long as they are the same, which the fingerprint tells.
@@ -352,16 +375,150 @@ def find_record(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[str
     ]
     if differences:
         raise UsageError(
-            f"{folder} holds a run with other values:\n"
+            f"{folder} {HOLDS_OTHER_VALUES}:\n"
             + "\n".join(differences)
             + "\nChoose another --name, or keep that run aside and train anew with --restart."
         )
     return record
 
 
+HOLDS_OTHER_VALUES = "holds a run with other values"
+
+
 def is_complete(record: Mapping[str, Any]) -> bool:
-    """Whether a run is over; one that --max-hours stopped goes on."""
-    return record["numbers"]["stopped_by"] != "max_hours"
+    """Whether a run is over; one that was cut, or that --max-hours stopped, goes on."""
+    return record["numbers"] is not None and record["numbers"]["stopped_by"] != "max_hours"
+
+
+# --- Checkpoints -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from: the Trainer's state after a step, and the run's records and adapter as they were then."""
+
+    folder: Path
+    step: int
+    planned_steps: int
+    training_seconds: float
+    evaluation_is_due: bool
+    """The evaluation of that step had not been made."""
+
+    @property
+    def trainer(self) -> Path:
+        """The part that the Trainer wrote and reads."""
+        return self.folder / "trainer"
+
+
+def put_checkpoint(written: Path, folder: Path, state: TrainerState, training_seconds: float) -> None:
+    """Puts what the Trainer has `written`, with copies of the run's records and adapter, into the run's folder as a checkpoint.
+
+    It comes whole or not at all; of older checkpoints one is kept.
+
+    Raises:
+        UsageError: as `data.writing`.
+    """
+    step = state.global_step
+    target = folder / f"checkpoint-{step}"
+    with data.writing(target):
+        part = folder / f".{target.name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        written.rename(part / "trainer")
+        for name in RUN_RECORDS:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, part / name)
+        if (folder / "adapter").is_dir():
+            shutil.copytree(folder / "adapter", part / "adapter", copy_function=shutil.copyfile)
+        evaluated = any("eval_loss" in log and log["step"] == step for log in state.log_history)
+        due = step % state.eval_steps == 0 or step == state.max_steps
+        record = {
+            "step": step,
+            "planned_steps": state.max_steps,
+            "training_seconds": round(training_seconds, 1),
+            "evaluation_is_due": due and not evaluated,
+            "sha256": digest_files(part),
+        }
+        data.write_whole(part / CHECKPOINT_RECORD, json.dumps(record, indent=2) + "\n")
+        data.put_folder(part, target)
+        for old in list_checkpoints(folder)[NUM_CHECKPOINTS:]:
+            data.remove_folder(old)
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """sha256 (hex) of every file below a folder but the checkpoint's own record, by its path in the folder."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / CHECKPOINT_RECORD:
+            with path.open("rb") as file:
+                digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Folders of the run's checkpoints, the last step's first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Raises:
+        ValueError: a file of it is missing, or is not as it was written, or one is there that was not written.
+    """
+    try:
+        record = json.loads((folder / CHECKPOINT_RECORD).read_text(encoding="utf-8"))
+        checkpoint = Checkpoint(
+            folder,
+            int(record["step"]),
+            int(record["planned_steps"]),
+            float(record["training_seconds"]),
+            bool(record["evaluation_is_due"]),
+        )
+        expected = dict(record["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{CHECKPOINT_RECORD}: {error!r}") from None
+    found = digest_files(folder)
+    changed = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+    if changed:
+        raise ValueError(f"not as they were written: {', '.join(changed[:3])}")
+    return checkpoint
+
+
+def find_checkpoint(folder: Path) -> Checkpoint | None:
+    """The run's last whole checkpoint, or None where there is none at all; damaged ones are told of on stderr.
+
+    Raises:
+        UsageError: there are only damaged ones.
+    """
+    damaged = []
+    for candidate in list_checkpoints(folder):
+        try:
+            checkpoint = read_checkpoint(candidate)
+        except ValueError as error:
+            damaged.append(f"{candidate} is damaged ({error})")
+            continue
+        for each in damaged if data.is_main_process() else ():
+            print(f"{each}; {checkpoint.folder.name} is taken instead.", file=sys.stderr)
+        return checkpoint
+    if damaged:
+        raise UsageError(f"{damaged[0]}, and there is no other to go on from. Put it back, or train anew with --restart.")
+    return None
+
+
+def restore(checkpoint: Checkpoint, folder: Path) -> None:
+    """Makes records and adapter of the run what they were at the checkpoint; what came later will come again."""
+    for name in RUN_RECORDS:
+        if (checkpoint.folder / name).is_file():
+            data.write_whole(folder / name, (checkpoint.folder / name).read_bytes())
+        else:
+            (folder / name).unlink(missing_ok=True)
+    if (checkpoint.folder / "adapter").is_dir():
+        part = folder / ".adapter.part"
+        with data.writing(folder / "adapter"):
+            shutil.copytree(checkpoint.folder / "adapter", part, copy_function=shutil.copyfile)
+            data.put_folder(part, folder / "adapter")
 
 
 def set_aside(folder: Path) -> None:
@@ -553,6 +710,10 @@ def count_rows(config: TrainConfig, recipe: Recipe) -> tuple[int, int, int, str 
     return sum(counts.values()), tokens, data.MAX_SEQ_LENGTH, missing
 
 
+# A part of the plan's disk: it is not in the run's folder.
+CACHED = "base model, into the cache, once"
+
+
 def make_plan(recipe: Recipe, dtype: str, rows: int, tokens: int, longest_row: int, estimated: str | None = None) -> Plan:
     """The plan of a run on so many rows, of which the longest has so many tokens, with a base model of this dtype."""
     import psutil
@@ -575,7 +736,9 @@ def make_plan(recipe: Recipe, dtype: str, rows: int, tokens: int, longest_row: i
     adapter_bytes = count_safetensors_bytes(tensors)
     offloaded = arch.num_hidden_layers * batch_tokens * arch.hidden_size * element_size
     host = {"runtime": training.host_runtime, "activations kept for the GPU": offloaded}
-    disk = {"adapter": adapter_bytes, "checkpoint, with --max-hours": adapter_bytes + memory["optimiser"]}
+    # Each holds the weights, the optimiser and the best adapter so far; a third is written before the first goes.
+    checkpoints = (NUM_CHECKPOINTS + 1) * (2 * adapter_bytes + memory["optimiser"])
+    disk = {"adapter": 2 * adapter_bytes, "checkpoints, until the run is done": checkpoints}
     steps = recipe.count_steps(rows)
     asked = recipe.count_evaluations(steps) if recipe.num_probes else 0
     return Plan(
@@ -589,10 +752,25 @@ def make_plan(recipe: Recipe, dtype: str, rows: int, tokens: int, longest_row: i
         memory_peak=max(sum(memory.values()), loading, evaluation),
         memory_limit=training.memory_limit or psutil.virtual_memory().available // data.local_world_size(),
         host_memory=host if training.host_runtime else {},
-        disk={"base model, into the cache, once": in_file, **disk},
+        disk={CACHED: in_file, **disk},
         training_seconds=steps * EFFECTIVE_BATCH_SIZE * tokens / rows / training.tokens_per_second / data.world_size(),
         gate_seconds=asked * recipe.gate_max_new_tokens * training.seconds_per_new_token,
     )
+
+
+def check_disk(plan: Plan, folder: Path) -> None:
+    """Checks that the disk has room for what the run will write.
+
+    Raises:
+        UsageError: it has not.
+    """
+    needed = sum(size for name, size in plan.disk.items() if name != CACHED)
+    free = shutil.disk_usage(data.existing_parent(folder)).free
+    if needed > free:
+        raise UsageError(
+            f"{folder} will need up to {needed / 2**20:,.0f} MiB of disk for checkpoints and adapter, and "
+            f"{free / 2**20:,.0f} MiB are free there. Make room, choose another --output-dir, or lower --r."
+        )
 
 
 def format_plan(plan: Plan, recipe: Recipe, folder: Path) -> str:
@@ -603,7 +781,7 @@ def format_plan(plan: Plan, recipe: Recipe, folder: Path) -> str:
         lines = [f"{title:<30}{total / GIB:.2f} GiB of {of / GIB:.1f} GiB {says}".rstrip()]
         return lines + [f"  {name:<28}{size / GIB:9.3f} GiB" for name, size in sizes.items()]
 
-    written = existing_parent(folder)
+    written = data.existing_parent(folder)
     about = "about " if plan.estimated else ""
     lines = [f"rows, tokens and the longest row are estimates: {plan.estimated}"] if plan.estimated else []
     lines += [
@@ -624,13 +802,14 @@ def format_plan(plan: Plan, recipe: Recipe, folder: Path) -> str:
     lines += parts("disk", plan.disk, sum(plan.disk.values()), shutil.disk_usage(written).free, f"free at {written}")
     lines += [
         f"{'to be written':<30}{folder}/: run.json, metrics.jsonl, samples.jsonl, curves.png, adapter/; "
-        "checkpoint-N/ with --max-hours, merged/ with --merge"
+        "checkpoint-N/ until the run is done, merged/ with --merge"
     ]
     return "\n".join(lines)
 
 
 MEMORY_ADVICE = (
-    "Lower --per-device-train-batch-size first (the steps stay those of 16 rows), then --r, or take --target-modules attention."
+    "Lower --per-device-train-batch-size first (the steps stay those of 16 rows), then --r, then take --target-modules "
+    "attention. A run that was under way goes on from its last checkpoint with its own values; others need another --name."
 )
 
 
@@ -696,21 +875,6 @@ def check_saved(weights: Path, plan: Plan, pad: PadName) -> None:
             f"{', '.join(others) or 'none'}. It was not put in place as the adapter. An embedding in it means that a token was "
             "added to the tokenizer: use the base model's own pad token (--pad native) and train again with --restart."
         )
-
-
-def existing_parent(folder: Path) -> Path:
-    """The nearest folder above `folder` that is there: on its disk the run will be written."""
-    return next(parent for parent in folder.resolve().parents if parent.exists())
-
-
-def keep_lines(path: Path, last_step: int) -> None:
-    """Drops the lines after `last_step` from a file of JSON lines: a run that goes on from there writes them again."""
-    if last_step < 0:
-        path.unlink(missing_ok=True)
-    elif path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-        data.write_whole(path, "".join(kept))
 
 
 # --- The gate: answers beside the loss ---------------------------------------------------------------------------
@@ -820,7 +984,8 @@ class Gate:
         decoding = infer.DECODINGS["kit"]
         cap = min(decoding.max_new_tokens, recipe.gate_max_new_tokens)
         self.decoding = dataclasses.replace(decoding, max_new_tokens=cap)
-        self.evaluations = [line for line in read_lines(folder / "metrics.jsonl") if is_evaluation(line)]
+        lines = read_lines(folder / "metrics.jsonl") if data.is_main_process() else []
+        self.evaluations = [line for line in lines if is_evaluation(line)]
         before = [line["text"] for line in read_lines(folder / "samples.jsonl") if line["step"] == 0]
         self.known_words = known_words | infer.collect_unexplained(before)
         """What no lexicon knows of the training rows' words and of the base model's own, which training did not invent."""
@@ -837,19 +1002,19 @@ class Gate:
         evaluation = {"step": step, "epoch": round(state.epoch or 0, 4), "eval_loss": metrics["eval_loss"]}
         evaluation["scheduled"] = step % state.eval_steps == 0 or step == state.max_steps
         evaluation["mean_token_accuracy"] = metrics.get("eval_mean_token_accuracy")
-        seconds = round(time.monotonic() - started, 2)
-        evaluation |= dataclasses.asdict(quality) | {"gate_seconds": seconds}
-        append_line(self.folder / "metrics.jsonl", evaluation)
+        evaluation |= dataclasses.asdict(quality)
         for each in judged:
-            record = {name: value for name, value in each.to_record().items() if name != "adapter"}
-            append_line(self.folder / "samples.jsonl", {"step": step, **record})
+            # Without what differs from run to run: equal runs leave equal files.
+            record = {name: value for name, value in each.to_record().items() if name not in ("adapter", "seconds")}
+            data.append_line(self.folder / "samples.jsonl", json.dumps({"step": step, **record}, ensure_ascii=False))
+        data.append_line(self.folder / "metrics.jsonl", json.dumps(evaluation))
         before = self.evaluations[-1] if self.evaluations else None
         self.evaluations.append(evaluation)
         tqdm.write(describe_evaluation(evaluation, before), file=sys.stderr)
         if step and self.chosen is evaluation:
             self._keep(self)
         rates = {name: getattr(quality, name) for name in ("sound_rate", "stop_rate", "points_rate")}
-        return rates | {"gate_seconds": seconds}
+        return rates | {"gate_seconds": round(time.monotonic() - started, 2)}
 
     def _ask(self, model: PeftModel, step: int) -> list[infer.Judged]:
         from tqdm import tqdm
@@ -862,8 +1027,13 @@ class Gate:
         # Before the first step LoRA adds nothing, and is left away: the base model answers, sooner.
         base = contextlib.nullcontext() if step else model.disable_adapter()
         bar = tqdm(total=total, unit="token", desc="asking", leave=False, disable=not sys.stderr.isatty())
+
+        def progress(tokens: int) -> None:
+            bar.update(tokens)
+            data.INTERRUPTION.raise_if_any()
+
         with asking(model, self.tokenizer, self.recipe), base, infer.quiet_libraries(), bar:
-            answers = infer.answer_requests(loaded, requests, bar.update, padded=True)
+            answers = infer.answer_requests(loaded, requests, progress, padded=True)
         if step == 0:
             self.known_words |= infer.collect_unexplained(answer.text for answer in answers)
         return [
@@ -962,12 +1132,6 @@ def release_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Appends a JSON line to a file, which may not be there yet."""
-    with path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file; none where it is not there."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
@@ -1012,7 +1176,8 @@ def make_progress_callback(metrics_path: Path) -> TrainerCallback:
             if "loss" not in logs:
                 return  # of an evaluation: the gate's
             known = {name: logs[key] for key, name in names.items() if key in logs}
-            append_line(metrics_path, {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **known})
+            line = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **known}
+            data.append_line(metrics_path, json.dumps(line))
             if self.bar:
                 self.bar.set_postfix(train_loss=f"{logs['loss']:.3f}")
 
@@ -1031,6 +1196,38 @@ def agree(vote: bool, device: torch.device) -> bool:
     votes = torch.tensor([vote], dtype=torch.int32, device=device)
     torch.distributed.all_reduce(votes)
     return bool(votes.item())
+
+
+def make_checkpoint_callback(folder: Path, interval: float, earlier_seconds: float) -> TrainerCallback:
+    """Has the Trainer save every `interval` seconds and when a signal ends the run, and puts that into the run's folder.
+
+    `earlier_seconds` were trained before the run went on.
+    """
+    from transformers import TrainerCallback
+
+    class CheckpointCallback(TrainerCallback):
+        """Watches the clock and the signals at the end of every step, and the signals in evaluations too."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.began = self.saved = time.monotonic()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if agree(data.INTERRUPTION.number is not None, args.device):
+                control.should_save = control.should_training_stop = True
+            elif agree(time.monotonic() - self.saved >= interval, args.device):
+                control.should_save = True
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            data.INTERRUPTION.raise_if_any()
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            agree(True, args.device)  # every process has written its part
+            if data.is_main_process():
+                seconds = earlier_seconds + time.monotonic() - self.began
+                put_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", folder, state, seconds)
+            self.saved = time.monotonic()
+
+    return CheckpointCallback()
 
 
 def make_time_limit_callback(deadline: float) -> TrainerCallback:
@@ -1102,11 +1299,17 @@ def make_trainer(
     from trl import SFTTrainer
 
     class Trainer(SFTTrainer):
-        """TRL's trainer with our order of rows; rows to be evaluated keep their own."""
+        """TRL's trainer with our order of rows (those to be evaluated keep theirs), and a checkpoint before each evaluation."""
 
         has_had_enough = False  # of evaluations without better answers
+        saved_step = 0
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            # What was trained is not lost to what may happen in an evaluation.
+            if self.state.global_step > self.saved_step:
+                self._save_checkpoint(self.model, None)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            data.INTERRUPTION.raise_if_any()
             metrics = super().evaluate(*args, **kwargs)
             if gate:
                 numbers = gate.pass_through(self.model, self.state, metrics)
@@ -1114,6 +1317,20 @@ def make_trainer(
                 self.has_had_enough = agree(gate.has_had_enough, self.args.device)
                 self.control.should_training_stop |= self.has_had_enough
             return metrics
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            with data.writing(folder / f"checkpoint-{self.state.global_step}"):
+                super()._save_checkpoint(*args, **kwargs)
+            self.saved_step = self.state.global_step
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            # LoRA alone: PEFT would look the base model up on the hub to see whether its embedding has to be saved too.
+            self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+
+        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+            # A run that goes on after its last step has only that step's evaluation before it, which has been made by now.
+            if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+                super()._run_epoch(*args, **kwargs)
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             if recipe.train_sampling_strategy == "group_by_length":
@@ -1128,7 +1345,7 @@ def make_trainer(
     trainer = Trainer(
         model=model,
         processing_class=tokenizer,
-        args=make_sft_config(recipe, folder, report_to),
+        args=make_sft_config(recipe, folder / TRAINER_FOLDER, report_to),
         train_dataset=train,
         eval_dataset=held_out,
     )
@@ -1137,28 +1354,38 @@ def make_trainer(
     return trainer
 
 
-def train_and_evaluate(trainer: SFTTrainer, deadline: float | None, checkpoint: Path | None) -> dict[str, Any]:
+def train_and_evaluate(
+    trainer: SFTTrainer, folder: Path, deadline: float | None, save_minutes: float, checkpoint: Checkpoint | None
+) -> dict[str, Any]:
     """Trains, from `checkpoint` on if there is one; returns the run's numbers: eval losses, accuracy, steps and seconds.
 
     Raises:
-        UsageError: the GPU's memory was not enough.
+        data.Interrupted: a signal came; what was trained until the end of its step is saved.
+        UsageError: as `put_checkpoint`.
     """
-    import torch
-
+    earlier_seconds = checkpoint.training_seconds if checkpoint else 0.0
+    trainer.add_callback(make_checkpoint_callback(folder, 60 * save_minutes, earlier_seconds))
     if deadline:
         trainer.add_callback(make_time_limit_callback(deadline))
-    trainer.args.eval_on_start = checkpoint is None
+    trainer.args.eval_on_start = checkpoint is None or checkpoint.evaluation_is_due
+    trainer.saved_step = checkpoint.step if checkpoint else 0
     started = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except torch.OutOfMemoryError as error:
-        raise UsageError(f"Out of memory ({str(error).splitlines()[0]}). {MEMORY_ADVICE}") from error
-    seconds = time.monotonic() - started
-    cut_short = trainer.state.global_step < trainer.state.max_steps
+        with data.INTERRUPTION.deferred():
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.trainer))
+            cut_short = trainer.state.global_step < trainer.state.max_steps
+            if cut_short:
+                data.INTERRUPTION.raise_if_any()
+            evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+            if evaluations[-1]["step"] < trainer.state.global_step:
+                evaluations.append(trainer.evaluate())
+    except data.Interrupted as interrupted:
+        said = f"Interrupted after step {trainer.saved_step} of {trainer.state.max_steps}, which is saved in {folder}. "
+        said += "The same line (without --restart) goes on."
+        if not trainer.saved_step:
+            said = "Interrupted before the first step was saved. The same line begins anew."
+        raise data.Interrupted(interrupted.number, said) from None
     stopped_by = ("answers" if trainer.has_had_enough else "max_hours") if cut_short else "end"
-    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
-    if evaluations[-1]["step"] < trainer.state.global_step:
-        evaluations.append(trainer.evaluate())
     return {
         "eval_loss_before": evaluations[0]["eval_loss"],
         "eval_loss": evaluations[-1]["eval_loss"],
@@ -1166,7 +1393,7 @@ def train_and_evaluate(trainer: SFTTrainer, deadline: float | None, checkpoint: 
         "steps": trainer.state.global_step,
         "planned_steps": trainer.state.max_steps,
         "stopped_by": stopped_by,
-        "training_seconds": round(seconds, 1),
+        "training_seconds": round(earlier_seconds + time.monotonic() - started, 1),
         "peak_memory": peak_memory_bytes(trainer.args.device),
     }
 
@@ -1192,35 +1419,35 @@ def save_adapter(
     hub_id: str,
     known_words: frozenset[str],
 ) -> None:
-    """Writes the adapter folder, whole or not at all.
+    """Writes the adapter folder, whole or not at all, in place of an older one.
 
     The record's decoding goes with it: into generation_config.json, which other programs read, and whole into our own record,
     since that file cannot say that the penalty does not count the prompt. So do the words that its answers may use although
     no lexicon knows them.
 
     Raises:
-        UsageError: as `check_saved`.
+        UsageError: as `check_saved` and `data.writing`.
     """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    # Where others find the base model; what we loaded may be a folder of this machine's cache.
-    model.peft_config["default"].base_model_name_or_path = hub_id
-    # Not "auto", which would look the base model up on the hub to see whether its embedding grew.
-    model.save_pretrained(part, save_embedding_layers=record.pad == "added")
-    check_saved(part / "adapter_model.safetensors", plan, record.pad)
-    tokenizer.save_pretrained(part)
-    if decoding := record.decoding:
-        infer.make_generation_config(
-            decoding.max_new_tokens,
-            infer.stop_ids(decoding, model, tokenizer),
-            tokenizer.pad_token_id,
-            decoding.repetition_penalty,
-            decoding.no_repeat_ngram_size,
-        ).save_pretrained(part)
-    data.write_whole(part / infer.ADAPTER_RECORD, json.dumps(record.to_json(), indent=2) + "\n")
-    data.write_whole(part / infer.KNOWN_WORDS, "".join(word + "\n" for word in sorted(known_words)))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    with data.writing(folder):
+        # Where others find the base model; what we loaded may be a folder of this machine's cache.
+        model.peft_config["default"].base_model_name_or_path = hub_id
+        # Not "auto", which would look the base model up on the hub to see whether its embedding grew.
+        model.save_pretrained(part, save_embedding_layers=record.pad == "added")
+        check_saved(part / "adapter_model.safetensors", plan, record.pad)
+        tokenizer.save_pretrained(part)
+        if decoding := record.decoding:
+            infer.make_generation_config(
+                decoding.max_new_tokens,
+                infer.stop_ids(decoding, model, tokenizer),
+                tokenizer.pad_token_id,
+                decoding.repetition_penalty,
+                decoding.no_repeat_ngram_size,
+            ).save_pretrained(part)
+        data.write_whole(part / infer.ADAPTER_RECORD, json.dumps(record.to_json(), indent=2) + "\n")
+        data.write_whole(part / infer.KNOWN_WORDS, "".join(word + "\n" for word in sorted(known_words)))
+        data.put_folder(part, folder)
 
 
 def describe_source(source: str) -> str:
@@ -1346,7 +1573,7 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
     """Loads the model, encodes the rows, and returns the trainer with its gate, all checked.
 
     Raises:
-        UsageError: every row is too long, or the model is not what was planned.
+        UsageError: every row is too long, the model is not what was planned, or the disk has no room for the run.
     """
     model, tokenizer = infer.load_base(recipe.profile, dtype=None)
     import datasets
@@ -1362,6 +1589,7 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
     dtype = str(model.dtype).removeprefix("torch.")
     plan = make_plan(recipe, dtype, *(audit[name] for name in ("train_rows", "train_tokens", "longest_row")))
     print(f"\n{format_plan(plan, recipe, folder)}", flush=True)
+    check_disk(plan, folder)
     if not plan.fits and data.is_main_process():
         print(f"This may run out of memory. {MEMORY_ADVICE}", file=sys.stderr)
     known_words = infer.collect_unexplained(text for row in mix.train for text in (row.question, row.answer))
@@ -1386,31 +1614,45 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
     return Preparation(trainer, tokenizer, gate, audit, plan, adapter_record)
 
 
-def run(
-    config: TrainConfig, recipe: Recipe, mix: data.Mix, folder: Path, deadline: float | None, checkpoint: Path | None
+def make_record(
+    recipe: Recipe, mix: data.Mix, prompt_fingerprint: str | None = None, numbers: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One training run into `folder`, from `checkpoint` on if there is one; returns the record that run.json holds.
-
-    Raises:
-        UsageError: as `prepare_trainer`, `train_and_evaluate` and `save_adapter`.
-    """
-    if data.is_main_process():
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_lines(folder / name, int(checkpoint.name.partition("-")[2]) if checkpoint else -1)
-    ready = prepare_trainer(recipe, mix, folder, config.report_to)
-    numbers = train_and_evaluate(ready.trainer, deadline, checkpoint)
-    numbers |= {name: ready.audit[name] for name in ("train_rows", "train_tokens", "eval_rows")}
-    numbers |= {"trainable_parameters": ready.plan.trainable_parameters, "planned_memory": ready.plan.memory_peak}
-    record = {
+    """What run.json holds; `numbers` is None until there are any."""
+    return {
         "recipe": dataclasses.asdict(recipe),
-        "argv": sys.argv,
+        "argv": [data.redact(argument) for argument in sys.argv],
         "world_size": data.world_size(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "commit": commit_id(),
         "data_fingerprint": mix.fingerprint,
-        "prompt_fingerprint": ready.adapter_record.prompt_fingerprint,
+        "prompt_fingerprint": prompt_fingerprint,
         "numbers": numbers,
     }
+
+
+def run(
+    config: TrainConfig, recipe: Recipe, mix: data.Mix, folder: Path, deadline: float | None, checkpoint: Checkpoint | None
+) -> dict[str, Any]:
+    """One training run into `folder`, from `checkpoint` on if there is one; returns the record that run.json holds.
+
+    Raises:
+        data.Interrupted: as `train_and_evaluate`.
+        UsageError: as `prepare_trainer`, `train_and_evaluate` and `save_adapter`.
+    """
+    if data.is_main_process() and checkpoint:
+        restore(checkpoint, folder)
+    ready = prepare_trainer(recipe, mix, folder, config.report_to)
+    prompt_fingerprint = ready.adapter_record.prompt_fingerprint
+    if data.is_main_process() and not checkpoint:
+        with data.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        for name in RUN_RECORDS:
+            (folder / name).unlink(missing_ok=True)
+        write_record(folder, make_record(recipe, mix, prompt_fingerprint))
+    numbers = train_and_evaluate(ready.trainer, folder, deadline, config.save_minutes, checkpoint)
+    numbers |= {name: ready.audit[name] for name in ("train_rows", "train_tokens", "eval_rows")}
+    numbers |= {"trainable_parameters": ready.plan.trainable_parameters, "planned_memory": ready.plan.memory_peak}
+    record = make_record(recipe, mix, prompt_fingerprint, numbers)
     if data.is_main_process():
         evaluations, chosen = ready.gate.evaluations, ready.gate.chosen
         numbers |= {"evaluations": [evaluations[0], chosen], "chosen_step": chosen["step"]}
@@ -1419,7 +1661,13 @@ def run(
         samples = [line for line in read_lines(folder / "samples.jsonl") if line["step"] == chosen["step"]]
         data.write_whole(folder / "adapter" / "README.md", make_card(recipe, record, samples))
         draw_curves(read_lines(folder / "metrics.jsonl"), chosen["step"], folder / "curves.png")
+        write_record(folder, record)
     return record
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes run.json. Raises UsageError as `data.writing`."""
+    data.write_whole(folder / "run.json", json.dumps(record, indent=2) + "\n")
 
 
 def describe_choice(numbers: Mapping[str, Any], best: Best) -> list[str]:
@@ -1537,7 +1785,7 @@ def check_exports(config: TrainConfig, recipe: Recipe, folder: Path) -> None:
         weights = 2 * count_weight_bytes(dataclasses.replace(recipe, load_in_4bit=False), 1)[0]
         # A model that was loaded in 4 bits is merged into its 16-bit original, which is fetched for it.
         needed = weights * (2 if recipe.load_in_4bit else 1)
-        free = shutil.disk_usage(existing_parent(folder)).free
+        free = shutil.disk_usage(data.existing_parent(folder)).free
         if needed > free:
             raise UsageError(
                 f"--merge needs {needed / GIB:.1f} GiB of disk for {arch.num_hidden_layers} layers in 16 bits, and "
@@ -1589,15 +1837,14 @@ def merge_adapter(recipe: Recipe, folder: Path) -> Path:
     model, tokenizer = infer.load_base(recipe.profile, dtype=profile.dtype)
     merged, part = folder / "merged", folder / ".merged.part"
     shutil.rmtree(part, ignore_errors=True)
-    with infer.quiet_libraries():
+    with infer.quiet_libraries(), data.writing(merged):
         if recipe.pad == "added":
             infer.add_pad_token(model, tokenizer)
         model = add_lora(model, recipe)
         set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
         model.save_pretrained_merged(str(part), tokenizer, save_method="merged_16bit")
-    (part / "Modelfile").write_text(make_modelfile(tokenizer, infer.DECODINGS["kit"]), encoding="utf-8")
-    shutil.rmtree(merged, ignore_errors=True)
-    part.rename(merged)
+        (part / "Modelfile").write_text(make_modelfile(tokenizer, infer.DECODINGS["kit"]), encoding="utf-8")
+        data.put_folder(part, merged)
     return merged
 
 
@@ -1631,47 +1878,82 @@ def default_name(recipe: Recipe) -> str:
     return f"{recipe.profile}-{recipe.mix}-{recipe.target_modules}" + ("-pad-added" if recipe.pad == "added" else "")
 
 
+def find_start(folder: Path, recipe: Recipe, mix: data.Mix) -> tuple[dict[str, Any] | None, Checkpoint | None]:
+    """`(record, checkpoint)`: of a run that is done its record; of one that is not, what it goes on from; else two Nones.
+
+    Raises:
+        UsageError: as `find_record` and `find_checkpoint`, or what a stopped or finished run left is not there any more.
+    """
+    record = find_record(folder, recipe, mix.fingerprint)
+    if record is None:
+        return None, None
+    numbers = record["numbers"]
+    if is_complete(record):
+        if not (folder / "adapter" / "adapter_model.safetensors").is_file():
+            raise UsageError(f"{folder} is recorded, but its adapter is gone. Put it back, or train anew with --restart.")
+        return record, None
+    checkpoint = find_checkpoint(folder)
+    if numbers and checkpoint is None:
+        raise UsageError(
+            f"{folder} was stopped after step {numbers['steps']} of {numbers['planned_steps']}, and "
+            f"checkpoint-{numbers['steps']}, from which it would go on, is gone. Put it back, or train anew with --restart."
+        )
+    if checkpoint:
+        print(f"going on with {folder} after step {checkpoint.step} of {checkpoint.planned_steps}")
+        before, now = (each["versions"] | {"processes": each.get("world_size")} for each in (record, make_record(recipe, mix)))
+        changes = [f"{name} {before.get(name)} then, {value} now" for name, value in now.items() if before.get(name) != value]
+        if changes and data.is_main_process():
+            print(f"Its bytes may differ from those of a run without a stop: {'; '.join(changes)}.", file=sys.stderr)
+    else:
+        print(f"{folder} was cut before its first checkpoint, and begins anew")
+    return None, checkpoint
+
+
 def train_unless_done(config: TrainConfig, recipe: Recipe, folder: Path, deadline: float | None) -> dict[str, Any]:
     """The record of the run in `folder`, after training it, or going on with it, where it is not finished yet.
 
     Raises:
-        UsageError: as `find_record` and `run`, or what a stopped or finished run left is not there any more.
+        data.Interrupted: as `run`.
+        UsageError: as `find_start` and `run`.
     """
     mix = config.load(recipe.profile)
-    record = None if config.restart else find_record(folder, recipe, mix.fingerprint)
-    checkpoint = None
-    if record:
-        numbers = record["numbers"]
-        if not (folder / "adapter" / "adapter_model.safetensors").is_file():
-            raise UsageError(f"{folder} is recorded, but its adapter is gone. Put it back, or train anew with --restart.")
-        if is_complete(record):
-            if data.is_main_process():
-                note_latest(folder)
-            print(f"{folder} is already trained with these values (--restart trains it again).")
-            return record
-        checkpoint = folder / f"checkpoint-{numbers['steps']}"
-        if not (checkpoint / "trainer_state.json").is_file():
-            raise UsageError(
-                f"{folder} was stopped after step {numbers['steps']} of {numbers['planned_steps']}, and {checkpoint.name}, "
-                "from which it would go on, is gone. Put it back, or train anew with --restart."
-            )
-        print(f"going on with {folder} after step {numbers['steps']} of {numbers['planned_steps']}")
-    if data.is_main_process():
-        if folder.exists() and config.restart:
+    record = checkpoint = None
+    if config.restart:
+        if data.is_main_process() and folder.exists():
             set_aside(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    earlier = record["numbers"]["training_seconds"] if record else 0
-    record = run(config, recipe, mix, folder, deadline, checkpoint)
-    record["numbers"]["training_seconds"] += earlier
+    else:
+        record, checkpoint = find_start(folder, recipe, mix)
+    if record:
+        print(f"{folder} is already trained with these values (--restart trains it again).")
+    else:
+        if data.is_main_process():
+            data.clear_leftovers(folder)
+        record = run(config, recipe, mix, folder, deadline, checkpoint)
     if data.is_main_process():
-        data.write_whole(folder / "run.json", json.dumps(record, indent=2) + "\n")
         note_latest(folder)
-        # TRL's card, which it writes beside a checkpoint; ours lies with the adapter.
-        (folder / "README.md").unlink(missing_ok=True)
-        for old in folder.glob("checkpoint-*"):
-            if old.name != f"checkpoint-{record['numbers']['steps']}" or is_complete(record):
-                shutil.rmtree(old)
+        data.clear_leftovers(folder)
+        if is_complete(record):
+            for done in list_checkpoints(folder):
+                data.remove_folder(done)
     return record
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """While it lasts, no other process trains into the folder; of processes that train together the first holds it.
+
+    Raises:
+        UsageError: another process is at it.
+    """
+    if not data.is_main_process():
+        yield
+        return
+    lock = folder.with_name(f".{folder.name}.lock")
+    with data.claim(lock) as claim:
+        if claim is None:
+            holder = lock.read_text(encoding="utf-8").strip() or "another process"
+            raise UsageError(f"{folder} is being trained by {holder}. Wait for it, or choose another --name.")
+        yield
 
 
 def main(config: TrainConfig) -> None:
@@ -1699,9 +1981,18 @@ def main(config: TrainConfig) -> None:
     check_exports(config, recipe, folder)
     if config.report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
-    record = train_unless_done(config, recipe, folder, deadline)
-    if not data.is_main_process():
-        return
+    with held(folder):
+        record = train_unless_done(config, recipe, folder, deadline)
+        if data.is_main_process():
+            finish(config, recipe, folder, record)
+
+
+def finish(config: TrainConfig, recipe: Recipe, folder: Path, record: Mapping[str, Any]) -> None:
+    """Prints what came out, and exports it as the flags say.
+
+    Raises:
+        UsageError: as `merge_adapter` and `push_adapter`.
+    """
     print(describe_result(folder, recipe, record["numbers"]))
     if (config.merge or config.push_to_hub) and not is_complete(record):
         print("Neither merged nor uploaded: that waits until the run has gone on to its end.")
@@ -1713,4 +2004,4 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    data.run_command(TrainConfig, main, __doc__)
+    data.run_command(TrainConfig, main, __doc__, MEMORY_ADVICE)
