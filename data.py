@@ -17,7 +17,9 @@ import errno
 import fcntl
 import functools
 import hashlib
+import html
 import importlib.util
+import io
 import itertools
 import json
 import multiprocessing
@@ -29,7 +31,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import traceback
 import types
 import urllib.parse
@@ -199,18 +200,21 @@ def storage_problem(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """While it lasts, `path` is written.
+def writing(path: Path, part: Path | None = None) -> Iterator[None]:
+    """While it lasts, `path` is written, by way of the file or folder `part`, which is removed should that come to nothing.
 
     Raises:
         UsageError: the disk is full, a quota is reached, the folder is not writable, or the like.
     """
     try:
         yield
-    except UsageError:
-        raise
-    except Exception as error:
-        problem = storage_problem(error)
+    except BaseException as error:
+        if part and part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        elif part:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        problem = None if isinstance(error, UsageError) else storage_problem(error)
         if problem is None:
             raise
         free = ""
@@ -234,14 +238,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
         UsageError: as `writing`.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with writing(path):
-        try:
-            with part.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                _sync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+    with writing(path, part):
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            _sync(file.fileno())
+        part.replace(path)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -299,9 +300,9 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(gone)
 
 
-def clear_leftovers(folder: Path) -> None:
+def clear_leftovers(folder: Path, pattern: str = ".*") -> None:
     """Removes from a folder what a killed process left in the making. The caller holds the claim of all that is made there."""
-    for leftover in folder.glob(".*"):
+    for leftover in folder.glob(pattern):
         if leftover.suffix in (".part", ".gone"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
@@ -340,7 +341,7 @@ def claim(path: Path) -> Iterator[int | None]:
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, SIGTERM or SIGHUP asked this process to end. The message says how to go on."""
 
-    def __init__(self, number: int, message: str = "Interrupted.") -> None:
+    def __init__(self, number: int, message: str = "Interrupted. The same line goes on, or begins again.") -> None:
         super().__init__(message)
         self.number = number
 
@@ -483,7 +484,7 @@ def _read_parquet(path: Path) -> list[tuple[str, Any]]:
     try:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
-        raise UsageError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}).") from None
+        raise UsageError(f"{path}: not a Parquet file ({first_line(error)}).") from None
     return [(f"{path}, row {number}", record) for number, record in enumerate(table.to_pylist(), 1)]
 
 
@@ -498,7 +499,7 @@ def _read_hub(source: str) -> list[tuple[str, Any]]:
         rows = datasets.load_dataset(name, split="train", revision=revision or None)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{name}: could not be loaded from the hub ({str(error).splitlines()[0]}). Either go online, or give files: "
+            f"{name}: could not be loaded from the hub ({first_line(error)}). Either go online, or give files: "
             "--conversational FILE --encyclopedic FILE (.jsonl, .json, .csv or .parquet)."
         ) from error
     return [(f"{name}, row {number}", record) for number, record in enumerate(rows, 1)]
@@ -845,10 +846,17 @@ def read_probes(path: Path = PROBES) -> list[Probe]:
     probes = []
     for place, record in read_records(str(path)):
         try:
-            points = tuple(Point(**each | {"phrases": tuple(each["phrases"])}) for each in record["points"])
+            points = tuple(Point(**each | {"phrases": _texts(each["phrases"])}) for each in record["points"])
             claims = tuple(
-                WrongClaim(**each | {name: tuple(each[name]) for name in ("phrases", "unless_after") if name in each})
+                WrongClaim(**each | {name: _texts(each[name]) for name in ("phrases", "unless_after") if name in each})
                 for each in record["wrong_claims"]
+            )
+            _texts(
+                [
+                    record["id"],
+                    record["question"],
+                    *(text for each in (*points, *claims) for text in (each.name, each.guideline)),
+                ]
             )
             probes.append(Probe(record["id"], record["question"], points, claims))
         except (KeyError, TypeError) as error:
@@ -856,6 +864,12 @@ def read_probes(path: Path = PROBES) -> list[Probe]:
                 f"{place}: is no probe ({error}). Wanted are id, question, points and wrong_claims, as in samples/README.md."
             ) from None
     return probes
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
+        raise TypeError(f"{reprlib.repr(values)} is no list of texts")
+    return tuple(values)
 
 
 class _LongQuestions:
@@ -1036,7 +1050,8 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
     folder = cache_home() / name
     if _is_whole(folder):
         return folder
-    with writing(folder):
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+    with writing(folder, part):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not _is_whole(folder):
@@ -1044,7 +1059,7 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
                 for abandoned in folder.parent.glob(f"{folder.name}.part-*"):
                     shutil.rmtree(abandoned)
                 print(f"unpacking {name} into {folder.parent}, once", file=sys.stderr)
-                part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
+                part.mkdir()
                 build(part)
                 sizes = {str(file.relative_to(part)): file.stat().st_size for file in part.rglob("*") if file.is_file()}
                 write_whole(part / CACHE_RECORD, json.dumps(sizes))
@@ -1101,7 +1116,7 @@ def load_tokenizer(profile: ProfileName) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(LLAMA_TOKENIZER)
     except OSError as error:
         raise UsageError(
-            f"{LLAMA_TOKENIZER}: its tokenizer could not be had from the hub ({str(error).splitlines()[0]}). Go online once, "
+            f"{LLAMA_TOKENIZER}: its tokenizer could not be had from the hub ({first_line(error)}). Go online once, "
             "or say --profile cpu."
         ) from None
 
@@ -1257,6 +1272,27 @@ def escape_controls(text: str) -> str:
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def escape_markdown(text: str) -> str:
+    """The text as it will be read, in one line: nothing in it is markdown, HTML or a cell's end; line ends are `<br>`.
+
+    Punctuation becomes numeric entities, which markdown never takes for its own; controls are shown.
+    """
+    shown = escape_controls(text.replace("\r\n", "\n").replace("\t", " "))
+    # A colon and the dot of www. too, of which some viewers make links.
+    escaped = re.sub(r"[^\w\s.,;()'?!%/-]|_|(?<=www)\.", lambda match: _entities(match.group()), shown)
+    # At a line's start even these would make a list or a heading; line ends leave none, but a cell's start is one.
+    return re.sub(r"^(\s*)([-.()]|\d+[.)])", lambda match: match[1] + _entities(match[2]), escaped).replace("\n", "<br>")
+
+
+def _entities(text: str) -> str:
+    return "".join(f"&#{ord(character)};" for character in text)
+
+
+def format_verbatim(text: str) -> str:
+    """The text as HTML in one line, so that no part of it is read as markdown; controls are shown."""
+    return f"<pre>{html.escape(escape_controls(text)).replace(chr(10), '&#10;')}</pre>"
+
+
 def to_json(value: Any) -> str:
     """The value as JSON in one line, whose control characters are escaped, so that it cannot steer a terminal."""
     text = json.dumps(value, ensure_ascii=False)
@@ -1329,7 +1365,7 @@ class RowsConfig:
     def sources(self, profile: ProfileName) -> dict[SourceName, str]:
         """Source of each kind of row: the one given, or the profile's."""
         given = {"conversational": self.conversational, "encyclopedic": self.encyclopedic}
-        return {name: given[name] or default for name, default in SOURCES[profile].items()}
+        return {name: default if given[name] is None else given[name] for name, default in SOURCES[profile].items()}
 
     def load(self, profile: ProfileName) -> Mix:
         """Reads the sources, cleans them and draws the mix.
@@ -1376,9 +1412,16 @@ def main(config: DataConfig) -> None:
         print("\n" + show_rows(mix.train[: config.show], tokenizer))
 
 
+def first_line(error: BaseException) -> str:
+    """What the error says, in one line; its kind where it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that memory, of the host or of a GPU, was not enough."""
-    return isinstance(error, MemoryError) or bool(re.search(r"out of memory|can't allocate memory|alloc_cpu", str(error)))
+    return isinstance(error, MemoryError) or bool(
+        re.search(r"out of memory|[Cc]an(?:'t|not) allocate memory|alloc_cpu|failed to map segment", str(error))
+    )
 
 
 def run_command(
@@ -1390,6 +1433,9 @@ def run_command(
     No message names a token or steers the terminal. `memory_advice` says what to lower.
     """
     INTERRUPTION.listen()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An answer may hold what the terminal's encoding does not have.
+        sys.stdout.reconfigure(errors="backslashreplace")
     config = tyro.cli(config_type, description=description)
     try:
         code = run(config)
@@ -1406,7 +1452,7 @@ def run_command(
         if isinstance(error, UsageError):
             _say(f"error: {error}")
         elif is_out_of_memory(error):
-            _say(f"error: Out of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). {memory_advice}")
+            _say(f"error: Out of memory ({first_line(error)}). {memory_advice}")
         elif isinstance(error, OSError) and (problem := storage_problem(error)):
             _say(f"error: {error.filename or 'stdout'} could not be written ({problem}). Make room, or mend its rights.")
         else:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -28,6 +29,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -36,7 +38,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -71,6 +73,20 @@ class Architecture:
     vocab_size: int
     tie_word_embeddings: bool = True
 
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """`(out, in)` features of each linear module of a layer, by its name."""
+        query, key_value = (heads * self.head_dim for heads in (self.num_attention_heads, self.num_key_value_heads))
+        return {
+            "q_proj": (query, self.hidden_size),
+            "k_proj": (key_value, self.hidden_size),
+            "v_proj": (key_value, self.hidden_size),
+            "o_proj": (self.hidden_size, query),
+            "gate_proj": (self.intermediate_size, self.hidden_size),
+            "up_proj": (self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+        }
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -80,6 +96,8 @@ class Profile:
     """Hub id, or the name of the model that `build_small_model` makes."""
     hub_id: str
     """What others load the adapter on."""
+    other_names: tuple[str, ...]
+    """Under which adapters of other makers name the same weights."""
     licence: str
     """Of the base model, and so of what is made from it; as the hub names licences."""
     architecture: Architecture
@@ -95,6 +113,11 @@ PROFILES: dict[ProfileName, Profile] = {
     "t4": Profile(
         "unsloth/Llama-3.2-3B-Instruct",
         hub_id="unsloth/Llama-3.2-3B-Instruct",
+        other_names=(
+            "meta-llama/Llama-3.2-3B-Instruct",
+            "unsloth/Llama-3.2-3B-Instruct-bnb-4bit",
+            "unsloth/Llama-3.2-3B-Instruct-unsloth-bnb-4bit",
+        ),
         licence="llama3.2",
         architecture=Architecture(
             hidden_size=3072,
@@ -112,6 +135,7 @@ PROFILES: dict[ProfileName, Profile] = {
     "cpu": Profile(
         SMALL_MODEL,
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        other_names=("unsloth/SmolLM2-135M-Instruct",),
         licence="apache-2.0",
         architecture=Architecture(
             hidden_size=576,
@@ -133,6 +157,7 @@ PadName = Literal["native", "added"]
 LLAMA_PAD_TOKEN = "<|finetune_right_pad_id|>"
 ADDED_PAD_TOKEN = "[PAD]"
 
+StopName = Literal["end-of-turn", "generation-config", "never"]
 DecodingName = Literal["plain", "story-collapse", "story-fix", "week3", "kit"]
 
 
@@ -147,7 +172,7 @@ class Decoding:
     """Forbids every n-gram of this size a second time; 0 is off."""
     count_prompt: bool = False
     """Whether penalty and ban count the prompt's tokens too, the end-of-turn token among them, as the library does."""
-    stop: Literal["end-of-turn", "generation-config", "never"] = "end-of-turn"
+    stop: StopName = "end-of-turn"
     """Which token ends an answer: the one that ends a turn in the chat template, whatever the base model's generation config
     names, or none: then only the cap does."""
     temperature: float = 0.0
@@ -159,23 +184,44 @@ class Decoding:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("max_new_tokens", self.max_new_tokens >= 1),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf),
-            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0),
-            ("temperature", 0 <= self.temperature < math.inf),
+            ("max_new_tokens", 1 <= self.max_new_tokens < data.MAX_SEQ_LENGTH),
+            ("repetition_penalty", 0.1 <= self.repetition_penalty <= 10),
+            ("no_repeat_ngram_size", 0 <= self.no_repeat_ngram_size <= data.MAX_SEQ_LENGTH),
+            ("temperature", self.temperature == 0 or 0.01 <= self.temperature <= 100),
             ("top_p", 0 < self.top_p <= 1),
+            ("sampling_seed", 0 <= self.sampling_seed < 2**63),
         ):
             if not allowed:
                 flag, limits = name.replace("_", "-"), _DECODING_LIMITS[name]
                 raise ValueError(f"--{flag} {getattr(self, name)}: {limits} is wanted.")
 
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Decoding:
+        """The decoding of a record.
 
+        Raises:
+            KeyError: a field is missing.
+            TypeError: a value is of another type, or a field is not known.
+            ValueError: a value is out of range.
+        """
+        for each in dataclasses.fields(cls):
+            value, wanted = fields[each.name], type(each.default)
+            if type(value) is not wanted and not (wanted is float and type(value) is int):
+                raise TypeError(f"{each.name} is {value!r}")
+        decoding = cls(**fields)
+        if decoding.stop not in get_args(StopName):
+            raise ValueError(f"stop is {decoding.stop!r}")
+        return decoding
+
+
+# Beyond these, logits leave the range of numbers, or a generator does not take the seed.
 _DECODING_LIMITS = {
-    "max_new_tokens": "1 or more",
-    "repetition_penalty": "a number above 0 (1.0 is off)",
-    "no_repeat_ngram_size": "0 (off) or more",
-    "temperature": "0 (greedy) or more",
-    "top_p": "a share above 0, at most 1",
+    "max_new_tokens": f"1 to {data.MAX_SEQ_LENGTH - 1}, less the prompt,",
+    "repetition_penalty": "a number from 0.1 to 10 (1.0 is off)",
+    "no_repeat_ngram_size": f"0 (off) to {data.MAX_SEQ_LENGTH}",
+    "temperature": "0 (greedy), or a number from 0.01 to 100,",
+    "top_p": "a share above 0, at most 1,",
+    "sampling_seed": f"a whole number from 0 to {2**63 - 1}",
 }
 
 # `story-*` and `week3` as the story told them: its library counted the prompt. `kit` is ours, chosen by the README's table.
@@ -1033,12 +1079,10 @@ def base_model_path(base_model: str) -> str:
     return str(data.cached_folder(SMALL_MODEL, build_small_model))
 
 
-def load_base(
-    profile: ProfileName, *, dtype: str | None, base_model: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Base model and tokenizer, through Unsloth; `dtype` None lets Unsloth choose the fastest for training.
+def load_base(profile: ProfileName, *, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The profile's base model and its tokenizer, through Unsloth; `dtype` None lets Unsloth choose the fastest for training.
 
-    The model is the profile's, or `base_model` with the profile's values. Pad is the tokenizer's own reserved token and
+    Pad is the tokenizer's own reserved token and
     differs from eos; eos is the token that ends a turn.
 
     Raises:
@@ -1061,7 +1105,7 @@ def load_base(
         values = PROFILES[profile]
         try:
             model, tokenizer = FastLanguageModel.from_pretrained(
-                model_name=base_model_path(base_model or values.base_model),
+                model_name=base_model_path(values.base_model),
                 max_seq_length=data.MAX_SEQ_LENGTH,
                 dtype=dtype and getattr(torch, dtype),
                 load_in_4bit=values.load_in_4bit,
@@ -1070,7 +1114,7 @@ def load_base(
             )
         except OSError as error:
             raise UsageError(
-                f"{base_model or values.base_model} could not be loaded ({str(error).splitlines()[0]}). "
+                f"{values.base_model} could not be loaded ({data.first_line(error)}). "
                 "A model of the hub needs the network once."
             ) from error
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -1098,7 +1142,10 @@ def latest_adapter() -> Path:
             f"There is no adapter yet ({LATEST} is missing). Train one: python train.py\n"
             "or ask the base model: python infer.py --base"
         )
-    adapter = TRAIN_RUNS / LATEST.read_text(encoding="utf-8").strip() / "adapter"
+    name = LATEST.read_text(encoding="utf-8", errors="replace").strip()
+    if not data.RUN_NAME.fullmatch(name):
+        raise UsageError(f"{LATEST} names no run: {name[:100]!r}. Remove it, and say which adapter with --adapter FOLDER.")
+    adapter = TRAIN_RUNS / name / "adapter"
     if not adapter.is_dir():
         raise UsageError(f"The latest run's adapter, {adapter}, is gone. Give another with --adapter FOLDER, or train again.")
     return adapter
@@ -1108,7 +1155,7 @@ def find_adapter(name: str) -> Path:
     """The folder of an adapter: `name` itself, or the hub repository of that name, downloaded.
 
     Raises:
-        UsageError: neither is there, or its weights or its config are missing. Only safetensors are loaded.
+        UsageError: neither is there, or what is there is a file.
     """
     folder = Path(name)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -1116,15 +1163,15 @@ def find_adapter(name: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", KNOWN_WORDS]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
             raise UsageError(
                 f"{name} is no folder here, and no adapter of that name could be had from the hub. "
                 "Give the folder of an adapter, such as runs/train/NAME/adapter."
             ) from None
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).is_file():
-            raise UsageError(f"{name} is no adapter: {file} is missing. Give a folder such as runs/train/NAME/adapter.")
+    if not folder.is_dir():
+        found = "a file" if folder.is_file() else "not there"
+        raise UsageError(f"{name!r} is no adapter: it is {found}. Give a folder such as runs/train/NAME/adapter.")
     return folder
 
 
@@ -1133,7 +1180,7 @@ class AdapterRecord:
     """What is known of an adapter, from train.py's own record beside the weights, or from PEFT's config alone."""
 
     base_model: str
-    profile: ProfileName | None = None
+    profile: ProfileName
     prompt_fingerprint: str | None = None
     decoding: Decoding | None = None
     """What its answers were judged under."""
@@ -1145,37 +1192,186 @@ class AdapterRecord:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class LoraShape:
+    """What of PEFT's config has a say in how an adapter's tensors act. The tensors name the modules themselves."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+
+
+def check_adapter(adapter: Path) -> AdapterRecord:
+    """The record of an adapter folder, every file of which that will be read has been looked at; no weights are loaded.
+
+    Raises:
+        UsageError: a file is missing or broken, the weights are a pickle, the adapter was made for another base model or
+            vocabulary, or its config asks for what this kit does not do.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            pickles = [file.name for file in adapter.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+            said = f"{name} is missing"
+            if pickles and name.endswith("safetensors"):
+                said += f", and {pickles[0]} is a pickle, which can run code when it is read: only safetensors are loaded"
+            raise UsageError(f"{adapter} is no adapter: {said}. Give a folder such as runs/train/NAME/adapter.")
+    record, shape = read_adapter_record(adapter), read_lora_shape(adapter)
+    check_adapter_weights(adapter, record, shape)
+    return record
+
+
+def resolve_base_model(name: str) -> ProfileName | None:
+    """The profile whose base model has this name, here or on the hub; None where none has."""
+    for profile, values in PROFILES.items():
+        if name.lower() in {each.lower() for each in (values.base_model, values.hub_id, *values.other_names)}:
+            return profile
+    return None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of an adapter. Raises UsageError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        problem = f"a JSON {type(content).__name__} and no object"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = str(error)
+    raise UsageError(f"{path} is broken ({problem}). {_TAKE_AGAIN}")
+
+
+_TAKE_AGAIN = "Train the adapter again, or take it again from where it was copied."
+
+
 def read_adapter_record(adapter: Path) -> AdapterRecord:
     """The record of an adapter folder; of one that this kit did not make, the base model that PEFT names.
 
     Raises:
-        UsageError: a file of the adapter cannot be read as what it should be.
+        UsageError: a file of the adapter cannot be read as what it should be, or it was made for another base model.
     """
-    path = adapter / ADAPTER_RECORD
+    ours = adapter / ADAPTER_RECORD
+    path = ours if ours.is_file() else adapter / "adapter_config.json"
+    content = _read_object(path)
     try:
-        if not path.is_file():
-            path = adapter / "adapter_config.json"
-            return AdapterRecord(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return AdapterRecord(**record | {"decoding": record["decoding"] and Decoding(**record["decoding"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is broken ({error}). Train the adapter again, or take it from where it was copied.") from None
+        name = content["base_model" if path == ours else "base_model_name_or_path"]
+        profile = resolve_base_model(name)
+        if profile is None:
+            known = " or ".join(f"{values.base_model} (profile {each})" for each, values in PROFILES.items())
+            raise UsageError(f"{adapter} was made for {name!r}, and this kit asks {known}. Give an adapter of one of these.")
+        if path != ours:
+            return AdapterRecord(PROFILES[profile].base_model, profile)
+        if content["profile"] != profile or content["pad"] not in get_args(PadName):
+            raise ValueError(f"profile {content['profile']!r}, pad {content['pad']!r}")
+        fingerprint, decoding = content["prompt_fingerprint"], content["decoding"]
+        if not isinstance(fingerprint, str | None):
+            raise TypeError(f"prompt_fingerprint is {fingerprint!r}")
+        decoding = None if decoding is None else Decoding.from_json(decoding)
+        return AdapterRecord(PROFILES[profile].base_model, profile, fingerprint, decoding, content["pad"])
+    except UsageError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is broken ({error!r}). {_TAKE_AGAIN}") from None
+
+
+# Of PEFT's config: what says nothing of how the tensors act, or is read from the tensors themselves.
+_CONFIG_WITHOUT_EFFECT = frozenset(
+    """auto_mapping base_model_name_or_path inference_mode lora_dropout megatron_core peft_version qalora_group_size revision
+    runtime_config target_modules exclude_modules layers_to_transform layers_pattern r lora_alpha use_rslora""".split()
+)
+_CONFIG_WANTED = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none", None)}
+
+
+def read_lora_shape(adapter: Path) -> LoraShape:
+    """What PEFT's config in an adapter folder says, as far as it has a say.
+
+    No path, module name or pattern of the file is followed: a config made from these values takes its place.
+
+    Raises:
+        UsageError: it is broken, or asks for more than plain LoRA.
+    """
+    path = adapter / "adapter_config.json"
+    content = _read_object(path)
+    more = [name for name, values in _CONFIG_WANTED.items() if content.get(name) not in values]
+    # Whatever else is set, now or in a later PEFT, would change what the tensors mean: other initial weights, other products.
+    known = _CONFIG_WITHOUT_EFFECT | _CONFIG_WANTED.keys()
+    more += [name for name, value in content.items() if name not in known and value and value is not True]
+    more += [name for name, value in content.items() if name not in known | {"init_lora_weights"} and value is True]
+    if more:
+        asked = ", ".join(f"{name} {str(content.get(name))[:40]!r}" for name in sorted(more)[:5])
+        raise UsageError(
+            f"{path} asks for what this kit does not do: {asked}. Plain LoRA of a causal language model is wanted."
+        )
+    r, alpha, scaled = content.get("r"), content.get("lora_alpha"), content.get("use_rslora", False)
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf or type(scaled) is not bool:
+        raise UsageError(f"{path} is broken (r {r!r}, lora_alpha {alpha!r}, use_rslora {scaled!r}). {_TAKE_AGAIN}")
+    return LoraShape(r, alpha, scaled)
+
+
+_LORA_TENSOR = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+_EMBEDDINGS = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
+
+
+def check_adapter_weights(adapter: Path, record: AdapterRecord, shape: LoraShape) -> None:
+    """Checks by the header of the weights' file that it is whole, and that its tensors fit the base model.
+
+    Raises:
+        UsageError: it is cut or broken, or a tensor is not LoRA's, or has another shape.
+    """
+    import safetensors
+
+    path, arch = adapter / "adapter_model.safetensors", PROFILES[record.profile].architecture
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{path} is cut or broken ({error}). {_TAKE_AGAIN}") from None
+    sizes = arch.linear_shapes
+    problems, seen = [], set()
+    for name, found in shapes.items():
+        lora = _LORA_TENSOR.fullmatch(name)
+        if lora and lora[2] in sizes and int(lora[1]) < arch.num_hidden_layers:
+            rows, columns = sizes[lora[2]]
+            wanted = (shape.r, columns) if lora[3] == "A" else (rows, shape.r)
+            seen.add(name)
+        elif name in _EMBEDDINGS and record.pad == "added":
+            wanted = (arch.vocab_size + 1, arch.hidden_size)
+        elif name in _EMBEDDINGS:
+            problems.append(
+                f"it brings an embedding of {found[0]:,} tokens, and the base model's vocabulary has {arch.vocab_size:,}"
+            )
+            continue
+        else:
+            problems.append(f"{name[:100]} is no LoRA tensor of the base model")
+            continue
+        if found != wanted:
+            problems.append(f"{name} has the shape {found}, and {wanted} is wanted")
+    if not problems and len(seen) < 2:
+        problems.append("it holds no LoRA tensors")
+    if problems:
+        raise UsageError(
+            f"{adapter} does not fit {record.base_model} with r {shape.r}: {'; '.join(problems[:3])}. Give an adapter of that "
+            "base."
+        )
 
 
 def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Gives the tokenizer a new pad token and the embedding a row for it: the story's mistake, kept for comparison."""
+    import torch
+
     tokenizer.add_special_tokens({"pad_token": ADDED_PAD_TOKEN})
-    # What the new row holds is no matter: attention never sees it.
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    # The new row is drawn, and as a row of the head it has a say in the loss: a run that goes on needs the same one again.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
 def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Path) -> PeftModel:
     """`model` with the adapter's tensors on it: LoRA's, and the embedding where the adapter has one of its own.
 
     Raises:
-        UsageError: the adapter was trained under another prompt.
+        UsageError: as `check_adapter`, or the adapter was trained under another prompt.
     """
-    record = read_adapter_record(adapter)
+    record, shape = check_adapter(adapter), read_lora_shape(adapter)
     trained, asked = record.prompt_fingerprint, data.prompt_fingerprint(tokenizer)
     if trained is None:
         print(f"{adapter} does not say under which prompt it was trained; it is asked under this kit's.", file=sys.stderr)
@@ -1186,9 +1382,21 @@ def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ada
         )
     if record.pad == "added":
         add_pad_token(model, tokenizer)
-    from peft import PeftModel
+    import safetensors
+    from peft import LoraConfig, PeftModel
 
-    return PeftModel.from_pretrained(model, adapter)
+    with safetensors.safe_open(adapter / "adapter_model.safetensors", framework="np") as file:
+        modules = {lora[2] for name in file.keys() if (lora := _LORA_TENSOR.fullmatch(name))}  # noqa: SIM118 - no mapping
+    # Not the file's own config, which may name modules to import and paths to read.
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=shape.r,
+        lora_alpha=shape.lora_alpha,
+        use_rslora=shape.use_rslora,
+        target_modules=sorted(modules),
+        inference_mode=True,
+    )
+    return PeftModel.from_pretrained(model, adapter, config=config)
 
 
 def find_min_rows(model: PreTrainedModel) -> int:
@@ -1252,18 +1460,17 @@ def adapter_digest(adapter: Path) -> str:
     return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def load_for_asking(profile: ProfileName, adapter: Path | None, base_model: str | None = None) -> LoadedModel:
-    """The adapter on its own base model, or a base model alone, the profile's unless another is named.
+def load_for_asking(profile: ProfileName, adapter: Path | None) -> LoadedModel:
+    """The profile's base model, with the adapter on it if there is one.
 
     Raises:
         UsageError: as `load_adapter`.
     """
-    base_model = read_adapter_record(adapter).base_model if adapter else base_model or PROFILES[profile].base_model
-    model, tokenizer = load_base(profile, dtype=PROFILES[profile].dtype, base_model=base_model)
+    model, tokenizer = load_base(profile, dtype=PROFILES[profile].dtype)
     from unsloth import FastLanguageModel
 
     FastLanguageModel.for_inference(model)
-    loaded = LoadedModel(model, tokenizer, base_model, min_rows=MAX_ROWS)
+    loaded = LoadedModel(model, tokenizer, PROFILES[profile].base_model, min_rows=MAX_ROWS)
     if adapter:
         loaded.add_adapter(adapter)
     loaded.min_rows = find_min_rows(loaded.model)
@@ -1386,18 +1593,36 @@ def make_generation_config(
     )
 
 
+def check_question(question: str, place: str = "The question") -> None:
+    """Checks that a question asks something, in text. `place` says in messages where it stands.
+
+    Raises:
+        UsageError: it holds neither letter nor digit, or what is no text.
+    """
+    shown = data.escape_controls(question[:40])
+    if not any(character.isalnum() for character in question):
+        raise UsageError(f'{place} is empty: "{shown}". Ask in words: python infer.py "What helps against a dry cough?"')
+    control = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", question)
+    if control:
+        raise UsageError(
+            f"{place} holds {data.escape_controls(control[0])} at character {control.start() + 1}, which is no text (it begins "
+            f'"{shown}"). Send plain text in UTF-8.'
+        )
+
+
 def check_room(loaded: LoadedModel, request: Request) -> list[int]:
     """Token ids of the request's prompt.
 
     Raises:
-        UsageError: the prompt and its answer would not fit into the model's maximal sequence length.
+        UsageError: as `check_question`, or the prompt and its answer would not fit into the model's maximal sequence length.
     """
+    check_question(request.question)
     prompt = data.encode_prompt(loaded.tokenizer, request.question, request.history)
     cap = request.decoding.max_new_tokens
     if len(prompt) + cap > data.MAX_SEQ_LENGTH:
         raise UsageError(
-            f"The question {request.question[:40]!r}... makes a prompt of {len(prompt)} tokens; with an answer of up to "
-            f"{cap} that is more than the {data.MAX_SEQ_LENGTH} that the model is set up for. "
+            f'The question "{data.escape_controls(request.question[:40])}..." makes a prompt of {len(prompt)} tokens; with an '
+            f"answer of up to {cap} that is more than the {data.MAX_SEQ_LENGTH} that the model is set up for. "
             "Shorten the question, or the answer with --max-new-tokens."
         )
     return prompt
@@ -1644,23 +1869,28 @@ def read_questions(path: Path) -> list[str]:
     """The questions of a `.txt` file (one a line), or of the `question` column of a `.jsonl` or `.csv` file.
 
     Raises:
-        UsageError: another kind of file, one that cannot be read, or one without questions.
+        UsageError: another kind of file, one that cannot be read, or one without questions, or as `check_question`.
     """
     if path.suffix == ".txt":
         try:
-            questions = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} cannot be read as UTF-8 text ({error}).") from None
+            raise UsageError(f"{path} cannot be read as UTF-8 text ({error}). Give an existing file in UTF-8.") from None
+        questions = [line.strip() for line in lines if line.strip()]
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                check_question(line, f"{path}:{number}")
     elif path.suffix in (".jsonl", ".csv"):
         records = data.read_records(str(path))
         questions = [record.get("question") if isinstance(record, dict) else None for _, record in records]
         for (place, _), question in zip(records, questions, strict=True):
-            if not isinstance(question, str) or not question.strip():
+            if not isinstance(question, str):
                 raise UsageError(f"{place}: has no question. A column named question is wanted, with text in every row.")
+            check_question(question, place)
     else:
         raise UsageError(f"{path}: questions are read from .txt (one a line), .jsonl or .csv (a column named question).")
     if not questions:
-        raise UsageError(f"{path} holds no questions.")
+        raise UsageError(f"{path} holds no questions. Write one a line.")
     return questions
 
 
@@ -1679,8 +1909,9 @@ def read_answered(path: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:
         try:
             answered.append(json.loads(line))
             found = {name: answered[-1][name] for name in expected}
-            answered[-1]["verdict"]
-        except (ValueError, KeyError, TypeError):
+            if not all(isinstance(answered[-1][name], str) for name in ("question", "verdict", "finish_reason")):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(f"{path}:{number} is no answer of infer.py. Give another file with --output.") from None
         if found != expected:
             different = ", ".join(name for name in expected if found[name] != expected[name])
@@ -1688,30 +1919,59 @@ def read_answered(path: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:
     if cut and not cut.startswith(b'{"question": '[: len(cut)]):
         raise UsageError(f"{path} ends in what is no answer of infer.py. Give another file with --output.")
     if cut:
-        data.write_whole(path, b"".join(line + b"\n" for line in lines).decode())
+        with data.writing(path):
+            os.truncate(path, path.stat().st_size - len(cut))
     return answered
 
 
-def answer_file(loaded: LoadedModel, questions: Sequence[str], decoding: Decoding, output: Path) -> int:
-    """Answers what `output` does not hold yet, in batches, appending a line an answer. Returns how many were asked now."""
+@contextlib.contextmanager
+def hold_answers(output: Path) -> Iterator[None]:
+    """While it lasts, no other process writes answers to the file, which is made if it is not there.
+
+    Raises:
+        UsageError: another process does, or it cannot be written.
+    """
+    is_new = not output.exists()
+    with data.writing(output):
+        held = output.open("ab")
+    with held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"Another process writes to {output}. Wait for it, or give another file with --output.") from None
+        try:
+            yield
+        finally:
+            if is_new and not output.stat().st_size:
+                output.unlink()
+
+
+def answer_file(loaded: LoadedModel, questions: Sequence[str], decoding: Decoding, output: Path) -> list[dict[str, Any]]:
+    """Answers what `output` does not hold yet, in batches, appending a line an answer. Returns the answers that it held before.
+
+    The caller holds the file by `hold_answers`.
+
+    Raises:
+        data.Interrupted: a signal came; the answers of batches that were done are kept.
+        UsageError: as `check_room`, `read_answered` and `data.writing`.
+    """
     from tqdm import tqdm
 
     expected = {"model": loaded.base_model, "adapter": loaded.adapter_sha256, "decoding": dataclasses.asdict(decoding)}
-    done = {record["question"] for record in read_answered(output, expected)}
+    before = read_answered(output, expected)
+    done = {record["question"] for record in before}
     left = [question for question in dict.fromkeys(questions) if question not in done]
-    for question in left:
-        check_room(loaded, Request(question, decoding))
     # Questions of like length share forward passes, so they are asked in the order of their prompts' lengths.
-    left.sort(key=lambda question: len(data.encode_prompt(loaded.tokenizer, question)))
-    with (
-        tqdm(total=len(left) * decoding.max_new_tokens, unit="token", desc="answering") as bar,
-        output.open("a", encoding="utf-8") as lines,
-    ):
-        for batch in _batched(left, MAX_ROWS):
-            for answer in answer_requests(loaded, [Request(question, decoding) for question in batch], bar.update):
-                lines.write(json.dumps(judge_asked(loaded, answer).to_record(), ensure_ascii=False) + "\n")
-            lines.flush()
-    return len(left)
+    left.sort(key=lambda question: len(check_room(loaded, Request(question, decoding))))
+    with tqdm(total=len(left) * decoding.max_new_tokens, unit="token", desc="answering") as bar:
+        try:
+            for batch in _batched(left, MAX_ROWS):
+                for answer in answer_requests(loaded, [Request(question, decoding) for question in batch], bar.update):
+                    data.append_line(output, json.dumps(judge_asked(loaded, answer).to_record(), ensure_ascii=False))
+        except data.Interrupted as interrupted:
+            said = f"Interrupted. {output} keeps what is answered so far; the same line goes on."
+            raise data.Interrupted(interrupted.number, said) from None
+    return before
 
 
 def _batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -1770,31 +2030,49 @@ def read_line(prompt: str) -> str:
 
 
 def run_chat(loaded: LoadedModel, decoding: Decoding) -> None:
-    """Reads questions from the terminal, with line editing and a history that is kept, until /quit or end of input."""
+    """Reads questions from the terminal, with line editing and a history that is kept, until /quit or end of input.
+
+    Ctrl-C while an answer is written stops that answer.
+    """
     import readline
 
     history = data.cache_home() / "chat_history"
     if history.is_file():
-        readline.read_history_file(history)
+        with contextlib.suppress(OSError):
+            readline.read_history_file(history)
     chat = Chat(loaded, decoding)
     print(f"Ask, or {CHAT_HELP}. No medical advice: a small language model answers.", file=sys.stderr)
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    try:
         while True:
             line = read_line("> ")
             if line.startswith("/"):
                 said = chat.command(line)
                 if said is None:
                     break
-                print(said, file=sys.stderr)
+                print(data.escape_controls(said), file=sys.stderr)
             elif line:
-                try:
-                    answer = chat.ask(line, write_piece)
-                    print(flush=True)
-                    note_judgement(judge_asked(loaded, answer))
-                except UsageError as error:
-                    print(f"{error} Or begin anew: /reset", file=sys.stderr)
-    history.parent.mkdir(parents=True, exist_ok=True)
-    readline.write_history_file(history)
+                ask_in_chat(chat, line)
+    except EOFError:
+        pass
+    finally:
+        with contextlib.suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)
+
+
+def ask_in_chat(chat: Chat, question: str) -> None:
+    """Asks, and prints the answer as it is written; what is wrong with the question ends no chat, nor does Ctrl-C."""
+    try:
+        answer = chat.ask(question, write_piece)
+        print(flush=True)
+        note_judgement(judge_asked(chat.loaded, answer))
+    except UsageError as error:
+        print(f"{data.escape_controls(str(error))} Or begin anew: /reset", file=sys.stderr)
+    except data.Interrupted as interrupted:
+        if interrupted.number != signal.SIGINT:
+            raise
+        data.INTERRUPTION.number = None
+        print("\nThe answer was stopped, and is not part of the conversation. /quit ends the chat.", file=sys.stderr)
 
 
 # --- Command -----------------------------------------------------------------------------------------------------
@@ -1843,8 +2121,11 @@ class InferConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.question is not None and not self.question.strip():
-            problems.append('The question is empty. Ask in quotes: python infer.py "What helps against a dry cough?"')
+        if self.question not in (None, "-"):
+            try:
+                check_question(self.question)
+            except UsageError as error:
+                problems.append(str(error))
         if self.question is not None and self.questions:
             problems.append(f"A question and --questions {self.questions}: give one of the two.")
         if self.base and self.adapter:
@@ -1857,8 +2138,13 @@ class InferConfig:
             problems.append(f"{'--verify' if self.verify else '--compare'} takes one question, in quotes.")
         if self.verify and self.compare:
             problems.append("--verify and --compare: give one of the two.")
-        if self.threads is not None and self.threads < 1:
-            problems.append(f"--threads {self.threads}: 1 or more is wanted.")
+        if self.json and (self.verify or self.questions):
+            problems.append(f"--json prints answers; {'--verify' if self.verify else '--questions'} has a form of its own.")
+        if self.adapter is not None and not self.adapter.strip():
+            problems.append("--adapter is empty: a folder, or a hub id (owner/name), is wanted.")
+        cores = len(os.sched_getaffinity(0))
+        if self.threads is not None and not 1 <= self.threads <= cores:
+            problems.append(f"--threads {self.threads}: 1 to {cores}, the cores that this process may use, is wanted.")
         if problems:
             raise ValueError("\n".join(problems))
         self.change_decoding(Decoding())
@@ -1877,9 +2163,16 @@ def write_piece(piece: str) -> None:
 
 
 def read_known_words(adapter: Path | None) -> frozenset[str]:
-    """The words that an adapter's answers may use although no lexicon knows them; none where it does not say."""
+    """The words that an adapter's answers may use although no lexicon knows them; none where it does not say.
+
+    Raises:
+        UsageError: its list cannot be read.
+    """
     path = adapter and adapter / KNOWN_WORDS
-    return frozenset(path.read_text(encoding="utf-8").split()) if path and path.is_file() else frozenset()
+    try:
+        return frozenset(path.read_text(encoding="utf-8").split()) if path and path.is_file() else frozenset()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is broken ({error}). {_TAKE_AGAIN}") from None
 
 
 def judge_asked(loaded: LoadedModel, answer: Answer) -> Judged:
@@ -1910,7 +2203,7 @@ def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool) -> Non
         [answer] = answer_requests(loaded, [request], bar.update, on_text)
     judged = judge_asked(loaded, answer)
     if as_json:
-        print(json.dumps(judged.to_record(), ensure_ascii=False), flush=True)
+        print(data.to_json(judged.to_record()), flush=True)
     else:
         print("" if sys.stdout.isatty() else answer.text, flush=True)
     note_judgement(judged)
@@ -1933,7 +2226,7 @@ def print_comparison(loaded: LoadedModel, request: Request, config: InferConfig)
     judged = {name: judge_asked(loaded, answer) for name, answer in named.items()}
     if config.json:
         for name, each in judged.items():
-            print(json.dumps({"name": name, **each.to_record()}, ensure_ascii=False))
+            print(data.to_json({"name": name, **each.to_record()}))
         return
     titles = {
         name: f"{name} ({each.answer.answer_tokens} tokens, {each.answer.finish_reason}, {each.judgement.verdict})"
@@ -1961,7 +2254,7 @@ def read_stdin() -> list[str]:
     """The questions on stdin, one a line, empty lines left out.
 
     Raises:
-        UsageError: it is not UTF-8, or holds no question.
+        UsageError: it is not UTF-8, or holds no question, or as `check_question`.
     """
     try:
         questions = [line.strip() for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8") if line.strip()]
@@ -1969,6 +2262,8 @@ def read_stdin() -> list[str]:
         raise UsageError(
             f"stdin is not UTF-8 text ({error.reason} at byte {error.start}). Send UTF-8, one question a line."
         ) from None
+    for number, question in enumerate(questions, 1):
+        check_question(question, f"Question {number} on stdin")
     if not questions:
         raise UsageError('stdin holds no question. Send one a line, or ask in quotes: python infer.py "..."')
     return questions
@@ -1983,13 +2278,15 @@ def main(config: InferConfig) -> int:
         questions = read_stdin()
     else:
         questions = [config.question] if config.question else []
+        if config.json and not questions:
+            raise UsageError('--json is for questions that are given: python infer.py "..." --json. A chat has no JSON.')
     output = config.output or (config.questions and config.questions.with_suffix(".answers.jsonl"))
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise UsageError(f"--output {output}: a file in a folder that exists is wanted.")
     adapter = None if config.base else find_adapter(config.adapter) if config.adapter else latest_adapter()
-    record = read_adapter_record(adapter) if adapter else None
+    record = check_adapter(adapter) if adapter else None
     profile = resolve_asked_profile(config.profile, record)
-    prepare_environment(profile, offline=profile == "cpu" and (record is None or record.base_model == SMALL_MODEL))
+    prepare_environment(profile, offline=profile == "cpu")
     preset = DECODINGS[config.decoding] if config.decoding else (record and record.decoding) or DECODINGS["kit"]
     decoding = config.change_decoding(preset)
     answering = f"{record.base_model} with {adapter}" if record else PROFILES[profile].base_model
@@ -1998,15 +2295,26 @@ def main(config: InferConfig) -> int:
         import torch
 
         torch.set_num_threads(config.threads)
-    loaded = load_for_asking(profile, adapter)
+    with hold_answers(output) if output else contextlib.nullcontext():
+        return ask(config, load_for_asking(profile, adapter), questions, decoding, output)
+
+
+def ask(config: InferConfig, loaded: LoadedModel, questions: Sequence[str], decoding: Decoding, output: Path | None) -> int:
+    """Asks as the flags say: one question or several, a file of them, a chat, a comparison. Returns the exit code.
+
+    Raises:
+        UsageError: as `answer_requests`, `answer_file` and `verify`.
+    """
+    for question in questions:
+        check_room(loaded, Request(question, decoding))  # before the first is answered
     if config.verify:
         return 0 if verify(loaded, Request(questions[0], decoding), sys.argv[1:]) else 1
     if config.compare:
         print_comparison(loaded, Request(questions[0], decoding), config)
-    elif config.questions:
-        asked = answer_file(loaded, questions, decoding, output)
-        print(f"{asked} answered now, {len(set(questions)) - asked} before: {output}", file=sys.stderr)
-        answers = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    elif output:
+        before = answer_file(loaded, questions, decoding, output)
+        answers = [json.loads(line) for line in output.read_bytes().splitlines()]
+        print(f"{len(answers) - len(before)} answered now, {len(before)} before: {output}", file=sys.stderr)
         sound = sum(answer["verdict"] == "sound" and answer["finish_reason"] == "stop" for answer in answers)
         print(f"sound and ended, {sound} of {len(answers)}", file=sys.stderr)
     elif questions:
@@ -2020,13 +2328,18 @@ def main(config: InferConfig) -> int:
     return 0
 
 
+MEMORY_ADVICE = (
+    "End other programs that hold memory (nvidia-smi and top show them), then lower --max-new-tokens, then --threads."
+)
+
+
 def resolve_asked_profile(choice: ProfileChoice, record: AdapterRecord | None) -> ProfileName:
     """The profile to ask under: the adapter's own where it says one.
 
     Raises:
         UsageError: another profile was asked for than the adapter's, whose base model is another.
     """
-    if record is None or record.profile is None:
+    if record is None:
         return data.resolve_profile(choice)
     if choice not in ("auto", record.profile):
         raise UsageError(
@@ -2048,4 +2361,4 @@ def describe_decoding(decoding: Decoding) -> str:
 
 
 if __name__ == "__main__":
-    data.run_command(InferConfig, main, __doc__)
+    data.run_command(InferConfig, main, __doc__, MEMORY_ADVICE)
