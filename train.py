@@ -4,8 +4,7 @@
     python train.py --epochs 2 --mix week4             the story's fourth week
     python train.py --target-modules attention --name attention-only
     python train.py --profile t4 --dry-run             the plan: rows, steps, parameters, bytes, memory; loads no weights
-    python train.py --max-hours 8.5                    stop in time; the same line goes on from there
-    python train.py                                    again, after a stop of any kind: goes on from the last checkpoint
+    python train.py --max-hours 8.5                    stop in time; after this or any other stop the same line goes on
     python train.py --merge                            16-bit weights of base and adapter in one, for other programs
     torchrun --nproc_per_node 2 train.py               two GPUs
 
@@ -19,7 +18,6 @@ import contextlib
 import ctypes
 import dataclasses
 import hashlib
-import html
 import importlib.metadata
 import importlib.util
 import io
@@ -400,6 +398,8 @@ class Checkpoint:
     folder: Path
     step: int
     planned_steps: int
+    eval_steps: int
+    """Steps from one evaluation to the next."""
     training_seconds: float
     evaluation_is_due: bool
     """The evaluation of that step had not been made."""
@@ -420,8 +420,8 @@ def put_checkpoint(written: Path, folder: Path, state: TrainerState, training_se
     """
     step = state.global_step
     target = folder / f"checkpoint-{step}"
-    with data.writing(target):
-        part = folder / f".{target.name}.part"
+    part = folder / f".{target.name}.part"
+    with data.writing(target, part):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         written.rename(part / "trainer")
@@ -435,6 +435,7 @@ def put_checkpoint(written: Path, folder: Path, state: TrainerState, training_se
         record = {
             "step": step,
             "planned_steps": state.max_steps,
+            "eval_steps": state.eval_steps,
             "training_seconds": round(training_seconds, 1),
             "evaluation_is_due": due and not evaluated,
             "sha256": digest_files(part),
@@ -473,10 +474,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             folder,
             int(record["step"]),
             int(record["planned_steps"]),
+            int(record["eval_steps"]),
             float(record["training_seconds"]),
             bool(record["evaluation_is_due"]),
         )
         expected = dict(record["sha256"])
+        if not all(isinstance(name, str) for name in expected):
+            raise TypeError("sha256")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{CHECKPOINT_RECORD}: {error!r}") from None
     found = digest_files(folder)
@@ -516,7 +520,7 @@ def restore(checkpoint: Checkpoint, folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
     if (checkpoint.folder / "adapter").is_dir():
         part = folder / ".adapter.part"
-        with data.writing(folder / "adapter"):
+        with data.writing(folder / "adapter", part):
             shutil.copytree(checkpoint.folder / "adapter", part, copy_function=shutil.copyfile)
             data.put_folder(part, folder / "adapter")
 
@@ -758,17 +762,18 @@ def make_plan(recipe: Recipe, dtype: str, rows: int, tokens: int, longest_row: i
     )
 
 
-def check_disk(plan: Plan, folder: Path) -> None:
-    """Checks that the disk has room for what the run will write.
+def check_disk(plan: Plan, folder: Path, goes_on: bool) -> None:
+    """Checks that the disk has room for what the run will write, beside what it has written where it goes on.
 
     Raises:
         UsageError: it has not.
     """
-    needed = sum(size for name, size in plan.disk.items() if name != CACHED)
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if goes_on else 0
+    needed = sum(size for name, size in plan.disk.items() if name != CACHED) - there
     free = shutil.disk_usage(data.existing_parent(folder)).free
     if needed > free:
         raise UsageError(
-            f"{folder} will need up to {needed / 2**20:,.0f} MiB of disk for checkpoints and adapter, and "
+            f"{folder} will need up to {needed / 2**20:,.0f} MiB more of disk for checkpoints and adapter, and "
             f"{free / 2**20:,.0f} MiB are free there. Make room, choose another --output-dir, or lower --r."
         )
 
@@ -972,21 +977,27 @@ def asking(model: PeftModel, tokenizer: Any, recipe: Recipe) -> Iterator[None]:
 class Gate:
     """Asks the probes at each evaluation, judges the answers beside the loss, and keeps the best weights as the adapter.
 
-    Its records are metrics.jsonl and samples.jsonl in the run's folder; a run that goes on reads them again. `keep` writes
+    Its records are metrics.jsonl and samples.jsonl in the run's folder; a run that `goes_on` reads them again. `keep` writes
     the adapter; `known_words` are those of the training rows. Of several processes the first asks.
     """
 
     def __init__(
-        self, recipe: Recipe, tokenizer: Any, folder: Path, known_words: frozenset[str], keep: Callable[[Gate], None]
+        self,
+        recipe: Recipe,
+        tokenizer: Any,
+        folder: Path,
+        known_words: frozenset[str],
+        keep: Callable[[Gate], None],
+        goes_on: bool,
     ) -> None:
         self.recipe, self.tokenizer, self.folder, self._keep = recipe, tokenizer, folder, keep
         self.probes = data.read_probes()[: recipe.num_probes]
         decoding = infer.DECODINGS["kit"]
         cap = min(decoding.max_new_tokens, recipe.gate_max_new_tokens)
         self.decoding = dataclasses.replace(decoding, max_new_tokens=cap)
-        lines = read_lines(folder / "metrics.jsonl") if data.is_main_process() else []
-        self.evaluations = [line for line in lines if is_evaluation(line)]
-        before = [line["text"] for line in read_lines(folder / "samples.jsonl") if line["step"] == 0]
+        metrics, samples = (read_lines(folder / name) if goes_on and data.is_main_process() else [] for name in RUN_RECORDS)
+        self.evaluations = [line for line in metrics if is_evaluation(line)]
+        before = [line["text"] for line in samples if line["step"] == 0]
         self.known_words = known_words | infer.collect_unexplained(before)
         """What no lexicon knows of the training rows' words and of the base model's own, which training did not invent."""
 
@@ -1134,7 +1145,7 @@ def release_freed_memory() -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file; none where it is not there."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
 
 
 def make_progress_callback(metrics_path: Path) -> TrainerCallback:
@@ -1182,7 +1193,11 @@ def make_progress_callback(metrics_path: Path) -> TrainerCallback:
                 self.bar.set_postfix(train_loss=f"{logs['loss']:.3f}")
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.close()
+            self.close()
+
+        def close(self) -> None:
+            if self.bar is not None:
+                self.bar.close()
 
     return ProgressCallback()
 
@@ -1319,7 +1334,7 @@ def make_trainer(
             return metrics
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            with data.writing(folder / f"checkpoint-{self.state.global_step}"):
+            with data.writing(folder / f"checkpoint-{self.state.global_step}", Path(self.args.output_dir)):
                 super()._save_checkpoint(*args, **kwargs)
             self.saved_step = self.state.global_step
 
@@ -1350,7 +1365,8 @@ def make_trainer(
         eval_dataset=held_out,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(make_progress_callback(folder / "metrics.jsonl"))
+    trainer.progress = make_progress_callback(folder / "metrics.jsonl")
+    trainer.add_callback(trainer.progress)
     return trainer
 
 
@@ -1363,12 +1379,21 @@ def train_and_evaluate(
         data.Interrupted: a signal came; what was trained until the end of its step is saved.
         UsageError: as `put_checkpoint`.
     """
+    import torch
+
     earlier_seconds = checkpoint.training_seconds if checkpoint else 0.0
     trainer.add_callback(make_checkpoint_callback(folder, 60 * save_minutes, earlier_seconds))
     if deadline:
         trainer.add_callback(make_time_limit_callback(deadline))
-    trainer.args.eval_on_start = checkpoint is None or checkpoint.evaluation_is_due
-    trainer.saved_step = checkpoint.step if checkpoint else 0
+    if checkpoint:
+        trainer.saved_step = checkpoint.step
+        trainer.args.eval_on_start = checkpoint.evaluation_is_due
+        # As the Trainer counted them from our share of the steps; it would warn of the difference.
+        trainer.args.eval_steps = checkpoint.eval_steps
+        # accelerate calls the CPU of several processes `cpu:0`, which torch's reader does not know.
+        torch.serialization.register_package(
+            100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+        )
     started = time.monotonic()
     try:
         with data.INTERRUPTION.deferred():
@@ -1385,6 +1410,8 @@ def train_and_evaluate(
         if not trainer.saved_step:
             said = "Interrupted before the first step was saved. The same line begins anew."
         raise data.Interrupted(interrupted.number, said) from None
+    finally:
+        trainer.progress.close()
     stopped_by = ("answers" if trainer.has_had_enough else "max_hours") if cut_short else "end"
     return {
         "eval_loss_before": evaluations[0]["eval_loss"],
@@ -1430,7 +1457,7 @@ def save_adapter(
     """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    with data.writing(folder):
+    with data.writing(folder, part):
         # Where others find the base model; what we loaded may be a folder of this machine's cache.
         model.peft_config["default"].base_model_name_or_path = hub_id
         # Not "auto", which would look the base model up on the hub to see whether its embedding grew.
@@ -1454,7 +1481,7 @@ def describe_source(source: str) -> str:
     """A source of rows as a card names it, with its licence: of a file only the name, for its folder is nobody's business."""
     path = Path(source)
     name, key = (path.name, str(path.resolve())) if path.is_file() else (source, source.partition("@")[0])
-    return f"{name} (licence: {data.LICENCES.get(key, 'not known to the kit')})"
+    return f"{data.escape_markdown(name)} (licence: {data.LICENCES.get(key, 'not known to the kit')})"
 
 
 def format_vllm_command(recipe: Recipe, adapter: str, decoding: infer.Decoding) -> str:
@@ -1474,7 +1501,7 @@ def format_vllm_command(recipe: Recipe, adapter: str, decoding: infer.Decoding) 
 
 
 def format_card_answers(samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of markdown with every answer and what was found in it; as HTML, so that no text is read as markdown."""
+    """Lines of markdown with every answer and what was found in it; no text is read as markdown."""
     ended = [sample["finish_reason"] == "stop" for sample in samples]
     sound = sum(sample["verdict"] == "sound" and stop for sample, stop in zip(samples, ended, strict=True))
     lines = [
@@ -1489,8 +1516,8 @@ def format_card_answers(samples: Sequence[Mapping[str, Any]]) -> list[str]:
         decoding = infer.Decoding(**sample["decoding"])
         how = "ended" if stop else f"**cut at the cap of {decoding.max_new_tokens} tokens**"
         facts = infer.Facts(**{name: tuple(value) for name, value in sample["facts"].items()})
-        lines += [f"**{html.escape(sample['question'], quote=False)}** ({how}; {sample['verdict']}; {facts})", ""]
-        lines += [f"<pre>{html.escape(sample['text'], quote=False)}</pre>", ""]
+        lines += [f"**{data.escape_markdown(sample['question'])}** ({how}; {sample['verdict']}; {facts})", ""]
+        lines += [data.format_verbatim(sample["text"]), ""]
     return lines
 
 
@@ -1569,8 +1596,10 @@ class Preparation:
     adapter_record: infer.AdapterRecord
 
 
-def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Tracker) -> Preparation:
-    """Loads the model, encodes the rows, and returns the trainer with its gate, all checked.
+def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Tracker, goes_on: bool) -> Preparation:
+    """Loads the model, encodes the rows, and returns the trainer with its gate, all checked; nothing is written yet.
+
+    A run that `goes_on` has its records in the folder.
 
     Raises:
         UsageError: every row is too long, the model is not what was planned, or the disk has no room for the run.
@@ -1589,7 +1618,7 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
     dtype = str(model.dtype).removeprefix("torch.")
     plan = make_plan(recipe, dtype, *(audit[name] for name in ("train_rows", "train_tokens", "longest_row")))
     print(f"\n{format_plan(plan, recipe, folder)}", flush=True)
-    check_disk(plan, folder)
+    check_disk(plan, folder, goes_on)
     if not plan.fits and data.is_main_process():
         print(f"This may run out of memory. {MEMORY_ADVICE}", file=sys.stderr)
     known_words = infer.collect_unexplained(text for row in mix.train for text in (row.question, row.answer))
@@ -1608,7 +1637,7 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
         def keep(gate: Gate) -> None:
             save_adapter(model, tokenizer, folder / "adapter", adapter_record, plan, hub_id, gate.known_words)
 
-        gate = Gate(recipe, tokenizer, folder, known_words, keep)
+        gate = Gate(recipe, tokenizer, folder, known_words, keep, goes_on)
         rows = (datasets.Dataset.from_list(each) for each in (train, held_out))
         trainer = make_trainer(model, tokenizer, recipe, *rows, folder, report_to, gate)
     return Preparation(trainer, tokenizer, gate, audit, plan, adapter_record)
@@ -1641,9 +1670,11 @@ def run(
     """
     if data.is_main_process() and checkpoint:
         restore(checkpoint, folder)
-    ready = prepare_trainer(recipe, mix, folder, config.report_to)
+    ready = prepare_trainer(recipe, mix, folder, config.report_to, checkpoint is not None)
     prompt_fingerprint = ready.adapter_record.prompt_fingerprint
     if data.is_main_process() and not checkpoint:
+        if config.restart and folder.exists():
+            set_aside(folder)
         with data.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         for name in RUN_RECORDS:
@@ -1837,7 +1868,7 @@ def merge_adapter(recipe: Recipe, folder: Path) -> Path:
     model, tokenizer = infer.load_base(recipe.profile, dtype=profile.dtype)
     merged, part = folder / "merged", folder / ".merged.part"
     shutil.rmtree(part, ignore_errors=True)
-    with infer.quiet_libraries(), data.writing(merged):
+    with infer.quiet_libraries(), data.writing(merged, part):
         if recipe.pad == "added":
             infer.add_pad_token(model, tokenizer)
         model = add_lora(model, recipe)
@@ -1864,7 +1895,7 @@ def push_adapter(adapter: Path, repo_id: str) -> str:
         api.upload_folder(repo_id=repo_id, folder_path=adapter, commit_message="LoRA adapter and its card")
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise UsageError(
-            f"{adapter} is whole, but could not be uploaded to {repo_id} ({str(error).splitlines()[0]}). "
+            f"{adapter} is whole, but could not be uploaded to {repo_id} ({data.first_line(error)}). "
             "Once that is mended, the same line uploads it without training again."
         ) from None
     return str(url)
@@ -1909,24 +1940,20 @@ def find_start(folder: Path, recipe: Recipe, mix: data.Mix) -> tuple[dict[str, A
     return None, checkpoint
 
 
-def train_unless_done(config: TrainConfig, recipe: Recipe, folder: Path, deadline: float | None) -> dict[str, Any]:
+def train_unless_done(
+    config: TrainConfig, recipe: Recipe, mix: data.Mix, folder: Path, deadline: float | None
+) -> dict[str, Any]:
     """The record of the run in `folder`, after training it, or going on with it, where it is not finished yet.
 
     Raises:
         data.Interrupted: as `run`.
         UsageError: as `find_start` and `run`.
     """
-    mix = config.load(recipe.profile)
-    record = checkpoint = None
-    if config.restart:
-        if data.is_main_process() and folder.exists():
-            set_aside(folder)
-    else:
-        record, checkpoint = find_start(folder, recipe, mix)
+    record, checkpoint = (None, None) if config.restart else find_start(folder, recipe, mix)
     if record:
         print(f"{folder} is already trained with these values (--restart trains it again).")
     else:
-        if data.is_main_process():
+        if data.is_main_process() and not config.restart:
             data.clear_leftovers(folder)
         record = run(config, recipe, mix, folder, deadline, checkpoint)
     if data.is_main_process():
@@ -1964,6 +1991,8 @@ def main(config: TrainConfig) -> None:
         sys.stdout = io.StringIO()  # rank 0 alone prints
     recipe = resolve_recipe(config)
     folder = config.output_dir / (config.name or default_name(recipe))
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise UsageError(f"--output-dir {config.output_dir}: {file} is a file, and a folder is wanted.")
     for name, value in dataclasses.asdict(recipe).items():
         print(f"{name:<30}{value}")
     print(f"{'run folder':<30}{folder}", flush=True)
@@ -1981,8 +2010,9 @@ def main(config: TrainConfig) -> None:
     check_exports(config, recipe, folder)
     if config.report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    mix = config.load(recipe.profile)
     with held(folder):
-        record = train_unless_done(config, recipe, folder, deadline)
+        record = train_unless_done(config, recipe, mix, folder, deadline)
         if data.is_main_process():
             finish(config, recipe, folder, record)
 
