@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import html
 import importlib.metadata
 import io
 import itertools
@@ -36,7 +35,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -212,6 +211,10 @@ ABLATION: dict[ProfileName, AblationValues] = {
 }
 
 
+MAX_SEEDS = 100
+MAX_WORKERS = 64
+
+
 @dataclass(frozen=True)
 class AblateConfig:
     """Flags of ablate.py."""
@@ -241,12 +244,12 @@ class AblateConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
-            problems.append(f"--name {self.name!r}: letters, digits, '.', '_' and '-' are allowed, a letter or digit first.")
-        for flag in ("seeds", "num_rows", "num_probes", "workers"):
+        if self.name is not None and not data.RUN_NAME.fullmatch(self.name):
+            problems.append(f"--name {self.name!r}: {data.RUN_NAME_RULE}")
+        for flag, most in {"seeds": MAX_SEEDS, "num_rows": None, "num_probes": None, "workers": MAX_WORKERS}.items():
             value = getattr(self, flag)
-            if value is not None and value < 1:
-                problems.append(f"--{flag.replace('_', '-')} {value}: 1 or more is wanted.")
+            if value is not None and (value < 1 or (most and value > most)):
+                problems.append(f"--{flag.replace('_', '-')} {value}: 1 {f'to {most}' if most else 'or more'} is wanted.")
         probes = len(data.read_probes())
         if self.num_probes is not None and self.num_probes > probes:
             problems.append(f"--num-probes {self.num_probes}: 1 to {probes}, the probes of samples/probes.jsonl, is wanted.")
@@ -254,6 +257,8 @@ class AblateConfig:
             problems.append(f"--adapter {self.adapter} is for --study decoding; the study {self.study} trains its own.")
         if self.num_rows and self.study == "decoding":
             problems.append("--num-rows is for studies that train; --study decoding asks an adapter that is there.")
+        if self.save_best and self.dry_run:
+            problems.append("--save-best writes into an adapter, and --dry-run writes nothing. Give one of the two.")
         if self.table and self.dry_run:
             problems.append("--table writes from the records, and --dry-run writes nothing. Give one of the two.")
         if problems:
@@ -389,7 +394,7 @@ def make_grid(config: AblateConfig) -> Grid:
     adapter = record = digest = None
     if config.study == "decoding":
         adapter = infer.find_adapter(config.adapter) if config.adapter else infer.latest_adapter()
-        record, digest = infer.read_adapter_record(adapter), infer.adapter_digest(adapter)
+        record, digest = infer.check_adapter(adapter), infer.adapter_digest(adapter)
     profile = infer.resolve_asked_profile(config.profile, record)
     values = ABLATION[profile]
     models = []
@@ -407,7 +412,7 @@ def make_grid(config: AblateConfig) -> Grid:
     return Grid(
         folder=config.folder,
         profile=profile,
-        base_model=record.base_model if record else infer.PROFILES[profile].base_model,
+        base_model=infer.PROFILES[profile].base_model,
         models=tuple(model for model in models if model.decodings),
         probes=tuple(order_probes()[: config.num_probes or values.num_probes]),
         workers=config.workers or values.workers,
@@ -536,24 +541,104 @@ def expected_seconds(times: Mapping[str, Times], workers: int) -> float:
 
 # --- Records -----------------------------------------------------------------------------------------------------
 
+Record = Mapping[str, Any]
+"""One line of a generations.jsonl."""
+
 
 def cell_folder(study: Path, model_id: str, decoding: str) -> Path:
     """Where the answers of a model under a decoding lie."""
     return study / "cells" / f"{model_id}.{decoding}"
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None where it is not there.
+# Of each record what is read of it, as types: a tuple allows any of them, a list has such items, a dict at least such keys.
+_NUMBER = (int, float)
+_TRAINING = {
+    **dict.fromkeys(("eval_loss_before", "eval_loss", "training_seconds"), _NUMBER),
+    "mean_token_accuracy": (*_NUMBER, type(None)),
+    **dict.fromkeys(("steps", "adapter_bytes", "train_rows", "train_tokens"), int),
+}
+RECORD_SHAPES: dict[str, Any] = {
+    "study.json": {"study": str, "command": str, "base_model": str, "questions": [str], "probes": [str], "models": [list]},
+    "result.json": {
+        "settings": {"arm": str, "seed": int, "decoding": str},
+        "training": (type(None), _TRAINING),
+        "again": {"asked": int, "same": int, "tokens": int},
+        "stop_ids": [int],
+        "made_by": {"machine": str, "dtype": str, "versions": dict, "commit": (str, type(None))},
+    },
+    "generations.jsonl": {
+        **dict.fromkeys(("question", "text", "sha256", "verdict", "finish_reason"), str),
+        "token_ids": [int],
+        "answer_tokens": int,
+        "num_overruled": int,
+        "adapter": (str, type(None)),
+        "findings": [{"name": str, "score": _NUMBER, "span": [int]}],
+        "facts": {"named": [str], "missing": [str], "wrong": [str]},
+    },
+    "failed.json": {"settings": dict, "error": str},
+}
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Whether a JSON value is what `RECORD_SHAPES` says."""
+    if isinstance(shape, tuple):
+        return any(has_shape(value, each) for each in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(each, shape[0]) for each in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(name in value and has_shape(value[name], each) for name, each in shape.items())
+    return isinstance(value, shape) and not (shape is int and isinstance(value, bool))
+
+
+def parse_record(text: str, kind: str, path: Path) -> Any:
+    """The record of that kind in a JSON text.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: it is broken, or no record of that kind.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(text)
+        problem = f"no {kind} of this kit"
+    except (ValueError, RecursionError) as error:
+        record, problem = None, str(error)
+    if not has_shape(record, RECORD_SHAPES[kind]):
+        raise UsageError(f"{path} is broken ({problem}). Remove it; the same line (without --table) makes it again.")
+    return record
+
+
+def read_record(path: Path, kind: str) -> Any:
+    """The record of that kind in a file, or None where it is not there. Raises UsageError as `parse_record`."""
+    try:
+        return parse_record(path.read_text(encoding="utf-8"), kind, path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}). Remove it; the same line makes it again.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} cannot be read ({error}). Remove it; the same line (without --table) makes it again."
+        ) from None
+
+
+def read_cell(folder: Path) -> tuple[dict[str, Any], tuple[Record, ...]] | None:
+    """`(result, answers)` of a cell, or None where it is not there.
+
+    Raises:
+        UsageError: as `parse_record`, or answers are missing.
+    """
+    result = read_record(folder / "result.json", "result.json")
+    if result is None:
+        return None
+    path = folder / "generations.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}). Remove {folder}; the same line makes it again.") from None
+    if len(lines) < 2 or lines[-1]:
+        raise UsageError(f"{path} is cut. Remove {folder}; the same line (without --table) makes it again.")
+    answers = tuple(parse_record(line, "generations.jsonl", path) for line in lines[:-1])
+    findings = (finding for answer in answers for finding in answer["findings"])
+    if not all(finding["name"] in infer.CHECKS and len(finding["span"]) == 2 for finding in findings):
+        raise UsageError(f"{path} holds findings that this kit does not know. Remove {folder}; the same line makes it again.")
+    return result, answers
 
 
 def failed_file(study: Path, model_id: str, decoding: str) -> Path:
@@ -562,15 +647,18 @@ def failed_file(study: Path, model_id: str, decoding: str) -> Path:
 
 
 def is_done(grid: Grid, model: Model, decoding: str) -> bool:
-    """Whether the study holds this cell's answers, under these very settings."""
-    result = read_json(cell_folder(grid.folder, model.id, decoding) / "result.json")
-    return bool(result) and result.get("settings") == grid.settings(model, decoding)
+    """Whether the study holds this cell's answers, under these very settings; one that is broken is made again."""
+    try:
+        cell = read_cell(cell_folder(grid.folder, model.id, decoding))
+    except UsageError:
+        return False
+    return cell is not None and cell[0]["settings"] == grid.settings(model, decoding) and len(cell[1]) == len(grid.questions)
 
 
-def has_failed_since(grid: Grid, model: Model, began: float) -> bool:
-    """Whether some process has recorded, since that time, that the model failed."""
+def list_failures(grid: Grid, model: Model) -> set[tuple[str, int]]:
+    """What is recorded of the model's failures: each file with the time that its file system wrote into it."""
     files = (failed_file(grid.folder, model.id, name) for name in model.decodings)
-    return any(file.is_file() and file.stat().st_mtime >= began for file in files)
+    return {(file.name, file.stat().st_mtime_ns) for file in files if file.is_file()}
 
 
 def find_missing(grid: Grid) -> dict[str, list[str]]:
@@ -583,38 +671,17 @@ def write_cell(study: Path, model_id: str, result: Mapping[str, Any], answers: S
     """Writes the cell's folder, whole or not at all, in place of an older one."""
     folder = cell_folder(study, model_id, result["settings"]["decoding"])
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-    (part / "generations.jsonl").write_text(lines, encoding="utf-8")
-    (part / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    failed_file(study, model_id, result["settings"]["decoding"]).unlink(missing_ok=True)
+    with data.writing(folder, part):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        (part / "generations.jsonl").write_text(lines, encoding="utf-8")
+        (part / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        data.put_folder(part, folder)
+        failed_file(study, model_id, result["settings"]["decoding"]).unlink(missing_ok=True)
 
 
 # --- Doing what is missing ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def claim(path: Path) -> Iterator[int | None]:
-    """A file descriptor that holds the claim `path`, or None where another process has it.
-
-    The claim ends with the last process that has the descriptor open: a child that was given it goes on holding it should its
-    parent die, and nobody else begins the same work beside it. It works across machines where their shared file system has
-    locks (NFS 4, Lustre with flock).
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 class Progress:
@@ -718,31 +785,46 @@ class Workshop:
         if grid.num_together > 1:
             # The longest first, so that all end at about the same time.
             self.todo.sort(key=lambda model: times[model.id].seconds, reverse=True)
-        self._began = time.time()
+        # Those of an earlier start; what comes beside them is of this one, or of another process at the same study.
+        self._old_failures = {model.id: list_failures(grid, model) for model in self.todo}
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen] = set()
         self._own: set[str] = set()
         self._stopped = False
 
     def run(self) -> None:
-        """Returns when every cell is recorded, here or by another process. Ctrl-C ends the processes that were started."""
+        """Returns when every cell is recorded, here or by another process.
+
+        A signal ends the processes that were started; training saves its step first, unless a second one comes.
+
+        Raises:
+            data.Interrupted: a signal came.
+        """
         with ThreadPoolExecutor(self.grid.workers) as pool:
             workers = [pool.submit(self._work, number) for number in range(self.grid.workers)]
             try:
                 for worker in workers:
                     worker.result()
+            except data.Interrupted as interrupted:
+                self._stop(signal.SIGTERM)
+                self.progress.note("The processes are ended, and save. Ctrl-C again stops at once.")
+                try:
+                    wait(workers)
+                except data.Interrupted:
+                    self._stop(signal.SIGKILL)
+                said = f"Interrupted. What is recorded in {self.grid.folder} stays; the same line goes on."
+                raise data.Interrupted(interrupted.number, said) from None
             except BaseException:
-                self._stop()
-                self.progress.note("Stopped. What is recorded stays; the same line goes on.")
+                self._stop(signal.SIGKILL)
                 raise
             finally:
                 self.progress.close()
 
-    def _stop(self) -> None:
+    def _stop(self, number: int) -> None:
         with self._lock:
             self._stopped = True
             for process in self._processes:
-                process.terminate()
+                process.send_signal(number)
 
     def _work(self, number: int) -> None:
         waited = False
@@ -760,12 +842,13 @@ class Workshop:
     def _try_each(self, number: int) -> bool:
         """Does the first model that nobody has claimed; False where there is none."""
         for model in list(self.todo):
-            with claim(self.grid.folder / "claims" / model.id) as descriptor:
+            with data.claim(self.grid.folder / "claims" / model.id) as descriptor:
                 if descriptor is None:
                     continue
                 # What another process had claimed may be done by now.
                 names = [name for name in model.decodings if not is_done(self.grid, model, name)]
-                if names and model in self.todo and not has_failed_since(self.grid, model, self._began):
+                if names and model in self.todo and list_failures(self.grid, model) <= self._old_failures[model.id]:
+                    data.clear_leftovers(self.grid.folder / "cells", f".{model.id}.*")
                     self._own.add(model.id)
                     self._do(model, names, number, descriptor)
                 if self._stopped:
@@ -788,7 +871,8 @@ class Workshop:
             # Whatever it was, it concerns this model alone.
             if self._stopped:
                 return
-            said = str(error) if isinstance(error, FailedRunError) else "".join(traceback.format_exception(error))
+            known = isinstance(error, FailedRunError | UsageError)
+            said = data.redact(str(error) if known else "".join(traceback.format_exception(error)))
             self.progress.note(f"{model.id} failed, and the rest goes on: {last_line(said)}")
             for name in names:
                 failed = {"settings": self.grid.settings(model, name), "error": said}
@@ -817,35 +901,32 @@ class Workshop:
         Raises:
             FailedRunError: it ended with an error.
         """
-        runs = self.grid.folder / "runs"
-        runs.mkdir(parents=True, exist_ok=True)
-        command, settings = self.grid.train_command(model), self.grid.training_settings(model)
-        # What an earlier run was made of is noted when it is done; one of other rows or flags is kept aside.
-        noted, finished = runs / f"{model.id}.json", runs / model.id / "run.json"
-        anew = finished.is_file() and read_json(noted) != settings
+        log = self.grid.folder / "runs" / f"{model.id}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = self.grid.train_command(model)
         self.progress.note(f"python {shlex.join(command)}")
-        log = runs / f"{model.id}.log"
         try:
-            self._watch_training(model, [*command, *(["--restart"] if anew else [])], number, descriptor, log)
+            self._watch_training(model, command, number, descriptor, log)
         except FailedRunError as error:
-            # Its recipe may hold values that are no flags, of another version of the kit.
-            if anew or "holds a run with other values" not in str(error):
+            # A run of other rows, flags or version of the kit is kept aside.
+            if train.HOLDS_OTHER_VALUES not in str(error):
                 raise
             self._watch_training(model, [*command, "--restart"], number, descriptor, log)
-        data.write_whole(noted, json.dumps(settings, indent=2) + "\n")
 
     def _watch_training(self, model: Model, command: Sequence[str], number: int, descriptor: int, log: Path) -> None:
         """Runs the command and shows its steps. Raises FailedRunError where it ends with an error."""
-        times, began = self.times[model.id], time.time()
-        metrics = self.grid.folder / "runs" / model.id / "metrics.jsonl"
+        times, metrics = self.times[model.id], self.grid.folder / "runs" / model.id / "metrics.jsonl"
+        earlier = metrics.stat().st_mtime_ns if metrics.is_file() else None
         with log.open("w", encoding="utf-8") as words:
             script = str(data.HERE / command[0])
             process = self._start([script, *command[1:]], number, descriptor, stdout=words, stderr=words)
             while process.poll() is None:
                 time.sleep(0.5)
-                # Lines of an earlier start that was cut are no progress of this one.
-                written = metrics.is_file() and metrics.stat().st_mtime >= began
-                steps = metrics.read_bytes().count(b'"train_loss"') if written else 0
+                steps = 0
+                with contextlib.suppress(FileNotFoundError):
+                    # Lines of an earlier start are no progress until this one has taken them over.
+                    if metrics.stat().st_mtime_ns != earlier:
+                        steps = metrics.read_bytes().count(b'"train_loss"')
                 share = min(1.0, steps / times.training_steps) if times.training_steps else 0.0
                 said = f"step {steps}/{times.training_steps}" if steps else "training begins"
                 self.progress.show(model.id, share * times.training_seconds, said)
@@ -862,7 +943,6 @@ class Workshop:
         times, told, report = self.times[model.id], 0, None
         job = {
             "profile": self.grid.profile,
-            "base_model": self.grid.base_model,
             "adapter": model.adapter and str(model.adapter),
             "questions": self.grid.questions,
             "decodings": {name: dataclasses.asdict(model.decoding(name)) for name in names},
@@ -893,7 +973,9 @@ class Workshop:
         self._finish(process, log.read_text(encoding="utf-8", errors="replace"))
         if report is None:
             raise FailedRunError("The answering process ended without a report.")
-        training = read_json(model.adapter.parent / "run.json") if model.flags is not None and model.adapter else None
+        training = None
+        if model.flags is not None and model.adapter:
+            training = json.loads((model.adapter.parent / "run.json").read_text(encoding="utf-8"))
         return [
             (
                 {
@@ -953,8 +1035,8 @@ def answer_job() -> None:
 
     adapter = Path(job["adapter"]) if job["adapter"] else None
     infer.prepare_cublas()
-    infer.prepare_environment(job["profile"], offline=job["base_model"] == infer.SMALL_MODEL)
-    loaded = infer.load_for_asking(job["profile"], adapter, base_model=job["base_model"])
+    infer.prepare_environment(job["profile"], offline=job["profile"] == "cpu")
+    loaded = infer.load_for_asking(job["profile"], adapter)
     decodings = {name: Decoding(**fields) for name, fields in job["decodings"].items()}
     requests = [infer.Request(question, decoding) for decoding in decodings.values() for question in job["questions"]]
     answers = infer.answer_requests(loaded, requests, lambda tokens: send({"tokens": tokens}))
@@ -1028,9 +1110,6 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 # --- What the records say ----------------------------------------------------------------------------------------
-
-Record = Mapping[str, Any]
-"""One line of a generations.jsonl."""
 
 LOOPS = frozenset({"loop", "repetition"})
 LISTS = frozenset({"run-on-list", "repeated-items", "similar-items"})
@@ -1206,26 +1285,30 @@ def read_records(study: Path) -> Records:
     Raises:
         UsageError: it has none, or one cannot be read.
     """
-    about = read_json(study / "study.json")
+    about = read_record(study / "study.json", "study.json")
     if about is None:
         raise UsageError(f"{study} holds no records to make a table from. Make some first: python ablate.py")
+    try:
+        models = [(model_id, arm, dict(decodings)) for model_id, arm, decodings in about["models"]]
+        arms = {"base", "adapter", *TRAINING_ARMS}
+        if about["study"] not in STUDIES or not about["questions"]:
+            raise ValueError("no such study, or no questions")
+        for model_id, arm, decodings in models:
+            if not data.RUN_NAME.fullmatch(model_id) or arm not in arms or not decodings.keys() <= DECODING_ARMS.keys():
+                raise ValueError(f"{model_id}, {arm} or its decodings are not of this kit")
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{study / 'study.json'} is broken ({error}). Remove it; the same line makes it again.") from None
     cells: dict[tuple[str, str], list[tuple[dict[str, Any], tuple[Record, ...]]]] = {}
-    for model_id, arm, decodings in about["models"]:
+    for model_id, arm, decodings in models:
         for decoding, settings in decodings.items():
-            folder = cell_folder(study, model_id, decoding)
-            result = read_json(folder / "result.json")
+            cell = read_cell(cell_folder(study, model_id, decoding))
             # One that was made with other settings will be made again; till then it is not there.
-            if result is None or digest_json(result["settings"]) != settings:
-                failed = read_json(failed_file(study, model_id, decoding))
+            if cell is None or digest_json(cell[0]["settings"]) != settings:
+                failed = read_record(failed_file(study, model_id, decoding), "failed.json")
                 if failed and digest_json(failed["settings"]) == settings:
                     cells.setdefault((arm, decoding), []).append((failed, ()))
                 continue
-            path = folder / "generations.jsonl"
-            try:
-                records = tuple(json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
-            except (OSError, ValueError) as error:
-                raise UsageError(f"{path} cannot be read ({error}). Remove {folder}; the same line makes it again.") from None
-            cells.setdefault((arm, decoding), []).append((result, records))
+            cells.setdefault((arm, decoding), []).append(cell)
     if not cells:
         raise UsageError(f"{study} holds no finished cells to make a table from. Make some first: python ablate.py")
     rows = [Row(arm, decoding, tuple(own)) for (arm, decoding), own in cells.items()]
@@ -1631,22 +1714,6 @@ SIDE_BY_SIDE: dict[StudyName, tuple[tuple[str, str], ...]] = {
 }
 
 
-def escape_markdown(text: str) -> str:
-    """The text as it will be read, in one line: nothing in it is markdown, HTML or a cell's end; line ends are `<br>`.
-
-    Punctuation becomes numeric entities, which markdown never takes for its own; controls are shown.
-    """
-    shown = data.escape_controls(text.replace("\r\n", "\n").replace("\t", " "))
-    # A colon and the dot of www. too, of which some viewers make links.
-    escaped = re.sub(r"[^\w\s.,;()'?!%/-]|_|(?<=www)\.", lambda match: _entities(match.group()), shown)
-    # At a line's start even these would make a list or a heading; line ends leave none, but a cell's start is one.
-    return re.sub(r"^(\s*)([-.()]|\d+[.)])", lambda match: match[1] + _entities(match[2]), escaped).replace("\n", "<br>")
-
-
-def _entities(text: str) -> str:
-    return "".join(f"&#{ord(character)};" for character in text)
-
-
 def mark_findings(record: Record) -> str:
     """The answer as a cell, with ⟦ ⟧ around what speaks against it."""
     spans: list[tuple[int, int]] = []
@@ -1660,9 +1727,9 @@ def mark_findings(record: Record) -> str:
             spans.append((start, end))
     text, at, parts = record["text"], 0, []
     for start, end in spans:
-        parts += [escape_markdown(text[at:start]), "⟦", escape_markdown(text[start:end]), "⟧"]
+        parts += [data.escape_markdown(text[at:start]), "⟦", data.escape_markdown(text[start:end]), "⟧"]
         at = end
-    return "".join([*parts, escape_markdown(text[at:])]) or "(nothing)"
+    return "".join([*parts, data.escape_markdown(text[at:])]) or "(nothing)"
 
 
 def sort_rows(records: Records) -> list[Row]:
@@ -1714,7 +1781,7 @@ def format_row(records: Records, row: Row, best: Row | None) -> list[str]:
     ]
     if not row.answers:
         last = row.errors[0].strip().splitlines()[-1] if row.errors else "no answers"
-        return [row.arm, row.decoding, *trained, f"failed: {escape_markdown(last)}", *[""] * (len(COLUMNS) - 7)]
+        return [row.arm, row.decoding, *trained, f"failed: {data.escape_markdown(last)}", *[""] * (len(COLUMNS) - 7)]
     size, good = len(row.answers), int(row.count(is_good))
     low, high = row.good_interval
     reference, paired = find_reference(records, row), ""
@@ -1766,7 +1833,7 @@ def describe_makers(records: Records) -> list[str]:
             if training
         ],
     }
-    return [f"- {name}: {escape_markdown('; '.join(dict.fromkeys(values)))}" for name, values in makers.items() if values]
+    return [f"- {name}: {data.escape_markdown('; '.join(dict.fromkeys(values)))}" for name, values in makers.items() if values]
 
 
 def make_page(records: Records) -> str:
@@ -1781,7 +1848,7 @@ def make_page(records: Records) -> str:
         *format_table(COLUMNS, (format_row(records, row, find_best(rows)) for row in rows)),
         "",
         f"- command: `{records.study['command']}`",
-        f"- questions: {size}, the probes {escape_markdown(', '.join(records.study['probes']))}",
+        f"- questions: {size}, the probes {data.escape_markdown(', '.join(records.study['probes']))}",
         *describe_makers(records),
         "",
         NOTES,
@@ -1791,7 +1858,13 @@ def make_page(records: Records) -> str:
         *format_table(
             ("", "claim", "verdict", "measured", "shown when"),
             (
-                (claim.id, escape_markdown(claim.says), verdict, escape_markdown(measured), escape_markdown(claim.rule))
+                (
+                    claim.id,
+                    data.escape_markdown(claim.says),
+                    verdict,
+                    data.escape_markdown(measured),
+                    data.escape_markdown(claim.rule),
+                )
                 for claim in CLAIMS
                 for verdict, measured in (claim.check(records),)
             ),
@@ -1815,42 +1888,41 @@ def format_answers(row: Row, written: dict[tuple[str, int, str, str], Row]) -> l
     that are cut from one run, leads there.
     """
     lines = ["", f'<a name="{row.name}"></a>', "<details>", f"<summary>{row.arm}, {row.decoding}</summary>", ""]
-    lines += [format_verbatim(error) for error in row.errors]
+    lines += [data.format_verbatim(error) for error in row.errors]
     for (seed, question), record in row.answers.items():
         of_seed = f", seed {seed}" if len(row.cells) > 1 else ""
-        facts = infer.Facts(**{name: tuple(values) for name, values in record["facts"].items()})
-        how = f"{record['answer_tokens']} tokens, {record['finish_reason']}{of_seed}; {record['verdict']}; {facts}"
+        facts = infer.Facts(**{name: tuple(record["facts"][name]) for name in ("named", "missing", "wrong")})
+        ended = data.escape_markdown(f"{record['finish_reason']}{of_seed}; {record['verdict']}")
+        how = f"{record['answer_tokens']} tokens, {ended}; {facts}"
         first = written.setdefault((row.arm, seed, question, record["sha256"]), row)
         text = (
-            format_verbatim(record["text"]) if first is row else f"The same answer as under [{first.decoding}](#{first.name})."
+            data.format_verbatim(record["text"])
+            if first is row
+            else f"The same answer as under [{first.decoding}](#{first.name})."
         )
-        lines += [f"{escape_markdown(question)} ({how})", "", text, ""]
+        lines += [f"{data.escape_markdown(question)} ({how})", "", text, ""]
     return [*lines, "</details>"]
-
-
-def format_verbatim(text: str) -> str:
-    """The text as HTML in one line, so that no part of it is read as markdown; controls are shown."""
-    return f"<pre>{html.escape(data.escape_controls(text)).replace(chr(10), '&#10;')}</pre>"
 
 
 def format_side_by_side(records: Records) -> list[str]:
     """The first question's answers in the rows of `SIDE_BY_SIDE`, marked; nothing where one of them is not there."""
     rows = [records.row(*names) for names in SIDE_BY_SIDE[records.study["study"]]]
-    found = [row for row in rows if row]
-    if len(found) < len(rows):
-        return []
     question = records.study["questions"][0]
-    answers = [next(record for (_, asked), record in row.answers.items() if asked == question) for row in found]
+    answers = [
+        next((record for (_, asked), record in row.answers.items() if asked == question), None) if row else None for row in rows
+    ]
+    if None in answers:
+        return []
     return [
         "",
-        f"## One question, three answers: {escape_markdown(question)}",
+        f"## One question, three answers: {data.escape_markdown(question)}",
         "",
         "What speaks against an answer stands in ⟦ ⟧.",
         "",
         *format_table(
             [
-                f"{row.arm}, {row.decoding}: {record['verdict']}, {record['finish_reason']}"
-                for row, record in zip(found, answers, strict=True)
+                f"{row.arm}, {row.decoding}: " + data.escape_markdown(f"{record['verdict']}, {record['finish_reason']}")
+                for row, record in zip(rows, answers, strict=True)
             ],
             [[mark_findings(record) for record in answers]],
         ),
@@ -1973,7 +2045,9 @@ def save_best_decoding(records: Records, adapters: Mapping[str, Path]) -> str:
             f"{adapter} is not the adapter that was asked ({', '.join(best.adapters)}). Name that one with --adapter, or ask "
             "this one: leave --table away."
         )
-    config = read_json(adapter / "generation_config.json") or {}
+    config = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        config = dict(json.loads((adapter / "generation_config.json").read_text(encoding="utf-8")))
     config |= {
         "max_new_tokens": decoding.max_new_tokens,
         "repetition_penalty": decoding.repetition_penalty,
@@ -2001,13 +2075,17 @@ def hold_page(study: Path) -> Iterator[None]:
     """Of several processes one at a time writes what belongs to the whole study."""
     with (study / "page.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        data.clear_leftovers(study)
         yield
 
 
 def note_study(study: Path, about: Mapping[str, Any]) -> None:
     """Writes study.json, unless it names these very cells already: the page is made again with the command that it had."""
     with hold_page(study):
-        noted = read_json(study / "study.json")
+        try:
+            noted = read_record(study / "study.json", "study.json")
+        except UsageError:
+            noted = None
         if noted is None or noted["models"] != about["models"]:
             data.write_whole(study / "study.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
@@ -2030,7 +2108,7 @@ def write_page(study: Path) -> Records:
 
 def describe_study(config: AblateConfig, grid: Grid) -> dict[str, Any]:
     """study.json: what the page is made from, beside the cells, each of which it names with the digest of its settings."""
-    flags = [flag for flag in sys.argv[1:] if flag not in ("--table", "--save-best")]
+    flags = [data.redact(flag) for flag in sys.argv[1:] if flag not in ("--table", "--save-best")]
     return {
         "study": config.study,
         "command": shlex.join(["python", "ablate.py", *flags]),
@@ -2090,7 +2168,7 @@ def do_missing(config: AblateConfig, grid: Grid) -> None:
     if missing or config.dry_run:
         # What a launcher tells its processes is not for the runs that are planned here.
         told = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
-        offline = grid.base_model == infer.SMALL_MODEL or not data.reaches_hub()
+        offline = grid.profile == "cpu" or not data.reaches_hub()
         infer.prepare_environment(grid.profile, offline=offline)
         times = plan_times(grid, missing)
         os.environ.update(told)
@@ -2102,10 +2180,8 @@ def do_missing(config: AblateConfig, grid: Grid) -> None:
     config.folder.mkdir(parents=True, exist_ok=True)
     note_study(config.folder, describe_study(config, grid))
     if missing:
-        # As Ctrl-C: the processes that were started end too.
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         Workshop(grid, missing, times).run()
 
 
 if __name__ == "__main__":
-    data.run_command(AblateConfig, main, __doc__)
+    data.run_command(AblateConfig, main, __doc__, "Lower --workers, then --num-probes, then --num-rows.")
