@@ -4,18 +4,26 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tests import faults, tiny_study  # noqa: E402 - found by the line above
+
+# No run may tell it.
+SECRET = "hf_" + "oneTwoThreeFourFive"
+
 # As the tests were started: Unsloth, imported by a test, sets variables of its own.
-ENVIRONMENT = dict(os.environ)
+ENVIRONMENT = {**os.environ, "HF_TOKEN": SECRET}
 
 # Where the kernel allows it, scripts run in a network namespace of their own, in which there is no way out.
 NO_NETWORK = ["unshare", "--map-root-user", "--net"]
@@ -25,10 +33,24 @@ CAN_CUT_NETWORK = (
 )
 
 
+def hear_ctrl_c():
+    """For a process that is started: tests that run in the background have SIGINT ignored, and hand that down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rounds", type=int, default=2, help="how often runs are killed, in test_faults.py")
+
+
+@pytest.fixture
+def rounds(request):
+    return request.config.getoption("--rounds")
+
+
 def run_script(*arguments, cwd, env=None, stdin=""):
-    """`python SCRIPT ...` in the folder `cwd`, offline; returns the finished process with its text."""
+    """`python SCRIPT ...` in the folder `cwd`, offline; returns the finished process with its text. Bytes go as they are."""
     prefix = NO_NETWORK if CAN_CUT_NETWORK else []
-    script, *flags = map(str, arguments)
+    script, *flags = (each if isinstance(each, bytes) else str(each) for each in arguments)
     return subprocess.run(
         [*prefix, sys.executable, str(ROOT / script), *flags],
         cwd=cwd,
@@ -41,7 +63,7 @@ def run_script(*arguments, cwd, env=None, stdin=""):
 
 
 def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def write_rows(path, rows):
@@ -86,12 +108,7 @@ class TrainedRun:
 def trained(tmp_path_factory):
     """A tiny adapter from the real train.py: four whole steps on a part of the sample rows. Tests must not change it."""
     cwd = tmp_path_factory.mktemp("trained")
-    flags = ["--name", "tiny", "--max-steps", "4", "--num-probes", "2", "--best", "eval_loss", "--profile", "cpu"]
-    for source, count in (("conversational", 61), ("encyclopedic", 20)):
-        lines = (ROOT / "samples" / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        part = cwd / f"{source}.jsonl"
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        flags += [f"--{source}", str(part)]
+    flags = faults.tiny_flags(cwd)
     # Unpacked by a process of its own, so that the run's peak of memory is that of training.
     unpack = [sys.executable, "-c", "import infer; infer.base_model_path(infer.SMALL_MODEL)"]
     subprocess.run(unpack, cwd=ROOT, env={**ENVIRONMENT, "HF_HUB_OFFLINE": "1"}, capture_output=True, check=True)
@@ -100,8 +117,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu_process(request, tmp_path_factory):
-    """`(folder, started)` of the run through Unsloth's GPU code, which is begun with the first test: it takes minutes of one
-    core, beside which the other tests run."""
+    """`(folder, started)` of the run through Unsloth's GPU code, stopped after its first step and gone on with. It is begun
+    with the first test: it takes minutes of one core, beside which the other tests run."""
     if not any(item.get_closest_marker("gpu_path") for item in request.session.items):
         yield None
         return
@@ -109,7 +126,7 @@ def gpu_process(request, tmp_path_factory):
 
     cwd = tmp_path_factory.mktemp("gpu_path")
     gpu_workplace.make_workplace(cwd)
-    started = gpu_workplace.start_training("gpu", cwd, num_probes=2)
+    started = gpu_workplace.start_training("gpu", cwd, num_probes=2, twice=["--max-hours", "0.0001"])
     yield cwd, started
     started[0].kill()
 
@@ -121,3 +138,39 @@ def small_model():
 
     infer.prepare_environment("cpu", offline=True)
     return infer.load_for_asking("cpu", None)
+
+
+def start_study(cwd, *flags):
+    """The real ablate.py on the tables of tests.tiny_study, begun; what it says goes to `words.txt`."""
+    command = [sys.executable, "-m", "tests.tiny_study", *map(str, faults.write_rows(cwd)), "--num-probes", "2", *flags]
+    env = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    with (cwd / "words.txt").open("w") as words:
+        return subprocess.Popen(command, cwd=cwd, env=env, stdout=words, stderr=words)
+
+
+def run_study(cwd, *flags):
+    """Its exit code and words."""
+    return start_study(cwd, *flags).wait(), (cwd / "words.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def ablated(tmp_path_factory):
+    """A study of a base model and a training run: asked to end while it trains, and started again."""
+    cwd = tmp_path_factory.mktemp("ablated")
+    study = cwd / "runs" / "ablate" / "all"
+    stopped = start_study(cwd)
+    while not list(study.glob("runs/*/checkpoint-1")):
+        assert stopped.poll() is None, (cwd / "words.txt").read_text()
+        time.sleep(0.1)
+    stopped.terminate()
+    assert stopped.wait() == 128 + signal.SIGTERM
+    said = (cwd / "words.txt").read_text()
+    assert "Interrupted. What is recorded in runs/ablate/all stays; the same line goes on." in said and "Traceback" not in said
+    left = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert not any(str(cwd) in line for line in left)
+    assert not (study / "ablation.md").exists()
+    began = time.monotonic()
+    code, said = run_study(cwd)
+    assert code == 0, said
+    assert "going on with" in (study / "runs" / f"{tiny_study.ARM}.log").read_text()
+    return study, time.monotonic() - began

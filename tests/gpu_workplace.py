@@ -1,6 +1,7 @@
 """Where the t4 profile runs through Unsloth's GPU code: a narrow Llama, a few rows, and the line that trains on them."""
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -11,11 +12,15 @@ from conftest import ENVIRONMENT, ROOT, load_llama_tokenizer, write_rows
 NUM_ORDINARY_TOKENS = 8000
 
 
-def start_module(*arguments, cwd):
-    """The started process; what it writes goes to files, which it never has to wait for."""
+def start_module(*arguments, cwd, twice=()):
+    """The started process; what it writes goes to files, which it never has to wait for. `twice`: flags of a first time."""
     files = {name: tempfile.TemporaryFile("w+", encoding="utf-8") for name in ("stdout", "stderr")}  # noqa: SIM115
     command = [sys.executable, "-m", *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=cwd, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, **files)
+    if twice:
+        command = ["sh", "-c", f'"$@" {shlex.join(twice)} && exec "$@"', "sh", *command]
+    # One core of the interpreter's; more threads would only spin beside those of other tests.
+    env = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=cwd, env=env, **files)
     return process, files
 
 
@@ -84,8 +89,8 @@ def make_workplace(cwd):
         write_rows(cwd / f"{source}.jsonl", rows)
 
 
-def start_training(backend, cwd, num_probes):
+def start_training(backend, cwd, num_probes, twice=()):
     """`train.py` with the t4 values: two steps of two passes, two rows a pass, and three evaluations."""
     flags = ["--name", backend, "--max-steps", "2", "--num-probes", str(num_probes), "--per-device-train-batch-size", "2"]
     rows = ["--conversational", "conversational.jsonl", "--encyclopedic", "encyclopedic.jsonl"]
-    return start_module("tests.gpu_path", backend, cwd / "base", "train", *flags, *rows, cwd=cwd)
+    return start_module("tests.gpu_path", backend, cwd / "base", "train", *flags, *rows, cwd=cwd, twice=twice)

@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, read_lines, run_script
+from conftest import read_lines, run_script, run_study
 from markdown_it import MarkdownIt
 from scipy.stats import binomtest
 
@@ -19,6 +16,7 @@ import ablate
 import data
 import infer
 import train
+from tests import tiny_study
 
 QUESTIONS = [probe.question for probe in ablate.order_probes()]
 SOUND = "A heart attack causes chest pain and shortness of breath. Call an ambulance at once, and sit down until it comes."
@@ -97,16 +95,16 @@ def test_under_a_launcher_every_worker_has_its_own_gpu_and_trains_on_its_own(tmp
 
 def test_a_claim_is_held_until_the_last_process_that_was_given_it_ends(tmp_path):
     path = tmp_path / "claims" / "week4"
-    with ablate.claim(path) as descriptor:
+    with data.claim(path) as descriptor:
         assert descriptor is not None
-        with ablate.claim(path) as second:
+        with data.claim(path) as second:
             assert second is None
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[descriptor])
-    with ablate.claim(path) as while_the_child_lives:
+    with data.claim(path) as while_the_child_lives:
         assert while_the_child_lives is None
     child.kill()
     child.wait()
-    with ablate.claim(path) as descriptor:
+    with data.claim(path) as descriptor:
         assert descriptor is not None
 
 
@@ -293,7 +291,7 @@ def test_an_answer_that_two_decodings_share_is_written_once(tmp_path):
 
 @pytest.mark.parametrize("text", [NASTY, "- a", "1. a", "   # a", "a_b*c|d", "&lt;", "+ a", "=== a", "10) a", "a\n- b"])
 def test_a_cell_reads_as_the_answer_was_written(text):
-    tokens = render(f"| a | b |\n|---|---|\n| {ablate.escape_markdown(text)} | c |\n")
+    tokens = render(f"| a | b |\n|---|---|\n| {data.escape_markdown(text)} | c |\n")
     cells = [tokens[at + 1] for at, token in enumerate(tokens) if token.type == "td_open"]
     assert len(cells) == 2
     shown = "".join("\n" if child.type in ("html_inline", "softbreak") else child.content for child in cells[0].children)
@@ -352,83 +350,72 @@ def test_a_cell_of_other_settings_is_not_in_the_table(tmp_path):
 
 # --- A real study ------------------------------------------------------------------------------------------------
 
-STUDY = ["ablate.py", "--study", "decoding", "--num-probes", "1"]
-
-
-@pytest.fixture(scope="module")
-def ablated(trained):
-    """A study of every decoding on the tiny adapter: killed without a word while it answers, and started again."""
-    study = trained.cwd / "runs" / "ablate" / "decoding"
-    killed = subprocess.Popen(
-        [sys.executable, str(ROOT / STUDY[0]), *STUDY[1:]],
-        cwd=trained.cwd,
-        env={**ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    while not list(study.glob("runs/*.answers.log")):
-        time.sleep(0.2)
-    time.sleep(15)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not list(study.glob("cells/*")) and not (study / "ablation.md").exists()
-    return study, run_script(*STUDY, cwd=trained.cwd)
-
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on_to_a_row_a_cell_and_every_answer(ablated):
-    study, ran = ablated
-    assert ran.returncode == 0, ran.stderr
-    page = (study / "ablation.md").read_text(encoding="utf-8")
-    rows = re.findall(r"(?m)^\| (base|adapter) \| (\S+) \|", page.split("## ")[0])
-    assert rows == [(model, name) for model in ("base", "adapter") for name in ablate.DECODING_ARMS]
-    assert page.count("<pre>") + page.count("The same answer as under") == len(rows)
-    for model, name in rows:
-        [answer] = read_lines(study / "cells" / f"{model}.{name}" / "generations.jsonl")
-        decoding = ablate.DECODING_ARMS[name]
-        assert answer["answer_tokens"] == len(answer["token_ids"]) <= decoding.max_new_tokens
-        assert (answer["finish_reason"] == "stop") == (decoding.stop != "never" and answer["token_ids"][-1] == 2)
-        result = json.loads((study / "cells" / f"{model}.{name}" / "result.json").read_text())
-        assert result["again"] == {"asked": 1, "same": 1, "tokens": 64}
-
-
-@pytest.mark.slow
-def test_answers_of_a_study_are_those_that_infer_gives(ablated, trained, small_model):
+def test_a_stopped_study_goes_on_to_a_row_a_cell_and_every_answer(ablated):
     study, _ = ablated
-    [recorded] = read_lines(study / "cells" / "base.story-fix" / "generations.jsonl")
-    request = infer.Request(QUESTIONS[0], dataclasses.replace(infer.DECODINGS["story-fix"], max_new_tokens=40))
-    [answer] = infer.answer_requests(small_model, [request])
-    assert answer.token_ids == recorded["token_ids"][:40]
+    page = (study / "ablation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(?m)^\| (base|kit-by-loss) \| (\S+) \|", page.split("## ")[0])
+    assert rows == [(model, name) for model in ("base", "kit-by-loss") for name in tiny_study.DECODINGS]
+    assert page.count("<pre>") + page.count("The same answer as under") == 2 * len(rows)
+    for model, name in rows:
+        answers = read_lines(study / "cells" / f"{model}.{name}" / "generations.jsonl")
+        for answer in answers:
+            assert answer["answer_tokens"] == len(answer["token_ids"]) <= 12
+            assert (answer["finish_reason"] == "stop") == (answer["token_ids"][-1] == 2)
+        result = json.loads((study / "cells" / f"{model}.{name}" / "result.json").read_text())
+        assert result["again"] == {"asked": 1, "same": 1, "tokens": 12} and len(answers) == 2
 
 
 @pytest.mark.slow
-def test_a_study_again_asks_nothing_and_writes_the_same_page(ablated, trained):
+def test_answers_of_a_study_are_those_that_infer_gives(ablated, small_model):
+    study, _ = ablated
+    recorded = read_lines(study / "cells" / "base.kit" / "generations.jsonl")[0]
+    request = infer.Request(QUESTIONS[0], dataclasses.replace(infer.DECODINGS["kit"], max_new_tokens=12))
+    [answer] = infer.answer_requests(small_model, [request])
+    assert answer.token_ids == recorded["token_ids"]
+
+
+@pytest.mark.slow
+def test_a_study_again_asks_nothing_and_writes_the_same_page(ablated):
     study, _ = ablated
     first, cells = (study / "ablation.md").read_bytes(), sorted(path.stat().st_mtime_ns for path in study.glob("cells/*/*"))
-    again = run_script(*STUDY, cwd=trained.cwd)
-    assert again.returncode == 0 and "to be answered" not in again.stdout
+    code, said = run_study(study.parents[2])
+    assert code == 0 and "to be answered" not in said
     assert (study / "ablation.md").read_bytes() == first
     assert sorted(path.stat().st_mtime_ns for path in study.glob("cells/*/*")) == cells
 
 
 @pytest.mark.slow
-def test_a_model_that_fails_is_recorded_and_the_best_decoding_is_saved(ablated, trained, tmp_path):
+def test_a_broken_cell_is_made_again_and_a_model_that_fails_is_recorded_while_the_rest_goes_on(ablated, tmp_path):
+    shutil.copytree(ablated[0].parents[2], tmp_path, dirs_exist_ok=True)
+    study = tmp_path / "runs" / "ablate" / "all"
+    before = read_lines(study / "cells" / "base.kit" / "generations.jsonl")
+    cut = study / "cells" / "base.kit" / "generations.jsonl"
+    cut.write_bytes(cut.read_bytes()[:-40])
+    code, said = run_study(tmp_path, "--table")
+    assert code == 2 and "base.kit/generations.jsonl is cut. Remove" in said
+    # In another folder the rows are other files, so that the trained model's cells are asked again; its run is taken over.
+    older = (study / "cells" / f"{tiny_study.ARM}.plain" / "generations.jsonl").read_bytes()
+    weights = study / "runs" / tiny_study.ARM / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, said = run_study(tmp_path)
+    assert code == 1, said
+    page = (study / "ablation.md").read_text(encoding="utf-8")
+    assert page.count("| failed: ") == 3 and "adapter&#95;model.safetensors is cut or broken" in page
+    assert (study / "cells" / f"{tiny_study.ARM}.plain" / "generations.jsonl").read_bytes() == older
+    after = read_lines(study / "cells" / "base.kit" / "generations.jsonl")
+    assert [answer["token_ids"] for answer in after] == [answer["token_ids"] for answer in before]
+
+
+@pytest.mark.slow
+def test_the_best_decoding_is_saved(trained, tmp_path):
     shutil.copytree(trained.cwd / "runs", tmp_path / "runs")
     adapter = tmp_path / "runs" / "train" / "tiny" / "adapter"
-    saved = run_script(*STUDY, "--save-best", cwd=tmp_path)
-    assert saved.returncode == 0, saved.stderr
+    code, said = run_study(tmp_path, "--study", "decoding", "--save-best")
+    assert code == 0, said
     record, config = (json.loads((adapter / name).read_text()) for name in ("kit.json", "generation_config.json"))
-    best = max(
-        (row for row in ablate.read_records(tmp_path / "runs/ablate/decoding").rows.values() if row.arm == "adapter"),
-        key=lambda row: row.rank,
-    )
-    assert record["decoding"] == dataclasses.asdict(ablate.DECODING_ARMS[best.decoding])
+    name = re.search(r"is asked under (\S+) from now on", said)[1]
+    assert record["decoding"] == dataclasses.asdict(dataclasses.replace(infer.DECODINGS[name], max_new_tokens=12))
     assert config["repetition_penalty"] == record["decoding"]["repetition_penalty"]
-    assert f"is asked under {best.decoding} from now on" in saved.stdout
-    weights = adapter / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    failed = run_script(*STUDY, cwd=tmp_path)
-    assert failed.returncode == 1
-    page = (tmp_path / "runs/ablate/decoding/ablation.md").read_text(encoding="utf-8")
-    assert page.count("| failed: ") == len(ablate.DECODING_ARMS)
-    assert len(re.findall(r"(?m)^\| base \|.*1 of 1", page)) == len(ablate.DECODING_ARMS)
+    assert infer.check_adapter(adapter).decoding.max_new_tokens == 12

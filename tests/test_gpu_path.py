@@ -46,6 +46,8 @@ def test_the_t4_recipe_runs_through_unsloths_gpu_code(workplace, gpu_run):
     assert "Tesla T4" in gpu_run.stderr and "patched 2 layers with 2 QKV layers, 2 O layers and 2 MLP layers" in gpu_run.stderr
     assert "Padding-free enabled" in gpu_run.stderr
     assert "adapter" in gpu_run.stdout and "as planned" in gpu_run.stdout
+    stopped, went_on = "Stopped by --max-hours after 1 of 2 steps", "going on with runs/train/gpu after step 1 of 2"
+    assert gpu_run.stdout.index(stopped) < gpu_run.stdout.index(went_on)
     files = {path.name for path in (workplace / "runs" / "train" / "gpu").iterdir()}
     assert files == {"run.json", "metrics.jsonl", "samples.jsonl", "curves.png", "adapter"}
     samples = [json.loads(line) for line in (workplace / "runs" / "train" / "gpu" / "samples.jsonl").read_text().splitlines()]
@@ -56,7 +58,7 @@ def test_the_t4_recipe_runs_through_unsloths_gpu_code(workplace, gpu_run):
 @pytest.mark.slow
 @pytest.mark.gpu_path
 def test_losses_and_gradients_agree_with_the_cpu_backend(workplace, gpu_run):
-    """With the gate here and without it there. The CPU backend's LoRA on a 4-bit base is bf16, half the planned bytes."""
+    """With gate and stop here, without them there. The CPU backend's LoRA on a 4-bit base is bf16, half the planned bytes."""
     cpu_run = finish(start_training("cpu", workplace, num_probes=0))
     assert cpu_run.returncode == 0 and "is not what was planned" in cpu_run.stderr, cpu_run.stderr
     gpu, cpu = (read_metrics(backend, workplace) for backend in ("gpu", "cpu"))

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def test_questions_are_read_from_three_kinds_of_files(tmp_path):
         ("q.txt", b"\n \n", "holds no questions"),
         ("q.txt", b"\xff", "cannot be read as UTF-8"),
         ("q.csv", b"id\n1\n", "q.csv:2: has no question"),
-        ("q.jsonl", b'{"question": ""}', "q.jsonl:1: has no question"),
+        ("q.jsonl", b'{"question": ""}', 'q.jsonl:1 is empty: ""'),
         ("q.jsonl", b"[]", "q.jsonl:1: has no question"),
         ("q.jsonl", b"{", "q.jsonl:1: broken JSON"),
     ],
@@ -181,7 +182,7 @@ def test_other_question_files_are_refused(tmp_path, name, content, message):
 
 
 def test_answers_of_another_decoding_or_of_something_else_are_not_gone_on_with(tmp_path):
-    answer = {"question": "q?", "model": "m", "decoding": {"temperature": 0}, "verdict": "sound"}
+    answer = {"question": "q?", "model": "m", "decoding": {"temperature": 0}, "verdict": "sound", "finish_reason": "stop"}
     path = write_rows(tmp_path / "a.jsonl", [answer])
     assert len(infer.read_answered(path, {"model": "m", "decoding": {"temperature": 0}})) == 1
     with pytest.raises(data.UsageError, match="answers of another decoding"):
@@ -200,36 +201,143 @@ def test_answers_of_another_decoding_or_of_something_else_are_not_gone_on_with(t
     assert path.read_text() == "hello\n"
 
 
-def make_adapter(folder, **files):
+CONFIG = {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+CONFIG |= {"r": 2, "lora_alpha": 4, "bias": "none", "init_lora_weights": True, "target_modules": ["q_proj"]}
+RECORD = infer.AdapterRecord(infer.SMALL_MODEL, "cpu", "0" * 12, DECODINGS["week3"])
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def make_adapter(folder, config=None, record=None, **changes):
+    """An adapter of one module; `changes` of its tensors' shapes, by their last names, None for one that is left out."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
     folder.mkdir(exist_ok=True)
-    for name, content in {"adapter_config.json": '{"base_model_name_or_path": "some/base"}', **files}.items():
-        (folder / name).write_text(content)
+    (folder / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(CONFIG | (config or {})))
+    if record is not None:
+        (folder / "kit.json").write_text(record if isinstance(record, str) else json.dumps(RECORD.to_json() | record))
+    shapes = {f"{Q_PROJ}.lora_A.weight": (2, 576), f"{Q_PROJ}.lora_B.weight": (576, 2)} | changes.pop("shapes", {})
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if shape}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
 
 
 def test_an_adapter_of_other_makers_is_known_by_peft_alone(tmp_path):
-    adapter = make_adapter(tmp_path / "a", **{"adapter_model.safetensors": ""})
+    adapter = make_adapter(tmp_path / "a")
     assert infer.find_adapter(str(adapter)) == adapter
-    assert infer.read_adapter_record(adapter) == infer.AdapterRecord("some/base")
+    assert infer.check_adapter(adapter) == infer.AdapterRecord(infer.SMALL_MODEL, "cpu")
+    llama = {"base_model_name_or_path": "unsloth/llama-3.2-3b-instruct-unsloth-bnb-4bit"}
+    assert infer.read_adapter_record(make_adapter(tmp_path / "b", llama)).profile == "t4"
 
 
 def test_the_record_of_an_adapter_comes_back_as_it_was_written(tmp_path):
-    record = infer.AdapterRecord("some/base", "cpu", "0" * 12, DECODINGS["week3"])
-    adapter = make_adapter(tmp_path / "a", **{"kit.json": json.dumps(record.to_json())})
-    assert infer.read_adapter_record(adapter) == record
+    assert infer.check_adapter(make_adapter(tmp_path / "a", record={})) == RECORD
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"base_model": "b", "decoding": {"speed": 1}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", "null", '{"base_model": 3}', "[" * 10_000),
+        *({"decoding": {"speed": 1}}, {"decoding": 1}, {"pad": "odd"}, {"profile": "t4"}, {"prompt_fingerprint": 7}),
+        {"decoding": dataclasses.asdict(DECODINGS["week3"]) | {"max_new_tokens": 1.5}},
+        {"decoding": dataclasses.asdict(DECODINGS["week3"]) | {"stop": "soon"}},
+        {"decoding": dataclasses.asdict(DECODINGS["week3"]) | {"temperature": 1e-30}},
+        {"decoding": dataclasses.asdict(DECODINGS["week3"]) | {"count_prompt": 1}},
+    ],
+    ids=lambda content: str(content)[:30],
+)
 def test_a_broken_record_is_one_message(tmp_path, content):
-    adapter = make_adapter(tmp_path / "a", **{"kit.json": content})
+    adapter = make_adapter(tmp_path / "a", record=content)
     with pytest.raises(data.UsageError, match=r"kit\.json is broken"):
-        infer.read_adapter_record(adapter)
+        infer.check_adapter(adapter)
 
 
-def test_only_safetensors_make_an_adapter(tmp_path):
-    adapter = make_adapter(tmp_path / "a", **{"adapter_model.bin": "pickle"})
-    with pytest.raises(data.UsageError, match=r"adapter_model\.safetensors is missing"):
-        infer.find_adapter(str(adapter))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {"base_model_name_or_path": "some/base"}}, "made for 'some/base', and this kit asks unsloth/Llama-3.2-3B"),
+        ({"config": {"base_model_name_or_path": "../../etc"}}, "made for '../../etc', and this kit asks"),
+        ({"record": {"base_model": "/some/folder"}}, "made for '/some/folder', and this kit asks"),
+        ({"config": {"r": 4}}, "has the shape .2, 576., and .4, 576. is wanted"),
+        ({"config": {"r": "2"}}, "adapter_config.json is broken .r '2'"),
+        ({"config": {"lora_alpha": None}}, "adapter_config.json is broken"),
+        ({"config": {"use_dora": True}}, "asks for what this kit does not do: use_dora 'True'"),
+        ({"config": {"peft_type": "IA3"}}, "does not do: peft_type 'IA3'"),
+        ({"config": {"megatron_config": {"a": 1}, "megatron_core": "os"}}, "does not do: megatron_config"),
+        ({"config": {"corda_config": {"cache_file": "/etc/passwd"}}}, "does not do: corda_config"),
+        ({"config": {"init_lora_weights": "pissa"}}, "does not do: init_lora_weights 'pissa'"),
+        ({"config": {"modules_to_save": ["lm_head"]}}, "does not do: modules_to_save"),
+        ({"config": {"something_new": {"path": "../x"}}}, "does not do: something_new"),
+        ({"config": "[1]"}, "adapter_config.json is broken .a JSON list and no object"),
+        ({"config": "{"}, "adapter_config.json is broken"),
+        ({"shapes": {f"{Q_PROJ}.lora_A.weight": (2, 3072)}}, r"has the shape \(2, 3072\), and \(2, 576\) is wanted"),
+        ({"shapes": {Q_PROJ.replace(".0.", ".30.") + ".lora_A.weight": (2, 576)}}, "30.self_attn.q_proj.*is no LoRA tensor"),
+        ({"shapes": {"base_model.model.lm_head.weight": (49_153, 576)}}, "an embedding of 49,153 tokens, and .* has 49,152"),
+        ({"shapes": {f"{Q_PROJ}.lora_A.weight": None, f"{Q_PROJ}.lora_B.weight": None}}, "holds no LoRA tensors"),
+    ],
+)
+def test_an_adapter_that_cannot_be_asked_is_refused_with_what_is_wrong(tmp_path, changes, message):
+    adapter = make_adapter(tmp_path / "a", **changes)
+    with pytest.raises(data.UsageError, match=message):
+        infer.check_adapter(adapter)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_weights_that_are_cut_are_refused(tmp_path, size):
+    adapter = make_adapter(tmp_path / "a")
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(data.UsageError, match=r"adapter_model\.safetensors is cut or broken"):
+        infer.check_adapter(adapter)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "training.pkl"])
+def test_a_pickle_is_refused_by_its_name_and_is_not_opened(tmp_path, name):
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    adapter = make_adapter(tmp_path / "a")
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(data.UsageError, match=rf"safetensors is missing, and {name} is a pickle, which can run code"):
+        infer.check_adapter(adapter)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("content", ["../../elsewhere", "a/b", "", "\x1b[31m", "x" * 300])
+def test_the_note_of_the_latest_run_cannot_name_another_folder(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    infer.LATEST.parent.mkdir(parents=True)
+    infer.LATEST.write_text(content)
+    with pytest.raises(data.UsageError, match="names no run"):
+        infer.latest_adapter()
+
+
+@pytest.mark.slow
+def test_of_an_adapters_folder_nothing_but_weights_and_plain_numbers_is_followed(trained, tmp_path, monkeypatch, small_model):
+    """Files of a tokenizer that point elsewhere, code beside the weights, a module to import: the answer is as without them."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained.folder / "adapter", adapter)
+    request = infer.Request("What is croup?", dataclasses.replace(DECODINGS["kit"], max_new_tokens=6))
+    (tmp_path / "bomb.py").write_text(f"open({str(tmp_path / 'exploded')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"megatron_core": "bomb", "auto_mapping": {"base_model_class": "x", "parent_library": "bomb"}}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_file": "../../../etc/passwd", "auto_map": {"a": "b"}})
+    )
+    (adapter / "tokenizer.json").write_text("{}")
+    (adapter / "adapter_model.bin").write_bytes(b"cbomb\nnothing\n.")
+    answers = []
+    for folder in (trained.folder / "adapter", adapter):
+        loaded = infer.load_for_asking("cpu", folder)
+        [answer] = infer.answer_requests(loaded, [request])
+        answers.append(answer.token_ids)
+    assert answers[0] == answers[1] and not (tmp_path / "exploded").exists()
 
 
 def test_an_adapter_is_not_asked_on_another_base():
@@ -513,3 +621,21 @@ def test_progress_reaches_requests_times_cap_also_when_answers_end_early(small_m
 def test_a_question_that_leaves_no_room_for_its_answer_is_refused_with_numbers(small_model):
     with pytest.raises(data.UsageError, match=r"makes a prompt of \d{4} tokens; with an answer of up to 256 .* 1024"):
         infer.answer_requests(small_model, [Request("Why? " * 1000, Decoding())])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("a very long question " * 4762, r"makes a prompt of \d+ tokens; with an answer of up to 8 that is more than the 1024"),
+        ("?", "question is empty"),
+        ("\x00" * 100_000, "question is empty"),
+        ("Is it \x00 or \x9b31m?", r"holds \\x00 at character 7"),
+        ("half \ud800 a pair?", r"holds \\ud800 at character 6"),
+    ],
+    ids=["100,000 characters", "no words", "100,000 controls", "a control", "half a character"],
+)
+def test_a_question_that_cannot_be_asked_is_one_short_message(small_model, question, message):
+    with pytest.raises(data.UsageError, match=message) as caught:
+        infer.answer_requests(small_model, [Request(question, Decoding(max_new_tokens=8))])
+    assert len(str(caught.value)) < 400 and data.escape_controls(str(caught.value)) == str(caught.value)

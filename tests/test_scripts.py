@@ -47,12 +47,57 @@ print(json.dumps([out.getvalue(), sorted({{name.split(".")[0] for name in sys.mo
         assert f"python {script}.py" in shown and "--" in shown
 
 
+LONG = "a" * 101
+
+# Of each script: what is given, and what the message has to say.
 REFUSED = {
+    # data.py, and what train.py has from it
+    "no mix": (["train.py", "--mix", "week5"], "week4"),
+    "no profile": (["data.py", "--profile", "tpu"], "t4"),
+    "no flag": (["data.py", "--rows", "5"], "--rows"),
+    "no number": (["data.py", "--seed", "one"], "one"),
+    "seed": (["train.py", "--seed", "-1"], "--seed -1: a whole number"),
+    "large seed": (["data.py", "--seed", "4294967296"], "from 0 to 4294967295"),
+    "show": (["data.py", "--show", "-1"], "--show -1"),
+    "show as JSON": (["data.py", "--show", "1", "--json"], "Give one of the two"),
+    "custom without counts": (["data.py", "--mix", "custom"], "two counts are wanted"),
+    "custom of nothing": (["data.py", "--mix", "custom", "--num-conversational", "0", "--num-encyclopedic", "0"], "not both 0"),
+    "custom below 0": (["data.py", "--mix", "custom", "--num-conversational", "-1", "--num-encyclopedic", "5"], "0 or more"),
+    "counts without custom": (["train.py", "--num-conversational", "5"], "belong to --mix custom"),
+    "no rows": (["train.py", "--num-rows", "0"], "--num-rows 0: 1 or more"),
+    "no source": (["data.py", "--profile", "cpu", "--conversational", "rows.txt"], "'rows.txt' is no source"),
+    "empty source": (["data.py", "--profile", "cpu", "--conversational", ""], "'' is no source of rows"),
+    "no file": (["train.py", "--profile", "cpu", "--conversational", "none.jsonl"], "none.jsonl: no such file"),
+    "folder of rows": (["data.py", "--profile", "cpu", "--encyclopedic", "folder.jsonl"], "folder.jsonl: a folder"),
+    "empty rows": (["data.py", "--profile", "cpu", "--encyclopedic", "empty.jsonl"], "empty.jsonl: holds no rows"),
+    "cut rows": (["train.py", "--profile", "cpu", "--conversational", "cut.jsonl"], "cut.jsonl:2: broken JSON"),
+    "other columns": (["data.py", "--profile", "cpu", "--conversational", "columns.jsonl"], "has the columns a\\x1b[31mb"),
+    "rows in Latin-1": (["data.py", "--profile", "cpu", "--conversational", "latin.csv"], "not UTF-8 text"),
+    "no Parquet": (["data.py", "--profile", "cpu", "--conversational", "no.parquet"], "not a Parquet file"),
+    "an object of rows": (
+        ["data.py", "--profile", "cpu", "--conversational", "object.json"],
+        "a list of row objects is wanted",
+    ),
+    "hub id offline": (["data.py", "--profile", "cpu", "--encyclopedic", "nobody/nothing"], "Either go online, or give files"),
+    "plan of no file": (
+        ["train.py", "--profile", "t4", "--dry-run", "--conversational", "none.jsonl"],
+        "none.jsonl: no such file",
+    ),
+    # train.py
     "epochs": (["train.py", "--epochs", "0"], "--epochs 0.0: a number above 0"),
+    "endless epochs": (["train.py", "--epochs", "inf"], "--epochs inf: a number above 0"),
     "learning rate": (["train.py", "--learning-rate", "nan"], "--learning-rate nan"),
+    "steps": (["train.py", "--max-steps", "0"], "--max-steps 0: a number above 0"),
+    "rank": (["train.py", "--r", "2000"], "--r 2000: 1 to 1024"),
+    "alpha": (["train.py", "--lora-alpha", "-4"], "--lora-alpha -4"),
     "batch": (["train.py", "--per-device-train-batch-size", "5"], "a divisor of 16"),
+    "pad": (["train.py", "--pad", "eos"], "native"),
+    "best": (["train.py", "--best", "loss"], "eval_loss"),
+    "tracker": (["train.py", "--report-to", "mlflow"], "tensorboard"),
+    "modules": (["train.py", "--target-modules", "lm_head"], "all-linear"),
     "all problems at once": (["train.py", "--r", "0", "--max-steps", "-1"], "--max-steps -1"),
     "hours": (["train.py", "--max-hours", "0"], "--max-hours 0.0: a number above 0"),
+    "minutes": (["train.py", "--save-minutes", "-1"], "--save-minutes -1.0: a number of minutes"),
     "probes of a run": (["train.py", "--num-probes", "-1"], "--num-probes -1: 0 to 26"),
     "evaluations": (["train.py", "--eval-every", "1"], "--eval-every 1.0: a share above 0 and below 1"),
     "enough of what": (["train.py", "--stop-when-worse", "0"], "--stop-when-worse 0: 1 or more"),
@@ -65,61 +110,103 @@ REFUSED = {
     "tracker that is not there": (["train.py", "--profile", "cpu", "--report-to", "trackio"], "pip install trackio"),
     "merge offline": (["train.py", "--profile", "t4", "--merge"], "the hub, which cannot be reached"),
     "name": (["train.py", "--name", "../elsewhere"], "letters, digits"),
-    "no mix": (["train.py", "--mix", "week5"], "week4"),
-    "no file": (["train.py", "--profile", "cpu", "--conversational", "none.jsonl"], "none.jsonl: no such file"),
-    "plan of no file": (
-        ["train.py", "--profile", "t4", "--dry-run", "--conversational", "none.jsonl"],
-        "none.jsonl: no such file",
-    ),
-    "no source": (["data.py", "--profile", "cpu", "--conversational", "rows.txt"], "'rows.txt' is no source"),
-    "show": (["data.py", "--show", "-1"], "--show -1"),
-    "show as JSON": (["data.py", "--show", "1", "--json"], "Give one of the two"),
-    "custom without counts": (["data.py", "--mix", "custom"], "two counts are wanted"),
-    "counts without custom": (["train.py", "--num-conversational", "5"], "belong to --mix custom"),
-    "hub id offline": (["data.py", "--profile", "cpu", "--encyclopedic", "nobody/nothing"], "Either go online, or give files"),
+    "long name": (["train.py", "--name", LONG], "up to 100 letters"),
+    "output into a file": (["train.py", "--profile", "cpu", "--output-dir", "q.txt"], "--output-dir q.txt: q.txt is a file"),
+    # infer.py
     "no question": (["infer.py"], "stdin holds no question"),
+    "empty question": (["infer.py", " "], "question is empty"),
+    "question of marks": (["infer.py", "?!"], 'question is empty: "?!"'),
+    "question of controls": (["infer.py", "\x1b\x07"], 'question is empty: "\\x1b\\x07"'),
+    "control in a question": (["infer.py", "What is\x1b[31m croup?"], "holds \\x1b at character 8, which is no text"),
+    "question that is no UTF-8": (["infer.py", b"What is \xff croup?"], "holds \\udcff at character 9, which is no text"),
     "question and file": (["infer.py", "q?", "--questions", "q.txt"], "give one of the two"),
+    "questions missing": (["infer.py", "--questions", "none.txt"], "none.txt cannot be read"),
+    "questions that are none": (["infer.py", "--questions", "dots.txt"], 'dots.txt:2 is empty: "..."'),
+    "no questions": (["infer.py", "--questions", "empty.txt"], "empty.txt holds no questions"),
+    "questions in Latin-1": (["infer.py", "--questions", "latin.txt"], "latin.txt cannot be read as UTF-8"),
+    "questions without their column": (["infer.py", "--questions", "columns.jsonl"], "columns.jsonl:1: has no question"),
+    "questions in another file": (["infer.py", "--questions", "q.docx"], "questions are read from .txt"),
+    "questions in a folder": (["infer.py", "--questions", "folder.txt"], "folder.txt cannot be read"),
     "verify without a question": (["infer.py", "--verify"], "--verify takes one question"),
+    "compare without a question": (["infer.py", "-", "--compare", "decodings"], "--compare takes one question"),
+    "verify as JSON": (["infer.py", "q?", "--verify", "--json"], "--verify has a form of its own"),
+    "a file as JSON": (["infer.py", "--questions", "q.txt", "--json"], "--questions has a form of its own"),
     "compare and verify": (["infer.py", "q?", "--verify", "--compare", "models"], "--verify and --compare"),
     "compare models without adapter": (["infer.py", "q?", "--base", "--compare", "models"], "leave --base away"),
     "output without questions": (["infer.py", "q?", "--output", "a.jsonl"], "is for the answers of --questions"),
-    "penalty": (["infer.py", "q?", "--repetition-penalty", "0"], "--repetition-penalty 0.0: a number above 0"),
+    "output nowhere": (["infer.py", "--questions", "q.txt", "--output", "no/where.jsonl"], "a file in a folder that exists"),
+    "decoding": (["infer.py", "q?", "--decoding", "best"], "story-fix"),
+    "penalty": (["infer.py", "q?", "--repetition-penalty", "0"], "--repetition-penalty 0.0: a number from 0.1 to 10"),
+    "temperature": (["infer.py", "q?", "--temperature", "-1"], "--temperature -1.0: 0 (greedy), or a number from 0.01"),
+    "temperature that is none": (["infer.py", "q?", "--temperature", "nan"], "--temperature nan"),
     "top-p": (["infer.py", "q?", "--top-p", "2"], "--top-p 2.0: a share above 0"),
-    "seed": (["train.py", "--seed", "-1"], "--seed -1: a whole number"),
+    "n-grams": (["infer.py", "q?", "--no-repeat-ngram-size", "-3"], "--no-repeat-ngram-size -3: 0 (off) to 1024"),
+    "cap": (["infer.py", "q?", "--max-new-tokens", "0"], "--max-new-tokens 0: 1 to 1023"),
+    "large cap": (["infer.py", "q?", "--max-new-tokens", "5000"], "--max-new-tokens 5000: 1 to 1023"),
+    "sampling seed": (["infer.py", "q?", "--sampling-seed", "-1"], "--sampling-seed -1: a whole number"),
+    "threads": (["infer.py", "q?", "--threads", "0"], "--threads 0: 1 to"),
+    "many threads": (["infer.py", "q?", "--threads", "100000"], "the cores that this process may use"),
     "no GPU": (["infer.py", "q?", "--base", "--profile", "t4"], "The profile t4 needs a GPU"),
-    "output": (["infer.py", "--questions", "q.txt", "--output", "no/where.jsonl"], "q.txt cannot be read"),
-    "threads": (["infer.py", "q?", "--threads", "0"], "--threads 0"),
-    "questions missing": (["infer.py", "--questions", "none.txt"], "none.txt cannot be read"),
-    "hub adapter offline": (["infer.py", "q?", "--adapter", "nobody/nothing"], "nobody/nothing is no folder here"),
-    "empty question": (["infer.py", " "], "question is empty"),
     "base and adapter": (["infer.py", "q?", "--base", "--adapter", "x"], "--base asks without an adapter"),
-    "cap": (["infer.py", "q?", "--max-new-tokens", "0"], "1 or more"),
     "no adapter yet": (["infer.py", "q?"], "Train one: python train.py"),
-    "adapter missing": (["infer.py", "q?", "--adapter", "nowhere"], "nowhere is no adapter"),
+    "adapter missing": (["infer.py", "q?", "--adapter", "nowhere"], "'nowhere' is no adapter: it is not there"),
+    "adapter without a name": (["infer.py", "q?", "--adapter", ""], "--adapter is empty"),
+    "adapter that is a file": (["infer.py", "q?", "--adapter", "q.txt"], "'q.txt' is no adapter: it is a file"),
+    "empty adapter": (["infer.py", "q?", "--adapter", "folder.txt"], "adapter_config.json is missing"),
+    "adapter in a pickle": (["infer.py", "q?", "--adapter", "pickled"], "adapter_model.bin is a pickle, which can run code"),
+    "hub adapter offline": (["infer.py", "q?", "--adapter", "nobody/nothing"], "nobody/nothing is no folder here"),
+    # ablate.py
     "nothing to compare": (["ablate.py", "--study", "decoding"], "Train one: python train.py"),
     "no records": (["ablate.py", "--table"], "is not there. Make records first"),
     "no study": (["ablate.py", "--study", "week4"], "training"),
     "study name": (["ablate.py", "--name", "a/b"], "letters, digits"),
     "no probes": (["ablate.py", "--num-probes", "0"], "--num-probes 0: 1 or more"),
     "too many probes": (["ablate.py", "--num-probes", "27"], "--num-probes 27: 1 to 26"),
-    "no seeds": (["ablate.py", "--seeds", "0"], "--seeds 0: 1 or more"),
-    "no workers": (["ablate.py", "--workers", "0"], "--workers 0: 1 or more"),
+    "no seeds": (["ablate.py", "--seeds", "0"], "--seeds 0: 1 to 100"),
+    "too many seeds": (["ablate.py", "--seeds", "101"], "--seeds 101: 1 to 100"),
+    "no workers": (["ablate.py", "--workers", "0"], "--workers 0: 1 to 64"),
+    "no rows of a study": (["ablate.py", "--num-rows", "-9"], "--num-rows -9: 1 or more"),
     "adapter of a study that trains": (["ablate.py", "--adapter", "x"], "is for --study decoding"),
+    "adapter of a study that is a file": (["ablate.py", "--study", "decoding", "--adapter", "q.txt"], "it is a file"),
     "rows of a study that asks": (["ablate.py", "--study", "decoding", "--num-rows", "9"], "is for studies that train"),
+    "best of nothing": (["ablate.py", "--save-best", "--dry-run"], "--save-best writes into an adapter"),
     "table of nothing": (["ablate.py", "--table", "--dry-run"], "Give one of the two"),
-    "no rows": (["train.py", "--num-rows", "0"], "--num-rows 0: 1 or more"),
 }
+
+
+def make_bad_files(folder):
+    """What the cases above name, beside a question that could be asked."""
+    for name, content in {
+        "q.txt": b"What is croup?\n",
+        "empty.txt": b"\n",
+        "dots.txt": b"What is croup?\n...\n",
+        "latin.txt": "Was hilft gegen \xdcbelkeit?".encode("latin-1"),
+        "q.docx": b"What is croup?",
+        "empty.jsonl": b"",
+        "cut.jsonl": b'{"question": "q?", "answer": "a"}\n{"question": "q',
+        "columns.jsonl": b'{"a\\u001b[31mb": 1}\n',
+        "latin.csv": "question,answer\n\xdcbelkeit?,Tee\n".encode("latin-1"),
+        "no.parquet": b"PAR1",
+        "object.json": b"{}",
+    }.items():
+        (folder / name).write_bytes(content)
+    for name in ("folder.txt", "folder.jsonl", "pickled"):
+        (folder / name).mkdir()
+    (folder / "pickled" / "adapter_config.json").write_text("{}")
+    (folder / "pickled" / "adapter_model.bin").write_bytes(b"\x80\x04.")
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_message_and_exit_2(case, tmp_path):
     arguments, message = REFUSED[case]
+    make_bad_files(tmp_path)
+    there = sorted(tmp_path.rglob("*"))
     ran = run_script(*arguments, cwd=tmp_path)
     assert ran.returncode == 2, ran.stderr
     # tyro frames its messages to the terminal's width.
     assert " ".join(message.split()) in " ".join(ran.stderr.replace("│", " ").split())
-    assert "Traceback" not in ran.stderr
-    assert not (tmp_path / "runs").exists()
+    assert "Traceback" not in ran.stderr and "\x1b" not in ran.stderr
+    assert sorted(tmp_path.rglob("*")) == there
 
 
 def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_way_out(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -215,6 +216,21 @@ def test_an_added_pad_is_refused_unless_it_is_asked_for(tiny):
     train.check_before_training(model, tokenizer, make_recipe(pad="added"))
 
 
+def test_the_row_of_an_added_pad_is_the_same_whatever_was_drawn_before(tiny):
+    import torch
+
+    rows = []
+    for seed in (1, 2):
+        tokenizer, model = load_llama_tokenizer(), tiny()
+        torch.manual_seed(seed)
+        expected = torch.rand(1)
+        torch.manual_seed(seed)
+        infer.add_pad_token(model, tokenizer)
+        rows.append(model.get_input_embeddings().weight[-1])
+        assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(*rows) and rows[0].abs().max() > 0
+
+
 def test_pad_that_is_eos_and_weights_that_are_not_loras_are_refused_all_at_once(tiny):
     tokenizer, model = load_llama_tokenizer(), tiny(modules_to_save=["embed_tokens"])
     tokenizer.pad_token = tokenizer.eos_token
@@ -406,18 +422,18 @@ def read_metrics(folder):
     return [{name: line[name] for name in line.keys() & names} for line in lines]
 
 
-def test_metrics_after_the_step_to_go_on_from_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    train.keep_lines(path, 1)
-    assert not path.exists()
-    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"ste')
-    train.keep_lines(path, 1)
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
-    train.keep_lines(path, -1)
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"recipe": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"recipe": {}}',
+        '{"numbers": []}',
+        '{"numbers": null, "recipe": 1, "data_fingerprint": ""}',
+        "[" * 10_000,
+    ],
+)
 def test_a_broken_record_of_a_run_is_one_message(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(UsageError, match=r"run\.json is broken .* --restart"):
@@ -426,12 +442,19 @@ def test_a_broken_record_of_a_run_is_one_message(tmp_path, content):
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_by_the_clock_and_has_no_gate_comes_to_the_same_bytes(trained, tmp_path):
-    """Against the run that was not stopped and has a gate: neither a stop nor asking may change what is learned."""
+    """Against the run that was not stopped and has a gate: neither a stop nor asking may change what is learned.
+
+    It begins in that run's place, by --restart, which keeps it aside.
+    """
+    shutil.copytree(trained.cwd / "runs", tmp_path / "runs")
+    old = {path.name: path.read_bytes() for path in (trained.folder / "adapter").iterdir()}
     flags = ["train.py", *trained.flags, "--num-probes", "0"]
-    stopped = run_script(*flags, "--max-hours", "0.0001", cwd=tmp_path)
+    stopped = run_script(*flags, "--max-hours", "0.0001", "--restart", cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stderr
     folder = tmp_path / "runs" / "train" / "tiny"
     assert "Stopped by --max-hours after 1 of 4 steps" in stopped.stdout
+    kept = tmp_path / "runs" / "train" / "tiny.old-1" / "adapter"
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == old
     assert {path.name for path in folder.iterdir()} == {*("run.json", "metrics.jsonl", "curves.png", "adapter", "checkpoint-1")}
     assert "1 of 16 rows of 4 planned" in (folder / "adapter" / "README.md").read_text()
     checkpoint = (folder / "checkpoint-1").rename(folder / "elsewhere")
@@ -444,25 +467,29 @@ def test_a_run_that_was_stopped_by_the_clock_and_has_no_gate_comes_to_the_same_b
     assert {path.name for path in folder.iterdir()} == {"run.json", "metrics.jsonl", "curves.png", "adapter"}
     weights = "adapter/adapter_model.safetensors"
     assert (folder / weights).read_bytes() == (trained.folder / weights).read_bytes()
-    # One line more than the run without a stop has: the evaluation at the stop.
-    lines = [line for line in read_metrics(folder) if "train_loss" in line or line["step"] != 1]
-    assert lines == read_metrics(trained.folder)
+    # The evaluation at the stop is not among them.
+    assert read_metrics(folder) == read_metrics(trained.folder)
+    numbers = [json.loads((each / "run.json").read_text())["numbers"] for each in (folder, trained.folder)]
+    assert numbers[0]["eval_loss_before"] == numbers[1]["eval_loss_before"] and numbers[0]["chosen_step"] == 4
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_with_twice_the_accumulation(trained, tmp_path):
-    """On whole steps: where rows do not fill an epoch's last one, accelerate repeats some for the processes to be even."""
+    """With a stop after the first step, from which both go on. On whole steps: where rows do not fill an epoch's last one,
+    accelerate repeats some for the processes to be even."""
     gate = ["--num-probes", "1", "--best", "answers", "--stop-when-worse", "3"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    ran = subprocess.run(
-        [*torchrun, str(ROOT / "train.py"), *trained.flags, *gate],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
+    for stop in (["--max-hours", "0.0001"], []):
+        ran = subprocess.run(
+            [*torchrun, str(ROOT / "train.py"), *trained.flags, *gate, *stop],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("going on with runs/train/tiny after step 1 of 4") == 1
     # Rank 0 alone prints and writes.
     assert ran.stdout.count("trainable parameters") == 1 and ran.stdout.count("\neval loss ") == 1
     assert "4 rows x 2 forward passes x 2 processes" in ran.stdout

@@ -1,0 +1,420 @@
+"""What goes wrong beside the user: kills, full disks, cut files, no memory, clocks, signals, secrets."""
+
+import ast
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import CAN_CUT_NETWORK, ENVIRONMENT, NO_NETWORK, ROOT, SECRET, hear_ctrl_c, run_script
+
+import ablate
+import data
+import infer
+import train
+from data import UsageError
+from tests import faults
+
+# --- Files -------------------------------------------------------------------------------------------------------
+
+
+def fill(folder, text):
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_is_put_whole_in_the_place_of_another(tmp_path, monkeypatch, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr(data.ctypes, "CDLL", lambda *_, **__: object())
+    data.put_folder(fill(tmp_path / ".part", "new"), tmp_path / "there")
+    data.put_folder(fill(tmp_path / ".part", "newer"), tmp_path / "there")
+    assert (tmp_path / "there" / "file").read_text() == "newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_folder_that_is_exchanged_is_there_at_every_moment(tmp_path):
+    """A reader looks as fast as it can while another process puts folder after folder in the place."""
+    program = f"""
+import data, pathlib
+for number in range(300):
+    part = pathlib.Path({str(tmp_path)!r}) / ".part"
+    part.mkdir()
+    (part / "file").write_text("x" * 1000)
+    data.put_folder(part, part.with_name("there"))
+"""
+    fill(tmp_path / "there", "x" * 1000)
+    writer = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    looks = 0
+    while writer.poll() is None:
+        assert (tmp_path / "there").is_dir()
+        looks += 1
+    assert writer.returncode == 0 and looks > 1000
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_what_cannot_be_written_is_one_message_and_nothing_else_is_touched(tmp_path, monkeypatch, number):
+    path = tmp_path / "table.md"
+    path.write_text("old")
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(data, "_sync", refuse)
+    with pytest.raises(UsageError, match=rf"table\.md could not be written \({os.strerror(number)}; .* MiB are free there\)"):
+        data.write_whole(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_errors_of_other_kinds_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="other"), data.writing(tmp_path / "x"):
+        raise RuntimeError("other")
+    assert data.storage_problem(RuntimeError("I/O error: No space left on device (os error 28)")) == os.strerror(errno.ENOSPC)
+    assert "disk is full" in data.storage_problem(
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    )
+
+
+def test_a_line_is_appended_whole_or_an_error_is_raised(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    data.append_line(path, "é" * 50_000)
+    data.append_line(path, "two")
+    assert path.read_text(encoding="utf-8").split("\n") == ["é" * 50_000, "two", ""]
+    with pytest.raises(UsageError, match="full could not be written"):
+        data.append_line(tmp_path.__class__("/dev/full"), "three")
+
+
+def test_a_cache_folder_with_a_file_of_another_size_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    made = []
+
+    def build(folder):
+        made.append(folder)
+        (folder / "weights").write_bytes(b"0" * 1000)
+
+    folder = data.cached_folder("model", build)
+    assert data.cached_folder("model", build) == folder and len(made) == 1
+    for damage in (lambda: (folder / "weights").write_bytes(b"0" * 10), lambda: (folder / "weights").unlink()):
+        damage()
+        assert (data.cached_folder("model", build) / "weights").stat().st_size == 1000
+    (folder / data.CACHE_RECORD).write_text('{"wei')
+    data.cached_folder("model", build)
+    assert len(made) == 4 and sorted(path.name for path in folder.parent.iterdir()) == ["model", "model.lock"]
+
+
+# --- Checkpoints -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class State:
+    """Of transformers' TrainerState what a checkpoint's record needs."""
+
+    global_step: int
+    eval_steps: int = 2
+    max_steps: int = 9
+    log_history: list = dataclasses.field(default_factory=list)
+
+
+def put_checkpoint(folder, step, log_history=()):
+    written = fill(folder / train.TRAINER_FOLDER / f"checkpoint-{step}", f"weights {step}")
+    train.put_checkpoint(written, folder, State(step, log_history=list(log_history)), 12.34)
+
+
+def test_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path, capsys):
+    for step in (1, 2, 10):
+        put_checkpoint(tmp_path, step)
+    assert [path.name for path in train.list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-2"]
+    assert train.find_checkpoint(tmp_path).step == 10
+    file = tmp_path / "checkpoint-10" / "trainer" / "file"
+    file.write_text("weigh")
+    assert train.find_checkpoint(tmp_path).step == 2
+    assert "checkpoint-10 is damaged (not as they were written: trainer/file); checkpoint-2 is taken" in capsys.readouterr().err
+    (tmp_path / "checkpoint-2" / "trainer" / "optimizer.bin").write_text("not ours")
+    with pytest.raises(UsageError, match=r"damaged .*, and there is no other to go on from\. Put it back, or train anew"):
+        train.find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"step": "x"}', '{"step": 1e999}'])
+def test_a_checkpoint_whose_record_is_broken_is_none(tmp_path, content):
+    put_checkpoint(tmp_path, 3)
+    (tmp_path / "checkpoint-3" / train.CHECKPOINT_RECORD).write_text(content)
+    with pytest.raises(UsageError, match=r"checkpoint-3 is damaged \(checkpoint\.json"):
+        train.find_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_knows_whether_its_evaluation_is_still_to_come(tmp_path):
+    for step, log, due in ((2, [], True), (2, [{"eval_loss": 1.0, "step": 2}], False), (3, [], False), (9, [], True)):
+        put_checkpoint(tmp_path, step, log)
+        assert train.read_checkpoint(tmp_path / f"checkpoint-{step}").evaluation_is_due == due
+
+
+def test_records_and_adapter_are_made_what_they_were_at_the_checkpoint(tmp_path):
+    fill(tmp_path / "adapter", "best by then")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    put_checkpoint(tmp_path, 1)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    (tmp_path / "samples.jsonl").write_text("{}\n")
+    (tmp_path / "adapter" / "file").write_text("cu")
+    train.restore(train.find_checkpoint(tmp_path), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n' and not (tmp_path / "samples.jsonl").exists()
+    assert (tmp_path / "adapter" / "file").read_text() == "best by then"
+
+
+def test_a_disk_without_room_is_told_before_anything_is_trained(tmp_path, monkeypatch):
+    recipe = train.resolve_recipe(train.TrainConfig(profile="cpu"))
+    plan = train.make_plan(recipe, "float32", 100, 10_000, 500)
+    train.check_disk(plan, tmp_path / "run", goes_on=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 50 * 2**20))
+    with pytest.raises(UsageError, match=r"will need up to \d+ MiB more of disk .* 50 MiB are free there\. Make room"):
+        train.check_disk(plan, tmp_path / "run", goes_on=False)
+
+
+# --- Runs that are ended -----------------------------------------------------------------------------------------
+
+
+def start_training(trained, cwd, *flags):
+    """The run of the fixture, begun in another folder; what it says goes to `words.txt`."""
+    env = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1"}
+    with (cwd / "words.txt").open("w") as words:
+        command = [sys.executable, str(ROOT / "train.py"), *trained.flags, *flags]
+        return subprocess.Popen(command, cwd=cwd, env=env, stdout=words, stderr=words, preexec_fn=hear_ctrl_c)
+
+
+def wait_for(process, happened):
+    while not happened():
+        assert process.poll() is None, "it ended too early"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes(trained, tmp_path):
+    """Ctrl-C in a step and SIGTERM in an evaluation; between them a second process, other values and other rows."""
+    folder = tmp_path / "runs" / "train" / "tiny"
+    process = start_training(trained, tmp_path)
+    wait_for(process, lambda: (folder / "metrics.jsonl").is_file() and "eval_loss" in (folder / "metrics.jsonl").read_text())
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 128 + signal.SIGINT
+    said = (tmp_path / "words.txt").read_text()
+    assert (
+        "Interrupted after step 1 of 4, which is saved in runs/train/tiny. The same line (without --restart) goes on." in said
+    )
+    assert "Traceback" not in said
+    assert {path.name for path in folder.iterdir() if path.name != train.TRAINER_FOLDER} == {
+        *("run.json", "metrics.jsonl", "samples.jsonl", "checkpoint-1")
+    }
+    other = run_script("train.py", *trained.flags, "--r", "8", "--seed", "1", cwd=tmp_path)
+    assert other.returncode == 2 and "holds a run with other values:" in other.stderr
+    assert "  r: 16 there, 8 now\n" in other.stderr and "  seed: 3407 there, 1 now\n" in other.stderr
+
+    process = start_training(trained, tmp_path)
+    wait_for(process, lambda: (folder / "checkpoint-2").is_dir())
+    second = run_script("train.py", *trained.flags, cwd=tmp_path)
+    assert second.returncode == 2, second.stderr
+    assert f"runs/train/tiny is being trained by process {process.pid} on " in second.stderr
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    said = (tmp_path / "words.txt").read_text()
+    assert "going on with runs/train/tiny after step 1 of 4" in said and "Interrupted after step " in said
+
+    # The last checkpoint is cut by something else: the one before it serves.
+    last = train.list_checkpoints(folder)[0]
+    weights = last / "trainer" / "optimizer.pt"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    finished = run_script("train.py", *trained.flags, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert f"{last.name} is damaged (not as they were written: trainer/optimizer.pt); checkpoint-" in finished.stderr
+    for name in ("adapter/adapter_model.safetensors", "metrics.jsonl", "samples.jsonl", "adapter/known_words.txt"):
+        assert (folder / name).read_bytes() == (trained.folder / name).read_bytes(), name
+    assert {path.name for path in folder.iterdir()} == {path.name for path in trained.folder.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CAN_CUT_NETWORK, reason="a disk of its own needs a user namespace")
+def test_a_disk_that_fills_up_takes_nothing_with_it(trained, tmp_path):
+    """On a real disk of 330 MB, which another file fills up while the second step is trained."""
+    script = f"""
+mount -t tmpfs -o size=330m tmpfs disk
+"$@" --output-dir disk --save-minutes 0 & run=$!
+until [ -d disk/tiny/checkpoint-1 ]; do sleep 0.1; done
+dd if=/dev/zero of=disk/other bs=1M 2> /dev/null
+wait $run; echo "code $?"
+cp -a disk/tiny kept
+rm disk/other
+"$@" --output-dir disk || exit 1
+cp -a disk/tiny/adapter {tmp_path}/adapter
+"""
+    (tmp_path / "disk").mkdir()
+    command = [*NO_NETWORK, "--mount", "sh", "-c", script, "sh", sys.executable, str(ROOT / "train.py"), *trained.flags]
+    ran = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "code 2" in ran.stdout and "Traceback" not in ran.stderr
+    # Whatever comes to be written first: a line of metrics, or the checkpoint.
+    assert (
+        re.search(r"disk/tiny/(checkpoint-2|metrics\.jsonl) could not be written \(", ran.stderr) and "Make room" in ran.stderr
+    )
+    assert train.find_checkpoint(tmp_path / "kept").step == 1
+    assert [path.name for path in (tmp_path / "kept").glob(".*")] == []
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "adapter" / weights).read_bytes() == (trained.folder / "adapter" / weights).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train.py", "infer.py"])
+def test_too_little_memory_is_one_message_that_says_what_to_lower(trained, tmp_path, script):
+    """With so much address space libraries and model fit in, and no batch: 6.5 GB in training; for an answer 4.2 GB."""
+    flags = {
+        "train.py": [*trained.flags, "--per-device-train-batch-size", "16"],
+        "infer.py": ["What is croup?", "--base", "--profile", "cpu"],
+    }[script]
+    limit = {"train.py": 6_000_000, "infer.py": 3_500_000}[script]
+    ran = subprocess.run(
+        ["sh", "-c", f'ulimit -v {limit} && exec "$@"', "sh", sys.executable, str(ROOT / script), *flags],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert "error: Out of memory (" in ran.stderr and "Traceback" not in ran.stderr
+    order = {
+        "train.py": ["--per-device-train-batch-size", "--r", "--target-modules"],
+        "infer.py": ["--max-new-tokens", "--threads"],
+    }
+    places = [ran.stderr.index(flag) for flag in order[script]]
+    assert places == sorted(places)
+
+
+@pytest.mark.slow
+def test_a_file_of_questions_is_asked_by_one_process_and_a_signal_keeps_what_is_answered(trained, tmp_path):
+    (tmp_path / "q.txt").write_text("What is croup?\nWhat is a stye, and how is it treated at home?\n")
+    flags = ["infer.py", "--questions", tmp_path / "q.txt", "--max-new-tokens", "8", "--profile", "cpu"]
+    output = tmp_path / "q.answers.jsonl"
+    with output.open("ab") as held:
+        data.fcntl.flock(held, data.fcntl.LOCK_EX)
+        second = run_script(*flags, cwd=trained.cwd)
+    assert second.returncode == 2 and f"Another process writes to {output}" in second.stderr
+    command = [sys.executable, str(ROOT / "infer.py"), *map(str, flags[1:]), "--max-new-tokens", "900"]
+    with (tmp_path / "words.txt").open("w") as words:
+        process = subprocess.Popen(command, cwd=trained.cwd, env=ENVIRONMENT, stdout=words, stderr=words)
+    wait_for(process, lambda: "answering:" in (tmp_path / "words.txt").read_text())
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    said = (tmp_path / "words.txt").read_text()
+    assert f"Interrupted. {output} keeps what is answered so far; the same line goes on." in said and "Traceback" not in said
+
+
+# --- Kills -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_case(tmp_path, request):
+    numbers = iter(range(1000))
+
+    def make():
+        cwd = tmp_path / str(next(numbers))
+        cwd.mkdir()
+        return faults.CASES[request.param](cwd)
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make_case", ["train"], indirect=True)
+def test_training_runs_that_are_killed_lose_nothing_and_come_to_the_same_bytes(make_case, trained, rounds):
+    figures = faults.run_rounds(make_case, faults.Training(trained.cwd).result(), 50, rounds, seed=time.time_ns(), report=print)
+    assert (figures.rounds, figures.lost, figures.different) == (rounds, 0, 0), figures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make_case", ["ablation"], indirect=True)
+def test_studies_that_are_killed_lose_nothing_and_come_to_the_same_bytes(make_case, ablated, rounds):
+    study, seconds = ablated
+    reference = faults.Study(study.parents[2]).result()
+    figures = faults.run_rounds(make_case, reference, seconds, rounds, seed=time.time_ns(), report=print)
+    assert (figures.rounds, figures.lost, figures.different) == (rounds, 0, 0), figures
+
+
+# --- Clocks and secrets ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["data", "infer", "train", "ablate"])
+def test_no_script_goes_by_a_clock_that_may_be_set_back(script):
+    """Seconds are differences of a monotonic clock, and nothing is decided by a date."""
+    tree = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))
+    clocks = {
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("time.")
+    }
+    assert clocks <= {"time.monotonic", "time.perf_counter", "time.sleep"}
+    assert "datetime" not in ast.unparse(tree)
+
+
+def test_tokens_are_taken_out_of_what_is_told(monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("HF_TOKEN", "hf_short")
+    text = "key 0123456789abcdef, hub hf_AbCdEfGhIjKlMnOpQr, short hf_short"
+    assert data.redact(text) == "key ***, hub ***, short ***"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--push-to-hub", "hf_AbCdEfGhIjKlMnOpQr/x"])
+    record = train.make_record(train.resolve_recipe(train.TrainConfig(profile="cpu")), data.Mix([], [], {}, {}, {}))
+    assert record["argv"] == ["train.py", "--push-to-hub", "***/x"]
+
+
+@pytest.mark.slow
+def test_no_run_leaves_a_token_in_a_file_or_says_it(trained, ablated):
+    """Both fixtures ran with a token in their environment."""
+    assert SECRET not in trained.process.stdout + trained.process.stderr
+    for cwd in (trained.cwd, ablated[0].parents[2]):
+        files = [path for path in cwd.rglob("*") if path.is_file()]
+        assert len(files) > 10
+        assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_nothing_that_is_told_steers_the_terminal(tmp_path):
+    nasty = "\x1b]0;title\x07\x1b[31m\x9b2J\u202egnihtyna\r"
+    shown = data.escape_controls(nasty)
+    assert shown.isprintable() and "\\x1b" in shown and "\\u202e" in shown
+    line = data.to_json({"text": nasty})
+    assert line.isprintable() and json.loads(line) == {"text": nasty}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": nasty + "q?" * 20, nasty: "a"}) + "\n")
+    ran = run_script("data.py", "--profile", "cpu", "--conversational", "rows.jsonl", cwd=tmp_path)
+    assert ran.returncode == 2 and not set("\x1b\x07\x9b\u202e") & set(ran.stderr)
+
+
+def test_the_card_shows_answers_as_they_are_and_obeys_nothing_in_them():
+    sample = {
+        "question": "q `a` | b\n# c",
+        "text": "</pre><script>alert(1)</script>\n\n# heading\x1b[31m",
+        "verdict": "sound",
+        "finish_reason": "stop",
+        "decoding": dataclasses.asdict(infer.DECODINGS["kit"]),
+        "facts": {"named": [], "missing": ["x"], "wrong": []},
+    }
+    card = "\n".join(train.format_card_answers([sample]))
+    assert "<script" not in card and "\x1b" not in card and card.count("<pre>") == card.count("</pre>") == 1
+    assert "\n# " not in card.replace("\n\n# heading", "")
+
+
+def test_a_process_that_nobody_reads_ends_without_a_word(tmp_path):
+    """`python data.py --json | head -1`, with more than a pipe holds."""
+    line = f"{sys.executable} {ROOT / 'data.py'} --profile cpu --show 285 | head -c 100"
+    ran = subprocess.run(
+        ["bash", "-c", line + '; echo "${PIPESTATUS[0]}"'], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.endswith("141\n") and "Traceback" not in ran.stderr and "Broken" not in ran.stderr
+
+
+def test_a_study_of_records_of_other_makers_is_refused(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({"study": "all"}))
+    with pytest.raises(UsageError, match=r"study\.json is broken .*Remove it"):
+        ablate.read_records(tmp_path)

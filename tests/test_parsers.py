@@ -1,0 +1,263 @@
+"""Whatever stands in a file of rows, questions or records: it is read, or refused in one message."""
+
+import contextlib
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ablate
+import data
+import infer
+import train
+from data import UsageError
+
+# The folder of a test is the same for all its examples, each of which writes its file anew.
+EXAMPLES = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(
+    ["q?", "\x00", "\ud800", "\u2028", "a\nb", "[" * 300]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def objects(*names):
+    """JSON objects that have some of the names that are looked for, with anything as their values."""
+    return st.dictionaries(st.sampled_from(names) | TEXTS, JSON, max_size=len(names) + 1) | JSON
+
+
+def mutate(draw, value):
+    """The JSON value with one of its parts, however deep, put in place by any other, or left out."""
+    if isinstance(value, dict) and value and draw(st.booleans() | st.just(True)):
+        name = draw(st.sampled_from(sorted(value)))
+        if draw(st.integers(0, 5)) == 0:
+            return {key: each for key, each in value.items() if key != name}
+        return value | {name: mutate(draw, value[name])}
+    if isinstance(value, list) and value and draw(st.booleans()):
+        place = draw(st.integers(0, len(value) - 1))
+        return [*value[:place], mutate(draw, value[place]), *value[place + 1 :]]
+    return draw(JSON)
+
+
+def dumps(value):
+    return json.dumps(value, ensure_ascii=True)
+
+
+@contextlib.contextmanager
+def read_or_refused():
+    """A refusal is one message, which ends nothing and steers nothing once it is printed."""
+    try:
+        yield
+    except UsageError as error:
+        message = str(error)
+        assert message and len(message) < 2000, message
+        assert data.escape_controls(message).replace("\n", "").replace("\t", "").isprintable() or not message.isascii()
+
+
+# --- Rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", data.FILE_SUFFIXES)
+@EXAMPLES
+@given(content=st.binary(max_size=200))
+def test_any_bytes_as_a_file_of_rows(tmp_path, suffix, content):
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(content)
+    with read_or_refused():
+        rows = data.load_rows(str(path), "conversational")
+        assert rows and all(isinstance(row, data.Row) for row in rows)
+
+
+ROW_NAMES = ("question", "answer", "instruction", "input", "output", "messages")
+
+
+@EXAMPLES
+@given(records=st.lists(objects(*ROW_NAMES), min_size=1, max_size=3))
+def test_any_json_as_rows(tmp_path, records):
+    (tmp_path / "rows.jsonl").write_text("".join(dumps(record) + "\n" for record in records))
+    (tmp_path / "rows.json").write_text(dumps(records))
+    for name in ("rows.jsonl", "rows.json"):
+        with read_or_refused():
+            for row in data.load_rows(str(tmp_path / name), "encyclopedic"):
+                # Read as text that can be written again.
+                assert (row.question + row.answer).encode() is not None and row.key
+
+
+@EXAMPLES
+@given(cells=st.lists(st.lists(st.text(st.characters(codec="utf-8"), max_size=10), max_size=4), max_size=4))
+def test_any_table_as_rows(tmp_path, cells):
+    table = io.StringIO()
+    csv.writer(table).writerows([["question", "answer"], *cells])
+    (tmp_path / "rows.csv").write_text(table.getvalue(), encoding="utf-8", newline="")
+    with read_or_refused():
+        data.load_rows(str(tmp_path / "rows.csv"), "conversational")
+
+
+@EXAMPLES
+@given(questions=st.lists(TEXTS, min_size=2, max_size=2), answers=st.lists(TEXTS, min_size=2, max_size=2))
+def test_rows_come_back_as_they_were_written(tmp_path, questions, answers):
+    path = tmp_path / "rows.jsonl"
+    pairs = list(zip(questions, answers, strict=True))
+    path.write_text("".join(dumps({"question": question, "answer": answer}) + "\n" for question, answer in pairs))
+    with read_or_refused():
+        rows = data.load_rows(str(path), "conversational")
+        assert [(row.question, row.answer) for row in rows] == [(one.strip(), other.strip()) for one, other in pairs]
+
+
+# --- Questions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+@EXAMPLES
+@given(content=st.binary(max_size=200) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")))
+def test_any_bytes_as_a_file_of_questions(tmp_path, suffix, content):
+    path = tmp_path / f"questions{suffix}"
+    path.write_bytes(content)
+    with read_or_refused():
+        for question in infer.read_questions(path):
+            infer.check_question(question)
+
+
+@EXAMPLES
+@given(records=st.lists(objects("question"), min_size=1, max_size=3))
+def test_any_json_as_questions(tmp_path, records):
+    (tmp_path / "q.jsonl").write_text("".join(dumps(record) + "\n" for record in records))
+    with read_or_refused():
+        assert all(isinstance(question, str) for question in infer.read_questions(tmp_path / "q.jsonl"))
+
+
+@EXAMPLES
+@given(question=st.text(max_size=200) | TEXTS)
+def test_any_text_as_a_question(question):
+    with read_or_refused():
+        infer.check_question(question)
+        assert any(character.isalnum() for character in question)
+        assert question.encode("utf-8") and not set(question) & set(map(chr, range(9)))
+
+
+# --- Records -----------------------------------------------------------------------------------------------------
+
+RECORD = infer.AdapterRecord(infer.SMALL_MODEL, "cpu", "0" * 12, infer.DECODINGS["kit"]).to_json()
+CONFIG = {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+CONFIG |= {"r": 2, "lora_alpha": 4, "bias": "none", "init_lora_weights": True, "rank_pattern": {}, "use_dora": False}
+
+
+@EXAMPLES
+@given(draw=st.data())
+def test_any_record_of_an_adapter(tmp_path, draw):
+    record, config = mutate(draw.draw, RECORD), mutate(draw.draw, CONFIG)
+    (tmp_path / "kit.json").write_text(dumps(record))
+    (tmp_path / "adapter_config.json").write_text(dumps(config))
+    with read_or_refused():
+        read = infer.read_adapter_record(tmp_path)
+        assert read.profile in infer.PROFILES and read.pad in ("native", "added")
+        assert read.decoding is None or read.decoding.max_new_tokens < data.MAX_SEQ_LENGTH
+    with read_or_refused():
+        assert infer.read_lora_shape(tmp_path).r >= 1
+
+
+@EXAMPLES
+@given(content=st.binary(max_size=300), header=JSON)
+def test_any_bytes_as_weights(tmp_path, content, header):
+    (tmp_path / "adapter_config.json").write_text(dumps(CONFIG))
+    text = dumps(header).encode()
+    for weights in (content, len(text).to_bytes(8, "little") + text + content):
+        (tmp_path / "adapter_model.safetensors").write_bytes(weights)
+        with pytest.raises(UsageError):
+            infer.check_adapter(tmp_path)
+
+
+@EXAMPLES
+@given(draw=st.data())
+def test_any_record_of_a_run(tmp_path, draw):
+    recipe = train.resolve_recipe(train.TrainConfig(profile="cpu"))
+    record = train.make_record(recipe, data.Mix([], [], {}, {}, {}))
+    (tmp_path / "run.json").write_text(dumps(mutate(draw.draw, json.loads(json.dumps(record)))))
+    with read_or_refused():
+        read = train.find_record(tmp_path, recipe, record["data_fingerprint"])
+        assert train.is_complete(read) in (True, False)
+
+
+@EXAMPLES
+@given(draw=st.data())
+def test_any_record_of_a_checkpoint(tmp_path, draw):
+    record = {"step": 1, "planned_steps": 4, "eval_steps": 2, "training_seconds": 1.5, "evaluation_is_due": True, "sha256": {}}
+    (tmp_path / train.CHECKPOINT_RECORD).write_text(dumps(mutate(draw.draw, record)))
+    with contextlib.suppress(ValueError):
+        assert isinstance(train.read_checkpoint(tmp_path).step, int)
+
+
+def make_answer():
+    question = data.read_probes()[0].question
+    answer = infer.Answer(question, "Rest.", [5, 2], "stop", 9, 2, 0, infer.DECODINGS["kit"], "model", None, 0.0)
+    return json.loads(json.dumps(infer.judge_answer(answer, probe=data.read_probes()[0]).to_record()))
+
+
+ANSWER = make_answer()
+
+
+@EXAMPLES
+@given(draw=st.data())
+def test_any_answers_of_an_earlier_start(tmp_path, draw):
+    path = tmp_path / "a.jsonl"
+    line = dumps(mutate(draw.draw, ANSWER))
+    content = (line + "\n").encode() + draw.draw(st.just(line[: len(line) // 2].encode()) | st.binary(max_size=20))
+    path.write_bytes(content)
+    try:
+        answers = infer.read_answered(path, {"model": "model"})
+    except UsageError:
+        assert path.read_bytes() == content
+    else:
+        assert all(isinstance(answer["question"], str) for answer in answers)
+        assert len(path.read_bytes().splitlines()) == len(answers)
+
+
+@EXAMPLES
+@given(draw=st.data())
+def test_any_cell_of_a_study_makes_a_page_or_is_refused(tmp_path, draw):
+    settings_ = {"arm": "base", "seed": 0, "decoding": "kit"}
+    training = {"eval_loss_before": 3.0, "eval_loss": 2.0, "mean_token_accuracy": 0.5, "adapter_bytes": 4_000_000}
+    training |= {"training_seconds": 60.0, "train_rows": 64, "train_tokens": 9000, "steps": 4}
+    result = {
+        "settings": settings_,
+        "training": training,
+        "again": {"asked": 1, "same": 1, "tokens": 64},
+        "stop_ids": [2],
+        "made_by": {"machine": "a", "dtype": "float32", "versions": {}, "commit": None},
+    }
+    about = {
+        "study": "all",
+        "command": "python ablate.py",
+        "base_model": "model",
+        "probes": ["a"],
+        "questions": [ANSWER["question"]],
+    }
+    about |= {"models": [["base", "base", {"kit": ablate.digest_json(settings_)}]]}
+    which = draw.draw(st.integers(0, 2))
+    folder = tmp_path / "cells" / "base.kit"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (path, record) in enumerate(
+        ((tmp_path / "study.json", about), (folder / "result.json", result), (folder / "generations.jsonl", ANSWER))
+    ):
+        record = mutate(draw.draw, record) if number == which else record
+        Path(path).write_text(dumps(record) + "\n")
+    with read_or_refused():
+        ablate.make_page(ablate.read_records(tmp_path))
+
+
+@EXAMPLES
+@given(draw=st.data())
+def test_any_probe(tmp_path, draw):
+    line = data.PROBES.read_text(encoding="utf-8").split("\n")[0]
+    (tmp_path / "probes.jsonl").write_text(dumps(mutate(draw.draw, json.loads(line))) + "\n")
+    with read_or_refused():
+        for probe in data.read_probes(tmp_path / "probes.jsonl"):
+            assert isinstance(probe.question, str)

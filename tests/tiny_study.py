@@ -1,0 +1,31 @@
+"""`ablate.py` with a table of few and short arms, so that a study may be killed often; all else is the real one.
+
+    python -m tests.tiny_study CONVERSATIONAL ENCYCLOPEDIC [FLAG ...]
+
+The base model and one training run of two steps on the rows of the two files, each under three decodings.
+"""
+
+import dataclasses
+import sys
+
+import ablate
+import data
+import infer
+
+ARM, DECODINGS = "kit-by-loss", ("plain", "week3", "kit")
+
+
+def use_tiny_tables(conversational, encyclopedic):
+    ablate.STUDIES["all"] = dict.fromkeys(("base", ARM), DECODINGS)
+    ablate.STUDIES["decoding"] = dict.fromkeys(("base", "adapter"), DECODINGS)
+    ablate.TRAINING_ARMS = {ARM: ablate.TRAINING_ARMS[ARM]}
+    ablate.DECODING_ARMS = {name: dataclasses.replace(infer.DECODINGS[name], max_new_tokens=12) for name in DECODINGS}
+    training_flags = ablate.training_flags
+    sources = ("--conversational", conversational, "--encyclopedic", encyclopedic)
+    ablate.training_flags = lambda *given: (*training_flags(*given), *sources, "--max-steps", "2", "--save-minutes", "0")
+
+
+if __name__ == "__main__":
+    use_tiny_tables(*sys.argv[1:3])
+    sys.argv = ["ablate.py", *sys.argv[3:]]
+    data.run_command(ablate.AblateConfig, ablate.main, __doc__)
