@@ -347,6 +347,10 @@ def resolve_recipe(config: TrainConfig) -> Recipe:
 # --- The run folder ----------------------------------------------------------------------------------------------
 
 
+# By these words ablate.py knows this refusal.
+HOLDS_OTHER_VALUES = "holds a run with other values"
+
+
 def find_record(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[str, Any] | None:
     """The record of the run in `folder`, whose `numbers` are None until it is done or stopped by --max-hours; or None.
 
@@ -378,9 +382,6 @@ def find_record(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[str
             + "\nChoose another --name, or keep that run aside and train anew with --restart."
         )
     return record
-
-
-HOLDS_OTHER_VALUES = "holds a run with other values"
 
 
 def is_complete(record: Mapping[str, Any]) -> bool:
@@ -459,7 +460,12 @@ def digest_files(folder: Path) -> dict[str, str]:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Folders of the run's checkpoints, the last step's first."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.partition("-")[2].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was made, by its folder's name."""
+    return int(checkpoint.name.partition("-")[2])
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -1405,10 +1411,11 @@ def train_and_evaluate(
             if evaluations[-1]["step"] < trainer.state.global_step:
                 evaluations.append(trainer.evaluate())
     except data.Interrupted as interrupted:
-        said = f"Interrupted after step {trainer.saved_step} of {trainer.state.max_steps}, which is saved in {folder}. "
-        said += "The same line (without --restart) goes on."
-        if not trainer.saved_step:
-            said = "Interrupted before the first step was saved. The same line begins anew."
+        said = "Interrupted before the first step was saved. The same line begins anew."
+        # What is there, for a second Ctrl-C may have come while the last step was being saved.
+        for last in list_checkpoints(folder)[:1]:
+            said = f"Interrupted after step {step_of(last)} of {trainer.state.max_steps}, which is saved in {folder}. "
+            said += "The same line (without --restart) goes on."
         raise data.Interrupted(interrupted.number, said) from None
     finally:
         trainer.progress.close()
@@ -1994,7 +2001,7 @@ def main(config: TrainConfig) -> None:
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise UsageError(f"--output-dir {config.output_dir}: {file} is a file, and a folder is wanted.")
     for name, value in dataclasses.asdict(recipe).items():
-        print(f"{name:<30}{value}")
+        print(f"{name:<30}{data.escape_controls(str(value))}")
     print(f"{'run folder':<30}{folder}", flush=True)
     from_files = all(Path(source).is_file() for source in (recipe.conversational, recipe.encyclopedic))
     needs_hub = recipe.profile != "cpu" or not from_files or config.push_to_hub
