@@ -204,7 +204,7 @@ ABLATION: dict[ProfileName, AblationValues] = {
         workers=2,
         start_seconds=20,
         evaluation_seconds=12,
-        tokens_per_second=180,
+        tokens_per_second=400,
         step_seconds=0.05,
         row_seconds=0.012,
     ),
@@ -472,17 +472,18 @@ def plan_training(grid: Grid, model: Model, counted: dict[Any, tuple[int, int]])
 
 
 def plan_answers(grid: Grid, model: Model, decodings: Sequence[str], lengths: Mapping[str, int]) -> tuple[float, int]:
-    """`(seconds, tokens)` of asking the model, where prompts of one length share forward passes; `lengths` are theirs."""
+    """`(seconds, tokens)` of asking the model, where prompts of one padded length share passes; `lengths` are theirs."""
     values = ABLATION[grid.profile]
     rows: dict[int, list[int]] = {}
     requests = make_requests(model, decodings, grid.questions)
     for places in infer.merge_requests(requests).values():
         cap = max(requests[place].decoding.max_new_tokens for place in places)
-        rows.setdefault(lengths[requests[places[0]].question], []).append(cap)
+        rows.setdefault(infer.padded_width(lengths[requests[places[0]].question]), []).append(cap)
     seconds = values.start_seconds
-    for caps in rows.values():
-        for start in range(0, len(caps), infer.MAX_ROWS):
-            batch = caps[start : start + infer.MAX_ROWS]
+    for width, caps in rows.items():
+        size = infer.max_rows(width + max(caps))
+        for start in range(0, len(caps), size):
+            batch = caps[start : start + size]
             seconds += max(batch) * (values.step_seconds + len(batch) * values.row_seconds)
     again = values.step_seconds + len(decodings) * values.row_seconds
     return seconds + AGAIN_TOKENS * again, infer.count_new_tokens(requests)
@@ -1969,15 +1970,18 @@ def draw_picture(records: Records, path: Path) -> None:
 
 def draw_grid(axes: Any, records: Records, arms: Sequence[str], names: Sequence[str], questions: int) -> None:
     """One square an answer: a line for each arm, a block of columns for each decoding."""
+    from matplotlib.collections import PatchCollection
     from matplotlib.patches import Patch, Rectangle
 
     block = questions + 2
+    squares, colours = [], []
     for line, arm in enumerate(arms):
         for place, name in enumerate(names):
             row = records.row(arm, name)
             for column, record in enumerate(row.answers.values() if row else ()):
-                colour = next(colour for colour, applies in COLOURS.values() if applies(record))
-                axes.add_patch(Rectangle((place * block + column, line), 0.92, 0.86, facecolor=colour, linewidth=0))
+                colours.append(next(colour for colour, applies in COLOURS.values() if applies(record)))
+                squares.append(Rectangle((place * block + column, line), 0.92, 0.86))
+    axes.add_collection(PatchCollection(squares, facecolors=colours, linewidths=0))  # many squares are drawn sooner as one
     axes.set(xlim=(-0.5, len(names) * block), ylim=(len(arms), -0.2))
     axes.set_yticks([line + 0.43 for line in range(len(arms))], arms)
     ticks = [place * block + questions / 2 for place in range(len(names))]

@@ -48,7 +48,7 @@ from data import ProfileChoice, ProfileName, UsageError
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 RUNS = Path("runs")
 TRAIN_RUNS = RUNS / "train"
@@ -106,6 +106,10 @@ class Profile:
     """Compute dtype of answers. A T4 has no bf16; on the CPU, bf16 logits tie and let the batch decide (fp32 does not)."""
     use_gradient_checkpointing: Literal["unsloth"] | bool
     """Recompute activations in the backward pass. "unsloth" keeps them in host RAM; the small model's fit as they are."""
+    grouped_attention: bool
+    """Whether answers are written under `use_grouped_attention`; Unsloth's GPU path has its own."""
+    shares_prompts: bool
+    """Whether a prompt that several rows have in common is read once; Unsloth's GPU path keeps its own cache."""
 
 
 SMALL_MODEL = "smollm2-135m-instruct"
@@ -131,6 +135,8 @@ PROFILES: dict[ProfileName, Profile] = {
         load_in_4bit=True,
         dtype="float16",
         use_gradient_checkpointing="unsloth",
+        grouped_attention=False,
+        shares_prompts=False,
     ),
     "cpu": Profile(
         SMALL_MODEL,
@@ -149,6 +155,8 @@ PROFILES: dict[ProfileName, Profile] = {
         load_in_4bit=False,
         dtype="float32",
         use_gradient_checkpointing=False,
+        grouped_attention=True,
+        shares_prompts=True,
     ),
 }
 
@@ -236,8 +244,15 @@ DECODINGS: dict[DecodingName, Decoding] = {
 # GiB of logits at a time in the loss of the GPU path.
 FUSED_LOSS_GIB = 1
 
-# Most rows of a forward pass; the fewest are found by `find_min_rows`.
-MAX_ROWS = 32
+# Most rows of a forward pass, and most tokens that they may come to; the fewest rows are found by `find_min_rows`.
+MAX_ROWS = 128
+MAX_BATCH_TOKENS = 2**16
+
+# Of a file of questions, so many are answered, then saved.
+QUESTIONS_A_SAVE = 32
+
+# Prompts are padded to a multiple of so many tokens: those of short questions all have one length then.
+PROMPT_MULTIPLE = 64
 
 # What Unsloth, torch and transformers say on every run of a CPU, of no use to the user. Whole messages, so that a new or
 # real warning still shows.
@@ -1403,27 +1418,59 @@ def find_min_rows(model: PreTrainedModel) -> int:
     """The fewest rows of a forward pass from which on a row's bits depend neither on their number nor on its place.
 
     With few rows a matrix library may take another kernel (matrix times vector), whose sums differ in the last bits. So each
-    kind of linear layer multiplies the same row in batches of every size up to `MAX_ROWS`; the answer is the smallest size
-    that agrees with all larger ones. It belongs to the machine: 4 was seen on one CPU, 16 on another.
+    kind of linear layer multiplies the same row in batches of sizes up to `MAX_ROWS`; the answer is the smallest size that
+    agrees with all larger ones. It belongs to the machine: 4 was seen on one CPU, 16 on another.
     """
     import torch
 
+    head = model.get_output_embeddings()
     layers = {
         tuple(module.weight.shape): module
         for module in model.modules()
-        if isinstance(module, torch.nn.Linear) and module.weight.ndim == 2
+        if isinstance(module, torch.nn.Linear) and module.weight.ndim == 2 and module is not head
     }
     fewest = 1
     with torch.inference_mode():
-        for layer in layers.values():
+        for layer in (*layers.values(), head):
             draw = torch.Generator().manual_seed(0)
             # LoRA's matrices may be wider than the model; 4-bit weights are no floating-point numbers.
             dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else model.dtype
             rows = torch.randn(MAX_ROWS, 1, layer.in_features, generator=draw).to(layer.weight.device, dtype)
             whole = layer(rows)
-            agree = [torch.equal(layer(rows[-count:]), whole[-count:]) for count in range(1, MAX_ROWS + 1)]
-            fewest = max(fewest, next(count for count in range(1, MAX_ROWS + 1) if all(agree[count - 1 :])))
+            # The head is by far the largest: of it only the sizes next to what the others need, unless these disagree.
+            agree = {MAX_ROWS: True}
+            for size in (64, *range(32, fewest - 1, -1)):
+                if layer is not head or size <= fewest + 4 or not all(agree.values()):
+                    agree[size] = torch.equal(layer(rows[-size:]), whole[-size:])
+            fewest = min(size for size in agree if all(same for other, same in agree.items() if other >= size))
     return fewest
+
+
+def use_grouped_attention(model: PreTrainedModel) -> None:
+    """Has torch's attention read keys and values as they are kept, one for a group of heads, and always under a mask.
+
+    transformers repeats them for every head where there is a mask, and leaves the mask away where nothing is padded, so that a
+    row would be computed in another way in other company.
+    """
+    import torch
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """(B, heads, T, D), keys and values (B, groups, S, D), mask (B, 1, T, S) -> (B, T, heads, D)."""
+        heads = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+        )
+        return heads.transpose(1, 2).contiguous(), None
+
+    def always_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+
+    AttentionInterface.register("grouped", attend)
+    AttentionMaskInterface.register("grouped", always_mask)
+    model.set_attn_implementation("grouped")
 
 
 @dataclass
@@ -1434,6 +1481,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     base_model: str
     min_rows: int
+    shares_prompts: bool
     adapter: Path | None = None
     adapter_sha256: str | None = None
 
@@ -1470,7 +1518,10 @@ def load_for_asking(profile: ProfileName, adapter: Path | None) -> LoadedModel:
     from unsloth import FastLanguageModel
 
     FastLanguageModel.for_inference(model)
-    loaded = LoadedModel(model, tokenizer, PROFILES[profile].base_model, min_rows=MAX_ROWS)
+    if PROFILES[profile].grouped_attention:
+        use_grouped_attention(model)
+    values = PROFILES[profile]
+    loaded = LoadedModel(model, tokenizer, values.base_model, min_rows=MAX_ROWS, shares_prompts=values.shares_prompts)
     if adapter:
         loaded.add_adapter(adapter)
     loaded.min_rows = find_min_rows(loaded.model)
@@ -1520,7 +1571,9 @@ def make_processors(decoding: Decoding) -> list[LogitsProcessor]:
     return processors
 
 
-def make_row_processor(decodings: Sequence[Decoding], prompt_tokens: int) -> LogitsProcessor:
+def make_row_processor(
+    decodings: Sequence[Decoding], prompt_tokens: int, padding: Sequence[int] | None = None
+) -> LogitsProcessor:
     """A logits processor that decodes each row of a batch under its own decoding; `generate` then takes the largest score.
 
     Penalty and ban are the library's own processors. It departs from them in two ways. Where they do not count the prompt they
@@ -1528,6 +1581,8 @@ def make_row_processor(decodings: Sequence[Decoding], prompt_tokens: int) -> Log
     library's penalty lowers it before a word is written, and its ban may forbid it. An answer's own ids never hold it, so
     here a stop token is never penalised and never banned. And sampling adds Gumbel noise of the row's own generator, whose
     largest sum is a draw from the softmax (Gumbel 1954; Maddison et al. 2014): it does not depend on the other rows.
+
+    `prompt_tokens` counts a prompt with its `padding` on the left, which is 0 in each row unless given.
 
     The processor's `overruled` holds, of each step so far, (B,) whether penalty or ban changed the row's likeliest token.
     """
@@ -1546,7 +1601,8 @@ def make_row_processor(decodings: Sequence[Decoding], prompt_tokens: int) -> Log
             first_choice = scores.argmax(dim=-1)
             scores = scores.clone()
             for row, (decoding, chain) in enumerate(zip(decodings, chains, strict=True)):
-                seen = input_ids[row : row + 1, 0 if decoding.count_prompt else prompt_tokens :]
+                start = prompt_tokens if not decoding.count_prompt else padding[row] if padding else 0
+                seen = input_ids[row : row + 1, start:]
                 own = scores[row : row + 1]
                 for processor in chain:
                     own = processor(seen, own)
@@ -1633,15 +1689,12 @@ def answer_requests(
     requests: Sequence[Request],
     progress: Callable[[int], object] = lambda tokens: None,
     on_text: Callable[[str], object] = lambda text: None,
-    *,
-    padded: bool = False,
 ) -> list[Answer]:
     """One `Answer` a request, in their order.
 
-    Requests whose prompts have the same length, and which stop at the same tokens, share forward passes: nothing is padded, and
-    a batch has at least `min_rows` rows, so that an answer does not depend on what it was asked with. Requests that differ only
-    in cap or stop are cut from one row. `padded` gives the first up for speed: prompts of any length share forward passes,
-    padded on the left.
+    Prompts are padded on the left to the next multiple of `PROMPT_MULTIPLE`, alone too. Those that have the same length then,
+    and stop at the same tokens, share forward passes; a batch has at least `min_rows` rows. So an answer does not depend on
+    what it was asked with. Requests that differ only in cap or stop are cut from one row.
 
     `progress` is told of tokens as they are written, or as an early end makes them needless: in all `count_new_tokens`.
     `on_text` is handed the text of the first request piece by piece; the pieces are together its `Answer.text`.
@@ -1656,11 +1709,12 @@ def answer_requests(
     for places in merge_requests(requests).values():
         # A row ends where every one of its answers has ended.
         stop = tuple(sorted(set.intersection(*(set(stops[place]) for place in places))))
-        groups.setdefault((0 if padded else len(prompts[places[0]]), stop), []).append(places)
+        groups.setdefault((padded_width(len(prompts[places[0]])), stop), []).append(places)
     answers: dict[int, Answer] = {}
     writer = _TextWriter(tokenizer, stops[0], requests[0].decoding.max_new_tokens, on_text) if requests else None
-    for (_, stop), rows in sorted(groups.items()):
-        for batch in _batched(rows, MAX_ROWS):
+    for (width, stop), rows in sorted(groups.items()):
+        longest = width + max(requests[place].decoding.max_new_tokens for places in rows for place in places)
+        for batch in _batched(rows, max_rows(longest)):
             decodings = [
                 dataclasses.replace(
                     requests[places[0]].decoding,
@@ -1670,13 +1724,24 @@ def answer_requests(
             ]
             streams = writer.add if writer and 0 in batch[0] else lambda token: None
             started = time.perf_counter()
-            new_ids = _generate(loaded, [prompts[places[0]] for places in batch], decodings, stop, progress, streams)
+            batch_prompts = [prompts[places[0]] for places in batch]
+            new_ids = _generate(loaded, batch_prompts, width, decodings, stop, progress, streams)
             seconds = round(time.perf_counter() - started, 3)
             for places, row in zip(batch, new_ids, strict=True):
                 for place in places:
                     size = len(prompts[place])
                     answers[place] = _cut_from_row(loaded, requests[place], size, stops[place], row, seconds)
     return [answers[place] for place in range(len(requests))]
+
+
+def padded_width(prompt_tokens: int) -> int:
+    """Tokens of a prompt with its padding."""
+    return math.ceil(prompt_tokens / PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+
+
+def max_rows(tokens: int) -> int:
+    """Most rows of so many tokens, prompt and answer, that share forward passes."""
+    return max(1, min(MAX_ROWS, MAX_BATCH_TOKENS // tokens))
 
 
 def _cut_from_row(
@@ -1755,16 +1820,41 @@ class _TextWriter:
             self.written = text
 
 
+def _read_prompts(loaded: LoadedModel, input_ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
+    """Keys and values of the prompts (B, T) but for their last token, of which `generate` goes on; equal rows are read once."""
+    import torch
+    from transformers import DynamicCache
+
+    first_of: dict[tuple[int, ...], int] = {}
+    for place, row in enumerate(input_ids.tolist()):
+        first_of.setdefault(tuple(row), place)
+    firsts = list(first_of.values())
+    cache = DynamicCache(config=loaded.model.config)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[firsts, :-1]
+    loaded.model(
+        input_ids=input_ids[firsts, :-1],
+        attention_mask=mask[firsts, :-1],
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    order = {row: place for place, row in enumerate(first_of)}
+    cache.batch_select_indices(torch.tensor([order[tuple(row)] for row in input_ids.tolist()], device=input_ids.device))
+    return cache
+
+
 def _generate(
     loaded: LoadedModel,
     prompts: Sequence[list[int]],
+    width: int,
     decodings: Sequence[Decoding],
     stop: Sequence[int],
     progress: Callable[[int], object],
     on_token: Callable[[int], object],
 ) -> list[tuple[list[int], list[bool]]]:
     """New ids of each prompt, what follows a stop token being padding still; and at which of them the decoding overruled the
-    model. Shorter prompts are padded on the left, at whose right end generation goes on."""
+    model. Prompts are padded to `width` tokens on the left, for at the right end generation goes on."""
     import torch
     from transformers.generation import BaseStreamer
 
@@ -1785,19 +1875,20 @@ def _generate(
             progress(sum(max(0, cap - self.steps) for cap in caps))
 
     filled = [place % len(prompts) for place in range(max(loaded.min_rows, len(prompts)))]
-    width, pad = max(map(len, prompts)), loaded.tokenizer.pad_token_id
+    pad = loaded.tokenizer.pad_token_id
     padding = [width - len(prompts[place]) for place in filled]
     rows = [[pad] * missing + prompts[place] for missing, place in zip(padding, filled, strict=True)]
     input_ids = torch.tensor(rows, device=loaded.model.device)
     mask = torch.tensor([[0] * missing + [1] * (width - missing) for missing in padding], device=loaded.model.device)
     # Where nothing is to end an answer, an id behind the last: without one, the model's own config would be asked.
     no_token = loaded.model.config.vocab_size
-    processor = make_row_processor([decodings[place] for place in filled], width)
+    processor = make_row_processor([decodings[place] for place in filled], width, padding)
     # Not inference mode: what the model keeps for later, such as rotary angles, may be needed in a training step.
     with torch.no_grad():
         output = loaded.model.generate(
             input_ids=input_ids,
             attention_mask=mask,
+            **({"past_key_values": _read_prompts(loaded, input_ids, mask)} if loaded.shares_prompts else {}),
             generation_config=make_generation_config(max(caps), stop or [no_token], pad),
             logits_processor=[processor],
             streamer=StepObserver(),
@@ -1965,7 +2056,7 @@ def answer_file(loaded: LoadedModel, questions: Sequence[str], decoding: Decodin
     left.sort(key=lambda question: len(check_room(loaded, Request(question, decoding))))
     with tqdm(total=len(left) * decoding.max_new_tokens, unit="token", desc="answering") as bar:
         try:
-            for batch in _batched(left, MAX_ROWS):
+            for batch in _batched(left, QUESTIONS_A_SAVE):
                 for answer in answer_requests(loaded, [Request(question, decoding) for question in batch], bar.update):
                     data.append_line(output, json.dumps(judge_asked(loaded, answer).to_record(), ensure_ascii=False))
         except data.Interrupted as interrupted:
@@ -2201,11 +2292,11 @@ def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool) -> Non
     with tqdm(total=request.decoding.max_new_tokens, unit="token", leave=False, disable=not needs_bar()) as bar:
         on_text = write_piece if sys.stdout.isatty() and not as_json else lambda text: None
         [answer] = answer_requests(loaded, [request], bar.update, on_text)
+    if not as_json:
+        print("" if sys.stdout.isatty() else answer.text, flush=True)
     judged = judge_asked(loaded, answer)
     if as_json:
         print(data.to_json(judged.to_record()), flush=True)
-    else:
-        print("" if sys.stdout.isatty() else answer.text, flush=True)
     note_judgement(judged)
 
 

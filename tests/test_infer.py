@@ -348,7 +348,7 @@ def test_an_adapter_is_not_asked_on_another_base():
 
 
 def test_chat_commands():
-    chat = infer.Chat(infer.LoadedModel(None, None, "m", 4, Path("a"), "0"), DECODINGS["kit"])
+    chat = infer.Chat(infer.LoadedModel(None, None, "m", 4, True, Path("a"), "0"), DECODINGS["kit"])
     chat.history.append(("q?", "a."))
     assert not chat.on_base
     assert chat.command("/decoding plain") == "Decoding plain." and chat.decoding == DECODINGS["plain"]
@@ -358,7 +358,7 @@ def test_chat_commands():
     assert chat.history and chat.command("/reset") and not chat.history
     assert "/dance is none of" in chat.command("/dance")
     assert chat.command("/quit") is None
-    assert "no adapter here" in infer.Chat(infer.LoadedModel(None, None, "m", 4), DECODINGS["kit"]).command("/adapter")
+    assert "no adapter here" in infer.Chat(infer.LoadedModel(None, None, "m", 4, True), DECODINGS["kit"]).command("/adapter")
 
 
 def test_answers_stand_side_by_side_where_there_is_room():
@@ -534,6 +534,56 @@ def test_fewest_rows_are_those_from_which_on_bits_do_not_change(small_model):
             for rows in (small_model.min_rows, small_model.min_rows + 1, infer.MAX_ROWS)
         ]
     assert all(torch.equal(logits[0], other) for other in logits[1:])
+
+
+@pytest.mark.slow
+def test_padding_is_no_part_of_what_a_penalty_counts():
+    import torch
+
+    pad, word = 3, 5
+    ids, scores = torch.tensor([[pad, pad, word, 7]]), torch.ones(1, 10)
+    decoding = Decoding(repetition_penalty=2.0, count_prompt=True)
+    scored = infer.make_row_processor([decoding], prompt_tokens=3, padding=[2])(ids, scores)[0].tolist()
+    assert scored[pad] == 1 and scored[word] == scored[7] == 0.5
+
+
+@pytest.mark.slow
+def test_a_prompt_that_rows_share_gives_the_same_answers_read_once_or_row_by_row(small_model):
+    presets = [dataclasses.replace(decoding, max_new_tokens=16) for decoding in DECODINGS.values()]
+    requests = [Request(question, decoding) for question in QUESTIONS for decoding in presets]
+    shared = infer.answer_requests(small_model, requests)
+    row_by_row = infer.answer_requests(dataclasses.replace(small_model, shares_prompts=False), requests)
+    assert [answer.token_ids for answer in shared] == [answer.token_ids for answer in row_by_row]
+
+
+@pytest.mark.slow
+def test_prompts_of_any_length_are_answered_together_as_they_are_alone(small_model):
+    """The bytes are the same: the padding of a prompt does not depend on the others."""
+    decoding = infer.Decoding(max_new_tokens=6, repetition_penalty=1.1)
+    questions = ["What is a stye?", "Why?", "How long does a cold last?", "I cough. " * 30 + "What is it?"]
+    requests = [Request(question, decoding) for question in questions]
+    together = infer.answer_requests(small_model, requests)
+    alone = [infer.answer_requests(small_model, [request])[0] for request in requests]
+    assert together == alone
+    widths = [infer.padded_width(answer.prompt_tokens) for answer in together]
+    assert len(set(widths[:3])) == 1 and widths[3] > widths[0]
+
+
+@pytest.mark.slow
+def test_grouped_attention_is_the_librarys_attention(small_model):
+    """Left padding included, whose own outputs nobody reads."""
+    import torch
+
+    ids = torch.randint(100, 10_000, (3, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :10] = 0
+    with torch.inference_mode():
+        grouped = small_model.model(input_ids=ids, attention_mask=mask).logits
+        small_model.model.set_attn_implementation("sdpa")
+        library = small_model.model(input_ids=ids, attention_mask=mask).logits
+        small_model.model.set_attn_implementation("grouped")
+    seen = mask.bool()
+    torch.testing.assert_close(grouped[seen], library[seen], atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.slow
