@@ -1518,9 +1518,9 @@ def load_for_asking(profile: ProfileName, adapter: Path | None) -> LoadedModel:
     from unsloth import FastLanguageModel
 
     FastLanguageModel.for_inference(model)
-    if PROFILES[profile].grouped_attention:
-        use_grouped_attention(model)
     values = PROFILES[profile]
+    if values.grouped_attention:
+        use_grouped_attention(model)
     loaded = LoadedModel(model, tokenizer, values.base_model, min_rows=MAX_ROWS, shares_prompts=values.shares_prompts)
     if adapter:
         loaded.add_adapter(adapter)

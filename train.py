@@ -662,8 +662,8 @@ def count_activation_bytes(recipe: Recipe, rows: int, length: int, element_size:
     and the queries are 8 + 4e bytes a hidden unit; keys and values 2e a key-value unit; the three feed-forward outputs and what
     the last product takes 4e a feed-forward unit; and LoRA's r numbers a module. PEFT's own products keep 26 bytes a hidden
     unit in 16 bits. With LoRA on attention alone the inputs of the feed-forward products are not kept. Fused attention keeps no
-    weights; matrix attention keeps keys and values as they are repeated for all heads, and the weights in fp32 and in e bytes.
-    Unsloth's GPU kernels keep less.
+    weights; matrix attention keeps keys and values as they are repeated for all heads, and the weights in fp32, in 16
+    bits once more. Unsloth's GPU kernels keep less.
     """
     arch, training = infer.PROFILES[recipe.profile].architecture, TRAINING[recipe.profile]
     modules = TARGET_MODULES[recipe.target_modules]
@@ -672,7 +672,7 @@ def count_activation_bytes(recipe: Recipe, rows: int, length: int, element_size:
     feed_forward, weights = 4 * element_size, 0
     if length <= training.matrix_attention_tokens:
         hidden, key_value = hidden + 2 * element_size, 0
-        weights = 4 + element_size % 4
+        weights = 6 if element_size == 2 else 4
     if "down_proj" not in modules:
         hidden -= 4 if peft_in_16_bits else element_size
         feed_forward -= element_size

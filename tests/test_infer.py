@@ -580,8 +580,10 @@ def test_grouped_attention_is_the_librarys_attention(small_model):
     with torch.inference_mode():
         grouped = small_model.model(input_ids=ids, attention_mask=mask).logits
         small_model.model.set_attn_implementation("sdpa")
-        library = small_model.model(input_ids=ids, attention_mask=mask).logits
-        small_model.model.set_attn_implementation("grouped")
+        try:
+            library = small_model.model(input_ids=ids, attention_mask=mask).logits
+        finally:
+            small_model.model.set_attn_implementation("grouped")
     seen = mask.bool()
     torch.testing.assert_close(grouped[seen], library[seen], atol=1e-3, rtol=1e-4)
 

@@ -9,9 +9,9 @@ checked, and so is that the eval losses are within 1% of each other. TRL's own S
 is a Triton kernel, which has no CPU driver.
 
 Each training runs in a process of its own, by turns; medians are printed, ratios are of the same round. Seconds are those of
-the whole `train()` less its evaluations: saving and logging count. Memory is the process's peak. Eval loss is of the trained
-adapter on the base model in float32; beside it stands what the Trainer itself says, in the precision of training, where PEFT's
-sum in bfloat16 loses a part of what was learned. The picture is docs/bench-train.png.
+the whole `train()` less its evaluations, before which the kit saves and the others do not. Memory is the process's peak. Eval
+loss is of the trained adapter on the base model in float32; beside it stands what the Trainer itself says, in the precision of
+training, where PEFT's sum in bfloat16 loses a part of what was learned. The picture is docs/bench-train.png.
 
 The share of this machine's limit is that of the operations that no way of training can leave away, in the time that training
 took, by the rate of a bfloat16 product of two matrices of 2048 x 2048, measured in the same process:
@@ -241,13 +241,11 @@ def run_once(arm, count, folder):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tokenizer = trainer.processing_class or trainer.data_collator.tokenizer
     loss = measure_loss(trainer.model, tokenizer, held_out, recipe)
-    trained = [log for log in trainer.state.log_history if "loss" in log]
     return {
         **seen,
         "tokens": sum(len(row["input_ids"]) for row in train_rows),
         "steps": trainer.state.global_step,
         "trainable": sum(each.numel() for each in trainer.model.parameters() if each.requires_grad),
-        "first_loss": trained[0]["loss"],
         "eval_loss": loss,
         "own_loss": own_loss,
         "seconds": seconds,
