@@ -16,6 +16,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import html
 import importlib.util
@@ -1102,13 +1103,32 @@ def build_small_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """For imports of many modules: while it lasts, Python looks for no objects that nothing reaches any more.
+
+    It looks each time so many objects more are there than before. A library makes hundreds of thousands and keeps them, so that
+    a third of the time of importing Unsloth went into looking. What is there in the end is left out of all later looks too.
+    """
+    modules = len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        # Not where all was imported before: what is there then may be a model, which has to go one day.
+        if len(sys.modules) > modules:
+            gc.freeze()
+        gc.enable()
+
+
 def load_tokenizer(profile: ProfileName) -> PreTrainedTokenizerBase:
     """The tokenizer of the profile's base model.
 
     Raises:
         UsageError: it has to come from the hub, and cannot.
     """
-    from transformers import AutoTokenizer
+    with importing():
+        from transformers import AutoTokenizer
 
     if profile == "cpu":
         return AutoTokenizer.from_pretrained(cached_folder("smollm2-135m-instruct-tokenizer", build_small_tokenizer))

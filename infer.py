@@ -1106,9 +1106,10 @@ def load_base(profile: ProfileName, *, dtype: str | None) -> tuple[PreTrainedMod
     import torch
 
     with quiet_libraries():
-        # Unsloth patches transformers, PEFT and TRL, and has to be imported before them.
-        from unsloth import DEVICE_TYPE, FastLanguageModel  # isort: skip
-        from transformers.utils import logging as transformers_logging
+        with data.importing():
+            # Unsloth patches transformers, PEFT and TRL, and has to be imported before them.
+            from unsloth import DEVICE_TYPE, FastLanguageModel  # isort: skip
+            from transformers.utils import logging as transformers_logging
 
         if profile == "t4" and DEVICE_TYPE == "cpu":
             raise UsageError(

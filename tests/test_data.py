@@ -1,5 +1,7 @@
 """Rows, mixes, splits and rendering. Only the rendering needs a tokenizer."""
 
+import gc
+import importlib
 import itertools
 import json
 import os
@@ -559,3 +561,25 @@ def test_the_audit_counts_and_shows_what_every_rule_did(tmp_path, capsys):
 
 def test_rows_cannot_steer_the_terminal():
     assert data.escape_controls("a\x1b[2Jb\r\x07\n\x9b1m") == "a\\x1b[2Jb\\r\\x07\n\\x9b1m"
+
+
+# --- Imports
+
+
+def test_after_imports_garbage_is_collected_again_and_a_model_that_was_there_can_go(tmp_path, monkeypatch):
+    (tmp_path / "library_of_a_test.py").write_text("")
+    (tmp_path / "broken_library_of_a_test.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with data.importing():
+        assert not gc.isenabled()
+        importlib.import_module("library_of_a_test")
+    assert gc.isenabled()
+    frozen = gc.get_freeze_count()
+    assert frozen > 10_000
+    model = [[] for _ in range(1000)]
+    with data.importing():
+        importlib.import_module("library_of_a_test")
+    assert gc.isenabled() and gc.get_freeze_count() <= frozen, len(model)
+    with pytest.raises(ZeroDivisionError), data.importing():
+        importlib.import_module("broken_library_of_a_test")
+    assert gc.isenabled()

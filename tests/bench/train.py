@@ -184,7 +184,8 @@ OPERATORS = {
 
 
 def profile_kit(count):
-    """Prints the share of the steps' time that each group of operators takes, by torch's profiler."""
+    """Prints the share of the steps' time that each group of operators takes, by torch's profiler; and of the peak the share
+    that the steps reach, without what a run does beside them, and what they would reach if products of matrices were all."""
     from torch.profiler import ProfilerActivity, profile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -193,14 +194,23 @@ def profile_kit(count):
         trainer.model.train()
         for batch in batches:  # whose kernels are compiled at first use
             trainer.training_step(trainer.model, dict(batch), 1)
+        started = time.perf_counter()
+        for batch in batches:
+            trainer.training_step(trainer.model, dict(batch), 1)
+        seconds = time.perf_counter() - started
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             for batch in batches:
                 trainer.training_step(trainer.model, dict(batch), 1)
     times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
     total = sum(times.values())
-    for name, operators in OPERATORS.items():
-        print(f"{name:<34}{sum(times.pop(operator, 0) for operator in operators) / total:>6.0%}")
-    print(f"{'all else, Python among it':<34}{sum(times.values()) / total:>6.0%}")
+    shares = {name: sum(times.pop(operator, 0) for operator in operators) / total for name, operators in OPERATORS.items()}
+    for name, share in (shares | {"all else, Python among it": sum(times.values()) / total}).items():
+        print(f"{name:<34}{share:>6.0%}")
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    answer_tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    share = count_operations(tokens, answer_tokens) / seconds / measure_peak()
+    print(f"{'of peak, the steps alone':<34}{share:>6.0%}")
+    print(f"{'of peak, if all else took no time':<34}{share / shares['products of matrices']:>6.0%}")
 
 
 def make_recipe():
@@ -272,12 +282,17 @@ def check_equal(runs):
     assert max(losses) <= 1.01 * min(losses), losses
 
 
-def share_of_peak(run):
-    """Of the measured peak, the share that the operations which training cannot leave away took; see above."""
+def count_operations(tokens, answer_tokens):
+    """The operations that training on so many tokens cannot leave away; see above."""
     arch = infer.PROFILES["cpu"].architecture
     linear = arch.num_hidden_layers * sum(rows * columns for rows, columns in arch.linear_shapes.values())
     head = arch.hidden_size * arch.vocab_size
-    return (4 * linear * run["tokens"] + 4 * head * run["answer_tokens"]) / run["seconds"] / run["peak_rate"]
+    return 4 * linear * tokens + 4 * head * answer_tokens
+
+
+def share_of_peak(run):
+    """Of the measured peak, the share that a whole run reaches."""
+    return count_operations(run["tokens"], run["answer_tokens"]) / run["seconds"] / run["peak_rate"]
 
 
 def median_of(runs, name):
