@@ -2,11 +2,12 @@
 
     python -m tests.bench train [--rows N ...] [--rounds N]
     python -m tests.bench train --profile                       where the kit's time goes
+    python -m tests.bench train --measures                      what each of the kit's measures is worth
 
 `fp32` is the Trainer as most scripts run it: float32, shuffled batches, padded to the longest row. `bf16` has the kit's own
 flags: bfloat16, batches of like lengths. Rows, supervised tokens, batch, LoRA, steps and schedule are the same, which is
 checked, and so is that the eval losses are within 1% of each other. TRL's own SFTTrainer is no third: without Unsloth its loss
-is a Triton kernel, which has no CPU driver.
+is a Triton kernel, which has no CPU driver, and where Triton cannot be imported it has none.
 
 Each training runs in a process of its own, by turns; medians are printed, ratios are of the same round. Seconds are those of
 the whole `train()` less its evaluations, before which the kit saves and the others do not. Memory is the process's peak. Eval
@@ -41,6 +42,14 @@ from tests.bench import Panel, draw
 
 ARMS = ("fp32", "bf16", "kit")
 ROWS, ROUNDS = (16, 48, 96), 3
+
+# The kit without one of its measures each: the fields of `train.TrainingValues` that take it away.
+MEASURES = {
+    "joined LoRA": {"joined_lora": False},
+    "attention by matrices": {"matrix_attention_tokens": 0},
+    "freed memory kept": {"keeps_memory": False},
+    "padding to 8, not 32": {"pad_to_multiple_of": 32},
+}
 
 
 def take_rows(tokenizer, count):
@@ -221,8 +230,9 @@ def make_recipe():
 def run_once(arm, count, folder):
     """One training in this process, as numbers."""
     infer.prepare_environment("cpu", offline=True)
+    train.TRAINING["cpu"] = dataclasses.replace(train.TRAINING["cpu"], **MEASURES.get(arm, {}))
     recipe = make_recipe()
-    if arm == "kit":
+    if arm == "kit" or arm in MEASURES:
         trainer, train_rows, held_out = make_kit_trainer(recipe, count, folder)
     else:
         trainer, train_rows, held_out = make_plain_trainer(recipe, count, folder, bf16=arm == "bf16")
@@ -329,6 +339,21 @@ def report(rounds):
     print(f"peak  {peak / 1e9:.0f} GFLOP/s in bfloat16", flush=True)
 
 
+def compare_measures(count, num_rounds):
+    """Prints what a training takes without each of the kit's measures, as a ratio to the whole kit's of the same round."""
+    cores = len(os.sched_getaffinity(0))
+    rounds = []
+    for _ in range(num_rounds):
+        rounds.append({arm: ask_process(arm, count, cores) for arm in ("kit", *MEASURES)})
+        check_equal(list(rounds[-1].values()))
+    print(f"{count} rows, medians of {num_rounds} rounds\n{'':<31}  time    GiB   eval loss   own loss")
+    for arm in rounds[0]:
+        longer = statistics.median(each[arm]["seconds"] / each["kit"]["seconds"] for each in rounds)
+        memory, loss, own = (median_of([each[arm] for each in rounds], name) for name in ("peak_gib", "eval_loss", "own_loss"))
+        name = arm if arm == "kit" else f"without {arm}"
+        print(f"{name:<31} {longer:.2f}x   {memory:.2f}      {loss:.4f}     {own:.4f}", flush=True)
+
+
 def main(arguments):
     if arguments[:1] == ["--once"]:
         arm, count, folder = arguments[1:]
@@ -338,10 +363,14 @@ def main(arguments):
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--measures", action="store_true")
     asked = parser.parse_args(arguments)
     if asked.profile:
         infer.prepare_environment("cpu", offline=True)
         profile_kit(max(asked.rows))
+        return
+    if asked.measures:
+        compare_measures(max(asked.rows), asked.rounds)
         return
     cores = len(os.sched_getaffinity(0))
     seconds = {arm: [] for arm in ARMS}
