@@ -202,11 +202,11 @@ ABLATION: dict[ProfileName, AblationValues] = {
         # Before the first step and after the last.
         eval_every=0.99,
         workers=2,
-        start_seconds=20,
-        evaluation_seconds=12,
-        tokens_per_second=400,
+        start_seconds=10,
+        evaluation_seconds=9,
+        tokens_per_second=480,
         step_seconds=0.05,
-        row_seconds=0.012,
+        row_seconds=0.0055,
     ),
 }
 
@@ -481,7 +481,7 @@ def plan_answers(grid: Grid, model: Model, decodings: Sequence[str], lengths: Ma
         rows.setdefault(infer.padded_width(lengths[requests[places[0]].question]), []).append(cap)
     seconds = values.start_seconds
     for width, caps in rows.items():
-        size = infer.max_rows(width + max(caps))
+        size = infer.rows_in_batch(infer.PROFILES[grid.profile], width + max(caps))
         for start in range(0, len(caps), size):
             batch = caps[start : start + size]
             seconds += max(batch) * (values.step_seconds + len(batch) * values.row_seconds)

@@ -110,6 +110,8 @@ class Profile:
     """Whether answers are written under `use_grouped_attention`; Unsloth's GPU path has its own."""
     shares_prompts: bool
     """Whether a prompt that several rows have in common is read once; Unsloth's GPU path keeps its own cache."""
+    max_rows: int
+    """Most rows of a forward pass. A question that is asked alone may need as many, see `find_min_rows`."""
 
 
 SMALL_MODEL = "smollm2-135m-instruct"
@@ -137,6 +139,7 @@ PROFILES: dict[ProfileName, Profile] = {
         use_gradient_checkpointing="unsloth",
         grouped_attention=False,
         shares_prompts=False,
+        max_rows=32,
     ),
     "cpu": Profile(
         SMALL_MODEL,
@@ -157,6 +160,7 @@ PROFILES: dict[ProfileName, Profile] = {
         use_gradient_checkpointing=False,
         grouped_attention=True,
         shares_prompts=True,
+        max_rows=64,
     ),
 }
 
@@ -244,9 +248,9 @@ DECODINGS: dict[DecodingName, Decoding] = {
 # GiB of logits at a time in the loss of the GPU path.
 FUSED_LOSS_GIB = 1
 
-# Most rows of a forward pass, and most tokens that they may come to; the fewest rows are found by `find_min_rows`.
-MAX_ROWS = 128
-MAX_BATCH_TOKENS = 2**16
+# Most tokens, of prompts and answers, of the rows of a forward pass: keys and values are kept of each, 45 KiB on the small
+# model and 112 KiB on Llama 3.2 3B.
+MAX_BATCH_TOKENS = 2**15
 
 # Of a file of questions, so many are answered, then saved.
 QUESTIONS_A_SAVE = 32
@@ -1415,35 +1419,40 @@ def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ada
     return PeftModel.from_pretrained(model, adapter, config=config)
 
 
-def find_min_rows(model: PreTrainedModel) -> int:
+def find_min_rows(model: PreTrainedModel, max_rows: int) -> int:
     """The fewest rows of a forward pass from which on a row's bits depend neither on their number nor on its place.
 
     With few rows a matrix library may take another kernel (matrix times vector), whose sums differ in the last bits. So each
-    kind of linear layer multiplies the same row in batches of sizes up to `MAX_ROWS`; the answer is the smallest size that
-    agrees with all larger ones. It belongs to the machine: 4 was seen on one CPU, 16 on another.
+    kind of linear layer multiplies the same row in batches of up to 32 rows, of 48 and of `max_rows`; the answer is the
+    smallest of these from which on all layers agree. It belongs to the machine: 4 was seen on one CPU, 16 on another.
     """
     import torch
 
+    sizes = [size for size in (*range(1, 33), 48) if size < max_rows]
     head = model.get_output_embeddings()
     layers = {
         tuple(module.weight.shape): module
         for module in model.modules()
         if isinstance(module, torch.nn.Linear) and module.weight.ndim == 2 and module is not head
     }
+
+    def try_sizes(layer: Any, sizes: Iterable[int]) -> int:
+        draw = torch.Generator().manual_seed(0)
+        # LoRA's matrices may be wider than the model; 4-bit weights are no floating-point numbers.
+        dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else model.dtype
+        rows = torch.randn(max_rows, 1, layer.in_features, generator=draw).to(layer.weight.device, dtype)
+        whole = layer(rows)
+        agree = {size: torch.equal(layer(rows[-size:]), whole[-size:]) for size in sizes} | {max_rows: True}
+        return min(size for size in agree if all(same for other, same in agree.items() if other >= size))
+
     fewest = 1
     with torch.inference_mode():
-        for layer in (*layers.values(), head):
-            draw = torch.Generator().manual_seed(0)
-            # LoRA's matrices may be wider than the model; 4-bit weights are no floating-point numbers.
-            dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else model.dtype
-            rows = torch.randn(MAX_ROWS, 1, layer.in_features, generator=draw).to(layer.weight.device, dtype)
-            whole = layer(rows)
-            # The head is by far the largest: of it only the sizes next to what the others need, unless these disagree.
-            agree = {MAX_ROWS: True}
-            for size in (64, *range(32, fewest - 1, -1)):
-                if layer is not head or size <= fewest + 4 or not all(agree.values()):
-                    agree[size] = torch.equal(layer(rows[-size:]), whole[-size:])
-            fewest = min(size for size in agree if all(same for other, same in agree.items() if other >= size))
+        for layer in layers.values():
+            fewest = max(fewest, try_sizes(layer, sizes))
+        # The head is by far the largest. It is tried next to what the others need, and at all sizes only if it needs more.
+        left = [size for size in sizes if size >= fewest]
+        if try_sizes(head, {*left[:4], *left[-1:]}) > fewest:
+            fewest = try_sizes(head, left)
     return fewest
 
 
@@ -1480,9 +1489,8 @@ class LoadedModel:
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
-    base_model: str
+    profile: Profile
     min_rows: int
-    shares_prompts: bool
     adapter: Path | None = None
     adapter_sha256: str | None = None
 
@@ -1522,10 +1530,10 @@ def load_for_asking(profile: ProfileName, adapter: Path | None) -> LoadedModel:
     values = PROFILES[profile]
     if values.grouped_attention:
         use_grouped_attention(model)
-    loaded = LoadedModel(model, tokenizer, values.base_model, min_rows=MAX_ROWS, shares_prompts=values.shares_prompts)
+    loaded = LoadedModel(model, tokenizer, values, min_rows=values.max_rows)
     if adapter:
         loaded.add_adapter(adapter)
-    loaded.min_rows = find_min_rows(loaded.model)
+    loaded.min_rows = find_min_rows(loaded.model, values.max_rows)
     return loaded
 
 
@@ -1715,7 +1723,7 @@ def answer_requests(
     writer = _TextWriter(tokenizer, stops[0], requests[0].decoding.max_new_tokens, on_text) if requests else None
     for (width, stop), rows in sorted(groups.items()):
         longest = width + max(requests[place].decoding.max_new_tokens for places in rows for place in places)
-        for batch in _batched(rows, max_rows(longest)):
+        for batch in _batched(rows, rows_in_batch(loaded.profile, longest)):
             decodings = [
                 dataclasses.replace(
                     requests[places[0]].decoding,
@@ -1736,13 +1744,13 @@ def answer_requests(
 
 
 def padded_width(prompt_tokens: int) -> int:
-    """Tokens of a prompt with its padding."""
-    return math.ceil(prompt_tokens / PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    """Tokens of a prompt with its padding, of which there is always some: without any, attention may go another way."""
+    return (prompt_tokens // PROMPT_MULTIPLE + 1) * PROMPT_MULTIPLE
 
 
-def max_rows(tokens: int) -> int:
+def rows_in_batch(profile: Profile, tokens: int) -> int:
     """Most rows of so many tokens, prompt and answer, that share forward passes."""
-    return max(1, min(MAX_ROWS, MAX_BATCH_TOKENS // tokens))
+    return max(1, min(profile.max_rows, MAX_BATCH_TOKENS // tokens))
 
 
 def _cut_from_row(
@@ -1764,7 +1772,7 @@ def _cut_from_row(
         answer_tokens=len(kept),
         num_overruled=sum(overruled[: len(kept)]),
         decoding=request.decoding,
-        model=loaded.base_model,
+        model=loaded.profile.base_model,
         adapter=loaded.adapter_sha256,
         seconds=seconds,
     )
@@ -1830,6 +1838,8 @@ def _read_prompts(loaded: LoadedModel, input_ids: torch.Tensor, mask: torch.Tens
     for place, row in enumerate(input_ids.tolist()):
         first_of.setdefault(tuple(row), place)
     firsts = list(first_of.values())
+    # A pass over prompts multiplies a row of matrices a token; of these, too, there have to be `min_rows`.
+    firsts += firsts[:1] * (math.ceil(loaded.min_rows / (input_ids.shape[1] - 1)) - len(firsts))
     cache = DynamicCache(config=loaded.model.config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[firsts, :-1]
     loaded.model(
@@ -1889,7 +1899,7 @@ def _generate(
         output = loaded.model.generate(
             input_ids=input_ids,
             attention_mask=mask,
-            **({"past_key_values": _read_prompts(loaded, input_ids, mask)} if loaded.shares_prompts else {}),
+            **({"past_key_values": _read_prompts(loaded, input_ids, mask)} if loaded.profile.shares_prompts else {}),
             generation_config=make_generation_config(max(caps), stop or [no_token], pad),
             logits_processor=[processor],
             streamer=StepObserver(),
@@ -1912,10 +1922,16 @@ def measure_margin(loaded: LoadedModel, request: Request, ids: Sequence[int]) ->
     import torch
 
     prompt = data.encode_prompt(loaded.tokenizer, request.question, request.history)
-    input_ids = torch.tensor([prompt + list(ids)] * loaded.min_rows, device=loaded.model.device)
+    missing = padded_width(len(prompt)) - len(prompt)
+    row = [loaded.tokenizer.pad_token_id] * missing + prompt + list(ids)
+    input_ids = torch.tensor([row] * loaded.min_rows, device=loaded.model.device)
+    mask = torch.ones_like(input_ids)
+    mask[:, :missing] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.inference_mode():
-        logits = loaded.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits[:1, -1].float()
-    best = make_row_processor([request.decoding], len(prompt))(input_ids[:1], logits)[0].topk(2)
+        output = loaded.model(input_ids=input_ids, attention_mask=mask, position_ids=positions, logits_to_keep=1)
+    processor = make_row_processor([request.decoding], missing + len(prompt), [missing])
+    best = processor(input_ids[:1], output.logits[:1, -1].float())[0].topk(2)
     return [loaded.tokenizer.decode([token]) for token in best.indices.tolist()], float(best.values[0] - best.values[1])
 
 
@@ -2049,7 +2065,7 @@ def answer_file(loaded: LoadedModel, questions: Sequence[str], decoding: Decodin
     """
     from tqdm import tqdm
 
-    expected = {"model": loaded.base_model, "adapter": loaded.adapter_sha256, "decoding": dataclasses.asdict(decoding)}
+    expected = {"model": loaded.profile.base_model, "adapter": loaded.adapter_sha256, "decoding": dataclasses.asdict(decoding)}
     before = read_answered(output, expected)
     done = {record["question"] for record in before}
     left = [question for question in dict.fromkeys(questions) if question not in done]

@@ -1068,8 +1068,7 @@ class Gate:
 
         if not self.probes:
             return []
-        shares_prompts = infer.PROFILES[self.recipe.profile].shares_prompts
-        loaded = infer.LoadedModel(model, self.tokenizer, self.recipe.base_model, min_rows=1, shares_prompts=shares_prompts)
+        loaded = infer.LoadedModel(model, self.tokenizer, infer.PROFILES[self.recipe.profile], min_rows=1)
         requests = [infer.Request(probe.question, self.decoding) for probe in self.probes]
         total = len(requests) * self.decoding.max_new_tokens
         # Before the first step LoRA adds nothing, and is left away: the base model answers, sooner.

@@ -42,6 +42,15 @@ def pytest_addoption(parser):
     parser.addoption("--rounds", type=int, default=2, help="how often runs are killed, in test_faults.py")
 
 
+# Run first, while the run through Unsloth's GPU code takes a core: a training on two threads beside it takes five times as
+# long, for its threads wait for each other.
+LIGHT = ("test_data.py", "test_judge.py", "test_parsers.py", "test_requirements.py", "test_scripts.py", "test_gpu_path.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LIGHT.index(item.path.name) if item.path.name in LIGHT else len(LIGHT))
+
+
 @pytest.fixture
 def rounds(request):
     return request.config.getoption("--rounds")

@@ -348,7 +348,7 @@ def test_an_adapter_is_not_asked_on_another_base():
 
 
 def test_chat_commands():
-    chat = infer.Chat(infer.LoadedModel(None, None, "m", 4, True, Path("a"), "0"), DECODINGS["kit"])
+    chat = infer.Chat(infer.LoadedModel(None, None, infer.PROFILES["cpu"], 4, Path("a"), "0"), DECODINGS["kit"])
     chat.history.append(("q?", "a."))
     assert not chat.on_base
     assert chat.command("/decoding plain") == "Decoding plain." and chat.decoding == DECODINGS["plain"]
@@ -358,7 +358,9 @@ def test_chat_commands():
     assert chat.history and chat.command("/reset") and not chat.history
     assert "/dance is none of" in chat.command("/dance")
     assert chat.command("/quit") is None
-    assert "no adapter here" in infer.Chat(infer.LoadedModel(None, None, "m", 4, True), DECODINGS["kit"]).command("/adapter")
+    assert "no adapter here" in infer.Chat(infer.LoadedModel(None, None, infer.PROFILES["cpu"], 4), DECODINGS["kit"]).command(
+        "/adapter"
+    )
 
 
 def test_answers_stand_side_by_side_where_there_is_room():
@@ -527,13 +529,42 @@ def test_fewest_rows_are_those_from_which_on_bits_do_not_change(small_model):
     import torch
 
     ids = torch.tensor([data.encode_prompt(small_model.tokenizer, QUESTIONS[0])])
-    assert 1 <= small_model.min_rows <= infer.MAX_ROWS
+    assert 1 <= small_model.min_rows <= small_model.profile.max_rows
     with torch.inference_mode():
         logits = [
             small_model.model(input_ids=ids.repeat(rows, 1)).logits[0, -1]
-            for rows in (small_model.min_rows, small_model.min_rows + 1, infer.MAX_ROWS)
+            for rows in (small_model.min_rows, small_model.min_rows + 1, small_model.profile.max_rows)
         ]
     assert all(torch.equal(logits[0], other) for other in logits[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("needs", "fewest"),
+    [((1, 1, 1), 1), ((12, 4, 1), 12), ((4, 12, 9), 12), ((4, 4, 9), 9), ((1, 1, 16), 16), ((40, 4, 4), 48), ((4, 4, 50), 64)],
+)
+def test_the_layer_that_needs_the_most_rows_decides_how_many_there_are(needs, fewest):
+    """Layers of different shapes, the head last, whose bits change below so many rows."""
+    import torch
+
+    class Layer(torch.nn.Linear):
+        def __init__(self, width, need):
+            super().__init__(width, 4, bias=False)
+            self.need = need
+
+        def forward(self, rows):
+            return super().forward(rows) + (len(rows) < self.need)
+
+    class Model(torch.nn.ModuleList):
+        dtype = torch.float32
+
+        def get_output_embeddings(self):
+            return self[-1]
+
+    layers = Model(Layer(8 + place, need) for place, need in enumerate(needs))
+    for layer in layers:  # whose own sums are the same at any number of rows
+        torch.nn.init.eye_(layer.weight)
+    assert infer.find_min_rows(layers, max_rows=64) == fewest
 
 
 @pytest.mark.slow
@@ -552,7 +583,8 @@ def test_a_prompt_that_rows_share_gives_the_same_answers_read_once_or_row_by_row
     presets = [dataclasses.replace(decoding, max_new_tokens=16) for decoding in DECODINGS.values()]
     requests = [Request(question, decoding) for question in QUESTIONS for decoding in presets]
     shared = infer.answer_requests(small_model, requests)
-    row_by_row = infer.answer_requests(dataclasses.replace(small_model, shares_prompts=False), requests)
+    profile = dataclasses.replace(small_model.profile, shares_prompts=False)
+    row_by_row = infer.answer_requests(dataclasses.replace(small_model, profile=profile), requests)
     assert [answer.token_ids for answer in shared] == [answer.token_ids for answer in row_by_row]
 
 

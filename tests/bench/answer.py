@@ -66,7 +66,7 @@ def load_both():
     from transformers import AutoModelForCausalLM
 
     with infer.quiet_libraries():
-        plain = AutoModelForCausalLM.from_pretrained(infer.base_model_path(loaded.base_model), dtype="float32").eval()
+        plain = AutoModelForCausalLM.from_pretrained(infer.base_model_path(loaded.profile.base_model), dtype="float32").eval()
     return loaded, plain
 
 
@@ -114,7 +114,7 @@ def main(arguments):
     import torch
 
     sizes = [size for size in (1, 2, 5, 10) if size <= asked.questions]
-    by_questions = [(size, rate(loaded, make_requests(size, CAP))) for size in sizes]
+    by_questions = [(size, rate(loaded, make_requests(size, asked.max_new_tokens))) for size in sizes]
     endless = infer.Decoding(stop="never")
     probes = [probe.question for probe in data.read_probes()]
     by_length = []
@@ -124,7 +124,7 @@ def main(arguments):
     by_threads = []
     for threads in range(1, torch.get_num_threads() + 1):
         torch.set_num_threads(threads)
-        by_threads.append((threads, rate(loaded, make_requests(asked.questions, CAP))))
+        by_threads.append((threads, rate(loaded, requests)))
     for name, points in (("questions", by_questions), ("tokens an answer", by_length), ("threads", by_threads)):
         print(f"tokens/s by {name}: " + ", ".join(f"{x}: {y:.0f}" for x, y in points), flush=True)
     draw(
