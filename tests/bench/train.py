@@ -47,7 +47,6 @@ ROWS, ROUNDS = (16, 48, 96), 3
 MEASURES = {
     "joined LoRA": {"joined_lora": False},
     "attention by matrices": {"matrix_attention_tokens": 0},
-    "freed memory kept": {"keeps_memory": False},
     "padding to 8, not 32": {"pad_to_multiple_of": 32},
 }
 
