@@ -1108,7 +1108,8 @@ def importing() -> Iterator[None]:
     """For imports of many modules: while it lasts, Python looks for no objects that nothing reaches any more.
 
     It looks each time so many objects more are there than before. A library makes hundreds of thousands and keeps them, so that
-    a quarter of the time of importing Unsloth went into looking. What is there in the end is left out of all later looks too.
+    of importing Unsloth more than a second went into looking (`tests.bench start`). What is there in the end is left out of all
+    later looks too.
     """
     modules = len(sys.modules)
     gc.disable()

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -20,12 +24,10 @@ class Panel:
 
 def draw(name: str, panels: Sequence[Panel]) -> None:
     """Draws docs/bench-NAME.png, told apart by dashes and marks, so that it reads in black and white."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     styles = [("o-", "black"), ("s--", "0.35"), ("^:", "0.55")]
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for (title, points), (style, colour) in zip(panel.lines.items(), styles, strict=False):
@@ -37,18 +39,14 @@ def draw(name: str, panels: Sequence[Panel]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if len(panel.lines) > 1:
             axes.legend(frameon=False)
-    DOCS.mkdir(exist_ok=True)
-    figure.savefig(DOCS / f"bench-{name}.png", dpi=130)
-    print(f"drawn: docs/bench-{name}.png")
+    _save(name, figure)
 
 
 def draw_bars(name: str, xlabel: str, values: Mapping[str, float]) -> None:
     """Draws docs/bench-NAME.png with one bar a value, the number beside it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 0.6 + 0.32 * len(values)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     bars = axes.barh(list(values), list(values.values()), color="0.6")
     axes.bar_label(bars, fmt="%.1f", padding=3)
@@ -56,6 +54,10 @@ def draw_bars(name: str, xlabel: str, values: Mapping[str, float]) -> None:
     axes.set_xlabel(xlabel)
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
+    _save(name, figure)
+
+
+def _save(name: str, figure: Figure) -> None:
     DOCS.mkdir(exist_ok=True)
     figure.savefig(DOCS / f"bench-{name}.png", dpi=130)
     print(f"drawn: docs/bench-{name}.png")

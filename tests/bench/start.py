@@ -6,6 +6,8 @@ ADAPTER is an adapter folder that `train.py` left, STUDY a folder of `ablate.py`
 from the start of the process to the first byte on stdout, of `infer.py` and of a script that imports transformers and PEFT,
 loads the same weights in float32 and generates: the least that anyone runs. Both print one token, the same one, which is
 checked. By turns; medians. The picture is docs/bench-start.png.
+
+Most of it is imports, so Unsloth's are timed as well: as Python does them, and with its garbage collector at rest, as the kit.
 """
 
 import argparse
@@ -79,4 +81,9 @@ def main(arguments):
     plain, own = (statistics.median(each[place][0] for each in rounds) for place in (0, 1))
     ratio = statistics.median(kit_run[0] / bare_run[0] for bare_run, kit_run in rounds)
     print(f"first token, bare     {plain:6.2f} s\nfirst token, infer.py {own:6.2f} s: {ratio:.2f} times the bare script's")
+    imports = ("import unsloth", "import gc; gc.disable(); import unsloth")
+    usual, resting = (
+        statistics.median(to_the_end([*python, "-c", code], study_home) for _ in range(asked.rounds)) for code in imports
+    )
+    print(f"import unsloth        {usual:6.2f} s\nthe same, no collector{resting:6.2f} s")
     draw_bars("start", "s, median", medians | {"first token, bare script": plain, "first token, infer.py": own})
