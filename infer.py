@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import ctypes
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
+import html
 import importlib.metadata
 import io
 import itertools
@@ -28,12 +31,15 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +54,13 @@ from data import ProfileChoice, ProfileName, UsageError
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        DynamicCache,
+        GenerationConfig,
+        LogitsProcessor,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 RUNS = Path("runs")
 TRAIN_RUNS = RUNS / "train"
@@ -58,6 +70,190 @@ LATEST = TRAIN_RUNS / "latest.txt"
 ADAPTER_RECORD = "kit.json"
 # Beside them too: words that no lexicon knows, but the training rows or the base model's own answers hold.
 KNOWN_WORDS = "known_words.txt"
+
+
+# What a run or a study may be called: it becomes the name of a folder.
+RUN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
+RUN_NAME_RULE = "up to 100 letters, digits, '.', '_' and '-', starting with a letter or digit."
+
+
+# --- Files and processes -----------------------------------------------------------------------------------------
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line in one system call, so that a killed process leaves the line or nothing.
+
+    Raises:
+        UsageError: as `writing`.
+    """
+    with data.writing(path):
+        content = f"{line}\n".encode()
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(descriptor, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def put_folder(part: Path, folder: Path) -> None:
+    """Replaces `folder` by the folder `part`: readers find the old one or the new one, complete.
+
+    Linux exchanges two folders in one step, if the file system supports it.
+    """
+    for file in part.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            data.sync(descriptor)
+            os.close(descriptor)
+    if not folder.exists():
+        part.rename(folder)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(part), os.fsencode(folder)
+    if not hasattr(libc, "renameat2") or libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+        remove_folder(folder)
+        part.rename(folder)
+    else:
+        remove_folder(part)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, if it exists; a process killed meanwhile leaves no part under its name."""
+    if folder.exists():
+        gone = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.gone")
+        folder.rename(gone)
+        shutil.rmtree(gone)
+
+
+def clear_leftovers(folder: Path, pattern: str = ".*") -> None:
+    """Removes unfinished files of a killed process. The caller holds the lock of the folder."""
+    for leftover in folder.glob(pattern):
+        if leftover.suffix in (".part", ".gone"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[int | None]:
+    """A file descriptor that holds the lock `path`, or None if another process has it.
+
+    The lock ends with the last process that has the descriptor open, children included. The file
+    names its holder.
+
+    Raises:
+        UsageError: as `writing`.
+    """
+    with data.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, SIGTERM or SIGHUP asked this process to end. The message says how to resume."""
+
+    def __init__(self, number: int, message: str = "Interrupted. Run the same command again.") -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Interruption:
+    """Turns Ctrl-C, SIGTERM and SIGHUP into `Interrupted`, at once or where work defers it."""
+
+    number: int | None = None
+    """Of the signal that came first."""
+    _deferred = False
+
+    def listen(self) -> None:
+        """Handles the signals, except those that are ignored from the start, as with `nohup`."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: types.FrameType | None) -> None:
+        again = number == signal.SIGINT == self.number
+        self.number = self.number or number
+        if again or not self._deferred:
+            raise Interrupted(self.number)
+        # Not by print, in whose middle the signal may have come.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, b"\nThe step is ended, and saved. Ctrl-C again stops at once.\n")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A context in which a signal waits for `raise_if_any`; a second Ctrl-C raises at once."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def raise_if_any(self) -> None:
+        """Raises Interrupted if a signal came."""
+        if self.number:
+            raise Interrupted(self.number)
+
+
+INTERRUPTION = Interruption()
+
+
+def world_size() -> int:
+    """Processes that train together, set by `torchrun` and `accelerate launch`; else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """How many of them share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def escape_markdown(text: str) -> str:
+    """The text in one line of markdown that shows it unchanged; newlines become `<br>`.
+
+    Punctuation becomes numeric entities, which markdown never interprets.
+    """
+    shown = data.escape_controls(text.replace("\r\n", "\n").replace("\t", " "))
+    # Also the colon and the dot of www., which some viewers turn into links.
+    escaped = re.sub(r"[^\w\s.,;()'?!%/-]|_|(?<=www)\.", lambda match: _entities(match.group()), shown)
+    # At the start of a cell even these would make a list or a heading.
+    return re.sub(r"^(\s*)([-.()]|\d+[.)])", lambda match: match[1] + _entities(match[2]), escaped).replace("\n", "<br>")
+
+
+def _entities(text: str) -> str:
+    return "".join(f"&#{ord(character)};" for character in text)
+
+
+def format_verbatim(text: str) -> str:
+    """The text as one line of HTML, so that no part of it is read as markdown."""
+    return f"<pre>{html.escape(data.escape_controls(text)).replace(chr(10), '&#10;')}</pre>"
+
+
+def to_json(value: Any) -> str:
+    """The value as JSON in one line, with control characters escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return data.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+# --- Profiles -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -299,6 +495,8 @@ class Answer:
     """sha256 of the adapter's weights, or None for the base model alone."""
     seconds: float = field(compare=False)
     """Time of the batch in which the answer was written."""
+    system_prompt: str = data.SYSTEM_PROMPT
+    """What the question was asked under."""
 
     @property
     def sha256(self) -> str:
@@ -878,6 +1076,74 @@ _NEGATION = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class Point:
+    """What a sound answer names. It is named where any of the phrases occurs."""
+
+    name: str
+    phrases: tuple[str, ...]
+    """Lower-case words; `...` stands for up to six words of the same sentence."""
+    guideline: str
+    """The published reference on which it rests."""
+
+
+@dataclass(frozen=True)
+class WrongClaim:
+    """What an answer must not claim. It is claimed where any of the phrases occurs, and none of `unless_after` before it."""
+
+    name: str
+    phrases: tuple[str, ...]
+    guideline: str
+    unless_after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question that every run is asked, with what a list can tell of its answers."""
+
+    id: str
+    question: str
+    points: tuple[Point, ...]
+    wrong_claims: tuple[WrongClaim, ...]
+
+
+def read_probes(path: Path = data.PROBES) -> list[Probe]:
+    """The probes, in the file's order.
+
+    Raises:
+        UsageError: a line is no probe; the message names the line and what is wrong with it.
+    """
+    probes = []
+    for place, record in data.read_records(str(path)):
+        try:
+            if isinstance(record, data.BadRecord):
+                raise TypeError(record)
+            points = tuple(Point(**each | {"phrases": _texts(each["phrases"])}) for each in record["points"])
+            claims = tuple(
+                WrongClaim(**each | {name: _texts(each[name]) for name in ("phrases", "unless_after") if name in each})
+                for each in record["wrong_claims"]
+            )
+            _texts(
+                [
+                    record["id"],
+                    record["question"],
+                    *(text for each in (*points, *claims) for text in (each.name, each.guideline)),
+                ]
+            )
+            probes.append(Probe(record["id"], record["question"], points, claims))
+        except (KeyError, TypeError) as error:
+            raise UsageError(
+                f"{place}: is no probe ({error}). Wanted are id, question, points and wrong_claims, as in samples/README.md."
+            ) from None
+    return probes
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
+        raise TypeError(f"{reprlib.repr(values)} is no list of texts")
+    return tuple(values)
+
+
 @functools.cache
 def compile_phrase(phrase: str) -> re.Pattern[str]:
     """A phrase of the probes as a pattern: whole words, in singular or plural, a hyphen as good as a space."""
@@ -922,7 +1188,7 @@ class Facts:
         return f"points {len(self.named)}/{len(self.named) + len(self.missing)}, wrong claims {len(self.wrong)}"
 
 
-def check_facts(text: str, probe: data.Probe) -> Facts:
+def check_facts(text: str, probe: Probe) -> Facts:
     """Which points of the probe the answer names, and which wrong claims it makes."""
     named = [point.name for point in probe.points if find_mention(text, point.phrases) is not None]
     wrong = []
@@ -953,7 +1219,7 @@ class Judged:
         return record | ({"facts": dataclasses.asdict(self.facts)} if self.facts else {})
 
 
-def judge_answer(answer: Answer, known_words: frozenset[str] = frozenset(), probe: data.Probe | None = None) -> Judged:
+def judge_answer(answer: Answer, known_words: frozenset[str] = frozenset(), probe: Probe | None = None) -> Judged:
     """The answer judged by `judge` and, where its question is a probe's, by `check_facts`."""
     judgement = judge(answer.text, answer.question, answer.finish_reason, known_words)
     return Judged(answer, judgement, check_facts(answer.text, probe) if probe else None)
@@ -1163,7 +1429,7 @@ def latest_adapter() -> Path:
             "or ask the base model: python infer.py --base"
         )
     name = LATEST.read_text(encoding="utf-8", errors="replace").strip()
-    if not data.RUN_NAME.fullmatch(name):
+    if not RUN_NAME.fullmatch(name):
         raise UsageError(f"{LATEST} names no run: {name[:100]!r}. Remove it, and say which adapter with --adapter FOLDER.")
     adapter = TRAIN_RUNS / name / "adapter"
     if not adapter.is_dir():
@@ -1206,6 +1472,8 @@ class AdapterRecord:
     """What its answers were judged under."""
     pad: PadName = "native"
     """`added`: it brings an embedding of its own, one row longer than the base model's."""
+    system_prompt: str = data.SYSTEM_PROMPT
+    """What most of its rows were trained under, and its questions are asked under."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values; `read_adapter_record` reads them back."""
@@ -1283,10 +1551,14 @@ def read_adapter_record(adapter: Path) -> AdapterRecord:
         if content["profile"] != profile or content["pad"] not in get_args(PadName):
             raise ValueError(f"profile {content['profile']!r}, pad {content['pad']!r}")
         fingerprint, decoding = content["prompt_fingerprint"], content["decoding"]
+        system_prompt = content.get("system_prompt", data.SYSTEM_PROMPT)
         if not isinstance(fingerprint, str | None):
             raise TypeError(f"prompt_fingerprint is {fingerprint!r}")
+        if not isinstance(system_prompt, str) or not system_prompt.strip():
+            raise TypeError(f"system_prompt is {system_prompt!r}")
+        system_prompt.encode()
         decoding = None if decoding is None else Decoding.from_json(decoding)
-        return AdapterRecord(PROFILES[profile].base_model, profile, fingerprint, decoding, content["pad"])
+        return AdapterRecord(PROFILES[profile].base_model, profile, fingerprint, decoding, content["pad"], system_prompt)
     except UsageError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1392,7 +1664,7 @@ def load_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ada
         UsageError: as `check_adapter`, or the adapter was trained under another prompt.
     """
     record, shape = check_adapter(adapter), read_lora_shape(adapter)
-    trained, asked = record.prompt_fingerprint, data.prompt_fingerprint(tokenizer)
+    trained, asked = record.prompt_fingerprint, data.prompt_fingerprint(tokenizer, record.system_prompt)
     if trained is None:
         print(f"{adapter} does not say under which prompt it was trained; it is asked under this kit's.", file=sys.stderr)
     elif trained != asked:
@@ -1493,6 +1765,7 @@ class LoadedModel:
     min_rows: int
     adapter: Path | None = None
     adapter_sha256: str | None = None
+    system_prompt: str = data.SYSTEM_PROMPT
 
     def add_adapter(self, adapter: Path) -> None:
         """Puts the adapter on the base model. Raises UsageError as `load_adapter`."""
@@ -1501,6 +1774,7 @@ class LoadedModel:
         self.model = load_adapter(self.model, self.tokenizer, adapter)
         FastLanguageModel.for_inference(self.model)
         self.adapter, self.adapter_sha256 = adapter, adapter_digest(adapter)
+        self.system_prompt = read_adapter_record(adapter).system_prompt
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[LoadedModel]:
@@ -1517,8 +1791,10 @@ def adapter_digest(adapter: Path) -> str:
     return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def load_for_asking(profile: ProfileName, adapter: Path | None) -> LoadedModel:
+def load_for_asking(profile: ProfileName, adapter: Path | None, system_prompt: str | None = None) -> LoadedModel:
     """The profile's base model, with the adapter on it if there is one.
+
+    Questions are asked under `system_prompt`, or under the adapter's, or the story's.
 
     Raises:
         UsageError: as `load_adapter`.
@@ -1533,6 +1809,7 @@ def load_for_asking(profile: ProfileName, adapter: Path | None) -> LoadedModel:
     loaded = LoadedModel(model, tokenizer, values, min_rows=values.max_rows)
     if adapter:
         loaded.add_adapter(adapter)
+    loaded.system_prompt = system_prompt or loaded.system_prompt
     loaded.min_rows = find_min_rows(loaded.model, values.max_rows)
     return loaded
 
@@ -1682,7 +1959,7 @@ def check_room(loaded: LoadedModel, request: Request) -> list[int]:
         UsageError: as `check_question`, or the prompt and its answer would not fit into the model's maximal sequence length.
     """
     check_question(request.question)
-    prompt = data.encode_prompt(loaded.tokenizer, request.question, request.history)
+    prompt = data.encode_prompt(loaded.tokenizer, request.question, request.history, loaded.system_prompt)
     cap = request.decoding.max_new_tokens
     if len(prompt) + cap > data.MAX_SEQ_LENGTH:
         raise UsageError(
@@ -1775,6 +2052,7 @@ def _cut_from_row(
         model=loaded.profile.base_model,
         adapter=loaded.adapter_sha256,
         seconds=seconds,
+        system_prompt=loaded.system_prompt,
     )
 
 
@@ -1921,7 +2199,7 @@ def measure_margin(loaded: LoadedModel, request: Request, ids: Sequence[int]) ->
     """After the answer's first `ids`: the two tokens with the largest scores under the decoding, and how far they are apart."""
     import torch
 
-    prompt = data.encode_prompt(loaded.tokenizer, request.question, request.history)
+    prompt = data.encode_prompt(loaded.tokenizer, request.question, request.history, loaded.system_prompt)
     missing = padded_width(len(prompt)) - len(prompt)
     row = [loaded.tokenizer.pad_token_id] * missing + prompt + list(ids)
     input_ids = torch.tensor([row] * loaded.min_rows, device=loaded.model.device)
@@ -1949,7 +2227,7 @@ def verify(loaded: LoadedModel, request: Request, arguments: Sequence[str]) -> b
             raise UsageError(f"{name} could not answer:\n{ran.stderr.strip()}")
         asked[name] = json.loads(ran.stdout)["token_ids"]
     # In company: the probe questions before it, and itself under every other decoding in the same forward passes.
-    company = [Request(probe.question, request.decoding) for probe in data.read_probes()[:3]]
+    company = [Request(probe.question, request.decoding) for probe in read_probes()[:3]]
     cap = request.decoding.max_new_tokens
     company += [
         Request(request.question, dataclasses.replace(decoding, max_new_tokens=cap), request.history)
@@ -1989,9 +2267,11 @@ def read_questions(path: Path) -> list[str]:
             if line.strip():
                 check_question(line, f"{path}:{number}")
     elif path.suffix in (".jsonl", ".csv"):
-        records = data.read_records(str(path))
+        records = list(data.read_records(str(path)))
         questions = [record.get("question") if isinstance(record, dict) else None for _, record in records]
-        for (place, _), question in zip(records, questions, strict=True):
+        for (place, record), question in zip(records, questions, strict=True):
+            if isinstance(record, data.BadRecord):
+                raise UsageError(f"{place}: {record}. Correct or remove it.")
             if not isinstance(question, str):
                 raise UsageError(f"{place}: has no question. A column named question is wanted, with text in every row.")
             check_question(question, place)
@@ -2060,12 +2340,13 @@ def answer_file(loaded: LoadedModel, questions: Sequence[str], decoding: Decodin
     The caller holds the file by `hold_answers`.
 
     Raises:
-        data.Interrupted: a signal came; the answers of batches that were done are kept.
+        Interrupted: a signal came; the answers of batches that were done are kept.
         UsageError: as `check_room`, `read_answered` and `data.writing`.
     """
     from tqdm import tqdm
 
     expected = {"model": loaded.profile.base_model, "adapter": loaded.adapter_sha256, "decoding": dataclasses.asdict(decoding)}
+    expected["system_prompt"] = loaded.system_prompt
     before = read_answered(output, expected)
     done = {record["question"] for record in before}
     left = [question for question in dict.fromkeys(questions) if question not in done]
@@ -2075,10 +2356,10 @@ def answer_file(loaded: LoadedModel, questions: Sequence[str], decoding: Decodin
         try:
             for batch in _batched(left, QUESTIONS_A_SAVE):
                 for answer in answer_requests(loaded, [Request(question, decoding) for question in batch], bar.update):
-                    data.append_line(output, json.dumps(judge_asked(loaded, answer).to_record(), ensure_ascii=False))
-        except data.Interrupted as interrupted:
+                    append_line(output, json.dumps(judge_asked(loaded, answer).to_record(), ensure_ascii=False))
+        except Interrupted as interrupted:
             said = f"Interrupted. {output} keeps what is answered so far; the same line goes on."
-            raise data.Interrupted(interrupted.number, said) from None
+            raise Interrupted(interrupted.number, said) from None
     return before
 
 
@@ -2176,10 +2457,10 @@ def ask_in_chat(chat: Chat, question: str) -> None:
         note_judgement(judge_asked(chat.loaded, answer))
     except UsageError as error:
         print(f"{data.escape_controls(str(error))} Or begin anew: /reset", file=sys.stderr)
-    except data.Interrupted as interrupted:
+    except Interrupted as interrupted:
         if interrupted.number != signal.SIGINT:
             raise
-        data.INTERRUPTION.number = None
+        INTERRUPTION.number = None
         print("\nThe answer was stopped, and is not part of the conversation. /quit ends the chat.", file=sys.stderr)
 
 
@@ -2200,6 +2481,8 @@ class InferConfig:
     """Adapter folder or hub id. Unset: the adapter of the run that was finished last."""
     base: bool = False
     """Ask the base model, without an adapter."""
+    system_prompt: str | None = None
+    """System prompt of the questions. Unset: the adapter's, or the story's."""
     compare: Literal["models", "decodings"] | None = None
     """Ask base and adapter, or under every decoding, and show the answers side by side."""
     verify: bool = False
@@ -2248,6 +2531,8 @@ class InferConfig:
             problems.append("--verify and --compare: give one of the two.")
         if self.json and (self.verify or self.questions):
             problems.append(f"--json prints answers; {'--verify' if self.verify else '--questions'} has a form of its own.")
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            problems.append("--system-prompt is empty. Remove it, or give a text.")
         if self.adapter is not None and not self.adapter.strip():
             problems.append("--adapter is empty: a folder, or a hub id (owner/name), is wanted.")
         cores = len(os.sched_getaffinity(0))
@@ -2285,7 +2570,7 @@ def read_known_words(adapter: Path | None) -> frozenset[str]:
 
 def judge_asked(loaded: LoadedModel, answer: Answer) -> Judged:
     """The answer of a loaded model judged; where the question is a probe's, with what the probe's lists tell."""
-    probe = next((probe for probe in data.read_probes() if probe.question == answer.question), None)
+    probe = next((probe for probe in read_probes() if probe.question == answer.question), None)
     return judge_answer(answer, read_known_words(loaded.adapter), probe)
 
 
@@ -2313,7 +2598,7 @@ def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool) -> Non
         print("" if sys.stdout.isatty() else answer.text, flush=True)
     judged = judge_asked(loaded, answer)
     if as_json:
-        print(data.to_json(judged.to_record()), flush=True)
+        print(to_json(judged.to_record()), flush=True)
     note_judgement(judged)
 
 
@@ -2334,7 +2619,7 @@ def print_comparison(loaded: LoadedModel, request: Request, config: InferConfig)
     judged = {name: judge_asked(loaded, answer) for name, answer in named.items()}
     if config.json:
         for name, each in judged.items():
-            print(data.to_json({"name": name, **each.to_record()}))
+            print(to_json({"name": name, **each.to_record()}))
         return
     titles = {
         name: f"{name} ({each.answer.answer_tokens} tokens, {each.answer.finish_reason}, {each.judgement.verdict})"
@@ -2379,6 +2664,7 @@ def read_stdin() -> list[str]:
 
 def main(config: InferConfig) -> int:
     """Answers on stdout; says on stderr what answers and how. Returns the exit code: 1 if --verify found a difference."""
+    INTERRUPTION.listen()
     prepare_cublas()
     if config.questions:
         questions = read_questions(config.questions)
@@ -2404,7 +2690,7 @@ def main(config: InferConfig) -> int:
 
         torch.set_num_threads(config.threads)
     with hold_answers(output) if output else contextlib.nullcontext():
-        return ask(config, load_for_asking(profile, adapter), questions, decoding, output)
+        return ask(config, load_for_asking(profile, adapter, config.system_prompt), questions, decoding, output)
 
 
 def ask(config: InferConfig, loaded: LoadedModel, questions: Sequence[str], decoding: Decoding, output: Path | None) -> int:

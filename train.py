@@ -155,6 +155,13 @@ TRAINING: dict[ProfileName, TrainingValues] = {
     ),
 }
 
+# As stated on the pages of the sources.
+LICENCES = {
+    data.HUB_IDS["chatdoctor"].partition("@")[0]: "none stated",
+    data.HUB_IDS["wikidoc"].partition("@")[0]: "cc, variant not named",
+    **dict.fromkeys(data.SOURCES["cpu"].values(), "Apache-2.0"),
+}
+
 # For a plan without the rows: mean tokens of prompt and answer, of 1,494 published ChatDoctor-iCliniq and 1,497 WikiDoc rows
 # after cleaning, under Llama 3.2's tokenizer.
 MEAN_ROW_TOKENS: dict[data.SourceName, int] = {"conversational": 264, "encyclopedic": 169}
@@ -234,8 +241,8 @@ class TrainConfig(data.RowsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = []
-        if self.name is not None and not data.RUN_NAME.fullmatch(self.name):
-            problems.append(f"--name {self.name!r}: {data.RUN_NAME_RULE}")
+        if self.name is not None and not infer.RUN_NAME.fullmatch(self.name):
+            problems.append(f"--name {self.name!r}: {infer.RUN_NAME_RULE}")
         for flag in ("epochs", "learning_rate", "r", "lora_alpha", "max_steps", "max_hours"):
             value = getattr(self, flag)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -244,7 +251,7 @@ class TrainConfig(data.RowsConfig):
             problems.append(f"--save-minutes {self.save_minutes}: a number of minutes, 0 or more, is wanted.")
         if self.r > MAX_RANK:
             problems.append(f"--r {self.r}: 1 to {MAX_RANK} is wanted; the modules themselves have no higher rank.")
-        batch, processes = self.per_device_train_batch_size, data.world_size()
+        batch, processes = self.per_device_train_batch_size, infer.world_size()
         if EFFECTIVE_BATCH_SIZE % processes:
             problems.append(f"{processes} processes: a divisor of {EFFECTIVE_BATCH_SIZE}, the rows of a step, is wanted.")
         elif batch is not None and (batch < 1 or EFFECTIVE_BATCH_SIZE % (batch * processes)):
@@ -252,7 +259,7 @@ class TrainConfig(data.RowsConfig):
             problems.append(
                 f"--per-device-train-batch-size {batch}{of}: a divisor of {EFFECTIVE_BATCH_SIZE // processes} is wanted."
             )
-        probes = len(data.read_probes())
+        probes = len(infer.read_probes())
         if self.num_probes is not None and not 0 <= self.num_probes <= probes:
             problems.append(f"--num-probes {self.num_probes}: 0 to {probes}, the probes of samples/probes.jsonl, is wanted.")
         if self.eval_every is not None and not 0 < self.eval_every < 1:
@@ -274,10 +281,16 @@ class Recipe:
     profile: ProfileName
     base_model: str
     load_in_4bit: bool
-    mix: data.MixName
-    wanted: dict[data.SourceName, int]
-    conversational: str
-    encyclopedic: str
+    mix: str
+    """`rows` where the user's own rows are all there is."""
+    wanted: dict[data.SourceName, int | None]
+    """None: all of them."""
+    conversational: str | None
+    encyclopedic: str | None
+    rows: str | None
+    clean: data.CleanChoice
+    system_prompt: str | None
+    """Set by the user for all rows."""
     seed: int
     max_seq_length: int
     target_modules: TargetModules
@@ -302,11 +315,11 @@ class Recipe:
     @property
     def gradient_accumulation_steps(self) -> int:
         """Forward passes of a process before a step: all processes together see `EFFECTIVE_BATCH_SIZE` rows."""
-        return EFFECTIVE_BATCH_SIZE // (self.per_device_train_batch_size * data.world_size())
+        return EFFECTIVE_BATCH_SIZE // (self.per_device_train_batch_size * infer.world_size())
 
     def count_steps(self, rows: int) -> int:
         """Optimiser steps on so many rows, as the Trainer counts them."""
-        batches = math.ceil(rows / (self.per_device_train_batch_size * data.world_size()))
+        batches = math.ceil(rows / (self.per_device_train_batch_size * infer.world_size()))
         steps = math.ceil(math.ceil(batches / self.gradient_accumulation_steps) * self.epochs)
         return self.max_steps or steps
 
@@ -320,15 +333,17 @@ def resolve_recipe(config: TrainConfig) -> Recipe:
     profile = data.resolve_profile(config.profile)
     model, training = infer.PROFILES[profile], TRAINING[profile]
     batch = config.per_device_train_batch_size or min(
-        training.per_device_train_batch_size, EFFECTIVE_BATCH_SIZE // data.world_size()
+        training.per_device_train_batch_size, EFFECTIVE_BATCH_SIZE // infer.world_size()
     )
     return Recipe(
         profile=profile,
         base_model=model.base_model,
         load_in_4bit=model.load_in_4bit,
-        mix=config.mix,
+        mix="rows" if config.rows else config.mix,
         wanted=config.wanted,
-        **config.sources(profile),
+        **dict.fromkeys(get_args(data.SourceName)) | config.sources(profile),
+        clean=config.clean,
+        system_prompt=config.system_prompt,
         seed=config.seed,
         max_seq_length=data.MAX_SEQ_LENGTH,
         target_modules=config.target_modules,
@@ -380,7 +395,7 @@ def find_record(folder: Path, recipe: Recipe, data_fingerprint: str) -> dict[str
     # Where the rows came from is no matter as long as they are the same, which the fingerprint tells.
     differences = [
         f"  {name}: {there.get(name)!r} there, {wanted.get(name)!r} now"
-        for name in sorted((there.keys() | wanted.keys()) - {"conversational", "encyclopedic"})
+        for name in sorted((there.keys() | wanted.keys()) - set(get_args(data.SourceName)))
         if there.get(name) != wanted.get(name)
     ]
     if differences:
@@ -449,10 +464,10 @@ def put_checkpoint(written: Path, folder: Path, state: TrainerState, training_se
             "evaluation_is_due": due and not evaluated,
             "sha256": digest_files(part),
         }
-        data.write_whole(part / CHECKPOINT_RECORD, json.dumps(record, indent=2) + "\n")
-        data.put_folder(part, target)
+        data.write_atomic(part / CHECKPOINT_RECORD, json.dumps(record, indent=2) + "\n")
+        infer.put_folder(part, target)
         for old in list_checkpoints(folder)[NUM_CHECKPOINTS:]:
-            data.remove_folder(old)
+            infer.remove_folder(old)
 
 
 def digest_files(folder: Path) -> dict[str, str]:
@@ -517,7 +532,7 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
         except ValueError as error:
             damaged.append(f"{candidate} is damaged ({error})")
             continue
-        for each in damaged if data.is_main_process() else ():
+        for each in damaged if infer.is_main_process() else ():
             print(f"{each}; {checkpoint.folder.name} is taken instead.", file=sys.stderr)
         return checkpoint
     if damaged:
@@ -529,14 +544,14 @@ def restore(checkpoint: Checkpoint, folder: Path) -> None:
     """Makes records and adapter of the run what they were at the checkpoint; what came later will come again."""
     for name in RUN_RECORDS:
         if (checkpoint.folder / name).is_file():
-            data.write_whole(folder / name, (checkpoint.folder / name).read_bytes())
+            data.write_atomic(folder / name, (checkpoint.folder / name).read_bytes())
         else:
             (folder / name).unlink(missing_ok=True)
     if (checkpoint.folder / "adapter").is_dir():
         part = folder / ".adapter.part"
         with data.writing(folder / "adapter", part):
             shutil.copytree(checkpoint.folder / "adapter", part, copy_function=shutil.copyfile)
-            data.put_folder(part, folder / "adapter")
+            infer.put_folder(part, folder / "adapter")
 
 
 def set_aside(folder: Path) -> None:
@@ -548,7 +563,7 @@ def set_aside(folder: Path) -> None:
 def note_latest(folder: Path) -> None:
     """Makes a run in runs/train the one whose adapter is asked by default."""
     if folder.parent.resolve() == infer.TRAIN_RUNS.resolve():
-        data.write_whole(infer.LATEST, folder.name + "\n")
+        data.write_atomic(infer.LATEST, folder.name + "\n")
 
 
 def commit_id() -> str | None:
@@ -568,6 +583,7 @@ class Plan:
     tokens: int
     """Of prompts and answers, in one pass over the rows."""
     estimated: str | None
+    rows_are_estimated: bool
     """Why rows and tokens are estimates, or None where they were counted."""
     steps: int
     trainable_parameters: int
@@ -720,44 +736,66 @@ def training_dtype(recipe: Recipe) -> str:
     return "bfloat16" if is_bfloat16_supported() else "float32"
 
 
-def count_rows(config: TrainConfig, recipe: Recipe) -> tuple[int, int, int, str | None]:
-    """`(rows, tokens, longest row, why estimated)` of the mix: counted, or estimated where the hub cannot be reached.
+@dataclass(frozen=True)
+class RowCounts:
+    """What a plan knows of its rows."""
+
+    rows: int
+    tokens: int
+    longest_row: int
+    """In tokens."""
+    estimated: str | None = None
+    """Why the tokens are estimated; None if all is exact."""
+    rows_are_estimated: bool = False
+
+
+def count_rows(config: TrainConfig, recipe: Recipe) -> RowCounts:
+    """Rows and tokens of the mix: exact for files whose tokenizer is available, else as exact as possible.
 
     Raises:
-        UsageError: a file of rows cannot be used.
+        UsageError: the rows cannot be used.
     """
-    sources: dict[data.SourceName, str] = config.sources(recipe.profile)
-    files = {name: source for name, source in sources.items() if Path(source).suffix in data.FILE_SUFFIXES}
-    for name, source in files.items():
-        data.load_rows(source, name)  # what is wrong with a file is the user's to mend, and no reason to estimate
-    counts, lengths, missing = recipe.wanted, None, None
+    sources = config.sources(recipe.profile)
+    from_hub = {name for name, source in sources.items() if Path(source).suffix.lower() not in data.FILE_SUFFIXES}
     try:
-        rows = config.load(recipe.profile).train
-        counts = {name: sum(row.source == name for row in rows) for name in sources}
-        lengths = [len(row["input_ids"]) for row in data.encode_rows(data.load_tokenizer(recipe.profile), rows)[0]]
+        mix = config.load(recipe.profile)
     except UsageError as error:
-        if files.keys() == sources.keys() and recipe.profile == "cpu":
+        if not from_hub or data.reaches_hub():
             raise
-        missing = str(error).split(". ")[0]
-    if lengths is not None:
-        return len(lengths), sum(lengths), max(lengths, default=0), None
-    tokens = sum(count * MEAN_ROW_TOKENS[name] for name, count in counts.items())
-    return sum(counts.values()), tokens, data.MAX_SEQ_LENGTH, missing
+        # Files are counted as they are, and what is wrong with them is an error, not a reason to estimate.
+        available = {name: count or 0 for name, count in recipe.wanted.items()}
+        for name in sources.keys() - from_hub:
+            rows, report = data.load_source(name, sources[name], config)
+            rows = data.clean_rows(rows, report)
+            data.check_losses(report)
+            available[name] = len(data.split_rows(rows)[0])
+        counts = data.mix_counts(available, recipe.wanted)
+        tokens = sum(count * MEAN_ROW_TOKENS.get(name, 0) for name, count in counts.items())
+        return RowCounts(sum(counts.values()), tokens, data.MAX_SEQ_LENGTH, str(error).split(". ")[0], True)
+    estimated = None
+    try:
+        tokenizer = data.load_tokenizer(recipe.profile)
+    except UsageError as error:
+        estimated = f"counted with the small model's tokenizer ({str(error).split(' (')[0]})"
+        tokenizer = data.load_tokenizer("cpu")
+    audit = data.audit_mix(mix, tokenizer)
+    return RowCounts(audit["train_rows"], audit["train_tokens"], audit["lengths"]["longest"], estimated)
 
 
 # A part of the plan's disk: it is not in the run's folder.
 CACHED = "base model, into the cache, once"
 
 
-def make_plan(recipe: Recipe, dtype: str, rows: int, tokens: int, longest_row: int, estimated: str | None = None) -> Plan:
-    """The plan of a run on so many rows, of which the longest has so many tokens, with a base model of this dtype."""
+def make_plan(recipe: Recipe, dtype: str, counts: RowCounts) -> Plan:
+    """The plan of a run on these rows, with a base model of this dtype."""
     import psutil
     import torch
 
     training, arch = TRAINING[recipe.profile], infer.PROFILES[recipe.profile].architecture
     element_size = getattr(torch, dtype).itemsize
     multiple = recipe.pad_to_multiple_of or 1
-    longest_row = math.ceil(longest_row / multiple) * multiple
+    rows, tokens = counts.rows, counts.tokens
+    longest_row = math.ceil(counts.longest_row / multiple) * multiple
     model = build_meta_adapter(recipe, dtype)
     tensors = saved_tensors(model, recipe.pad)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -779,16 +817,17 @@ def make_plan(recipe: Recipe, dtype: str, rows: int, tokens: int, longest_row: i
     return Plan(
         rows=rows,
         tokens=tokens,
-        estimated=estimated,
+        estimated=counts.estimated,
+        rows_are_estimated=counts.rows_are_estimated,
         steps=steps,
         trainable_parameters=trainable,
         adapter_bytes=adapter_bytes,
         memory=memory,
         memory_peak=max(sum(memory.values()), loading, evaluation),
-        memory_limit=training.memory_limit or psutil.virtual_memory().available // data.local_world_size(),
+        memory_limit=training.memory_limit or psutil.virtual_memory().available // infer.local_world_size(),
         host_memory=host if training.host_runtime else {},
         disk={CACHED: in_file, **disk},
-        training_seconds=steps * EFFECTIVE_BATCH_SIZE * tokens / rows / training.tokens_per_second / data.world_size(),
+        training_seconds=steps * EFFECTIVE_BATCH_SIZE * tokens / rows / training.tokens_per_second / infer.world_size(),
         gate_seconds=asked * recipe.gate_max_new_tokens * training.seconds_per_new_token,
     )
 
@@ -818,12 +857,14 @@ def format_plan(plan: Plan, recipe: Recipe, folder: Path) -> str:
         return lines + [f"  {name:<28}{size / GIB:9.3f} GiB" for name, size in sizes.items()]
 
     written = data.existing_parent(folder)
-    about = "about " if plan.estimated else ""
-    lines = [f"rows, tokens and the longest row are estimates: {plan.estimated}"] if plan.estimated else []
+    about = "about " if plan.rows_are_estimated else ""
+    about_tokens = "about " if plan.estimated else ""
+    what = "rows, tokens and the longest row" if plan.rows_are_estimated else "tokens and the longest row"
+    lines = [f"{what} are estimates: {plan.estimated}"] if plan.estimated else []
     lines += [
-        f"{'rows':<30}{about}{plan.rows:,} of {about}{plan.tokens:,} tokens",
+        f"{'rows':<30}{about}{plan.rows:,} of {about_tokens}{plan.tokens:,} tokens",
         f"{'steps':<30}{about}{plan.steps:,} of {EFFECTIVE_BATCH_SIZE} rows: {recipe.per_device_train_batch_size} rows x "
-        f"{recipe.gradient_accumulation_steps} forward passes x {data.world_size()} processes",
+        f"{recipe.gradient_accumulation_steps} forward passes x {infer.world_size()} processes",
         f"{'evaluations':<30}{recipe.count_evaluations(plan.steps)}, each with {recipe.num_probes} answers of up to "
         f"{recipe.gate_max_new_tokens} tokens",
         f"{'time':<30}about {plan.training_seconds / 60:.1f} min, and {plan.gate_seconds / 60:.1f} min for the answers "
@@ -1020,13 +1061,15 @@ class Gate:
         known_words: frozenset[str],
         keep: Callable[[Gate], None],
         goes_on: bool,
+        system_prompt: str = data.SYSTEM_PROMPT,
     ) -> None:
+        self.system_prompt = system_prompt
         self.recipe, self.tokenizer, self.folder, self._keep = recipe, tokenizer, folder, keep
-        self.probes = data.read_probes()[: recipe.num_probes]
+        self.probes = infer.read_probes()[: recipe.num_probes]
         decoding = infer.DECODINGS["kit"]
         cap = min(decoding.max_new_tokens, recipe.gate_max_new_tokens)
         self.decoding = dataclasses.replace(decoding, max_new_tokens=cap)
-        metrics, samples = (read_lines(folder / name) if goes_on and data.is_main_process() else [] for name in RUN_RECORDS)
+        metrics, samples = (read_lines(folder / name) if goes_on and infer.is_main_process() else [] for name in RUN_RECORDS)
         self.evaluations = [line for line in metrics if is_evaluation(line)]
         before = [line["text"] for line in samples if line["step"] == 0]
         self.known_words = known_words | infer.collect_unexplained(before)
@@ -1034,7 +1077,7 @@ class Gate:
 
     def pass_through(self, model: PeftModel, state: TrainerState, metrics: Mapping[str, float]) -> dict[str, float]:
         """Asks and judges, writes the records, prints the line, keeps the weights if they are the best; returns the numbers."""
-        if not data.is_main_process():
+        if not infer.is_main_process():
             return {}
         from tqdm import tqdm
 
@@ -1048,8 +1091,8 @@ class Gate:
         for each in judged:
             # Without what differs from run to run: equal runs leave equal files.
             record = {name: value for name, value in each.to_record().items() if name not in ("adapter", "seconds")}
-            data.append_line(self.folder / "samples.jsonl", json.dumps({"step": step, **record}, ensure_ascii=False))
-        data.append_line(self.folder / "metrics.jsonl", json.dumps(evaluation))
+            infer.append_line(self.folder / "samples.jsonl", json.dumps({"step": step, **record}, ensure_ascii=False))
+        infer.append_line(self.folder / "metrics.jsonl", json.dumps(evaluation))
         before = self.evaluations[-1] if self.evaluations else None
         self.evaluations.append(evaluation)
         tqdm.write(describe_evaluation(evaluation, before), file=sys.stderr)
@@ -1063,7 +1106,8 @@ class Gate:
 
         if not self.probes:
             return []
-        loaded = infer.LoadedModel(model, self.tokenizer, infer.PROFILES[self.recipe.profile], min_rows=1)
+        values = infer.PROFILES[self.recipe.profile]
+        loaded = infer.LoadedModel(model, self.tokenizer, values, min_rows=1, system_prompt=self.system_prompt)
         requests = [infer.Request(probe.question, self.decoding) for probe in self.probes]
         total = len(requests) * self.decoding.max_new_tokens
         # Before the first step LoRA adds nothing, and is left away: the base model answers, sooner.
@@ -1072,7 +1116,7 @@ class Gate:
 
         def progress(tokens: int) -> None:
             bar.update(tokens)
-            data.INTERRUPTION.raise_if_any()
+            infer.INTERRUPTION.raise_if_any()
 
         with asking(model, self.tokenizer, self.recipe), base, infer.quiet_libraries(), bar:
             answers = infer.answer_requests(loaded, requests, progress)
@@ -1282,20 +1326,20 @@ def make_progress_callback(metrics_path: Path) -> TrainerCallback:
                 unit="step",
                 dynamic_ncols=True,
                 mininterval=interval,
-                disable=not data.is_main_process(),
+                disable=not infer.is_main_process(),
             )
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.update(state.global_step - self.bar.n)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-            if not data.is_main_process():
+            if not infer.is_main_process():
                 return
             if "loss" not in logs:
                 return  # of an evaluation: the gate's
             known = {name: logs[key] for key, name in names.items() if key in logs}
             line = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **known}
-            data.append_line(metrics_path, json.dumps(line))
+            infer.append_line(metrics_path, json.dumps(line))
             if self.bar:
                 self.bar.set_postfix(train_loss=f"{logs['loss']:.3f}")
 
@@ -1334,17 +1378,17 @@ def make_checkpoint_callback(folder: Path, interval: float, earlier_seconds: flo
             self.began = self.saved = time.monotonic()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if agree(data.INTERRUPTION.number is not None, args.device):
+            if agree(infer.INTERRUPTION.number is not None, args.device):
                 control.should_save = control.should_training_stop = True
             elif agree(time.monotonic() - self.saved >= interval, args.device):
                 control.should_save = True
 
         def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            data.INTERRUPTION.raise_if_any()
+            infer.INTERRUPTION.raise_if_any()
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             agree(True, args.device)  # every process has written its part
-            if data.is_main_process():
+            if infer.is_main_process():
                 seconds = earlier_seconds + time.monotonic() - self.began
                 put_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", folder, state, seconds)
             self.saved = time.monotonic()
@@ -1431,7 +1475,7 @@ def make_trainer(
             if self.state.global_step > self.saved_step:
                 self._save_checkpoint(self.model, None)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-            data.INTERRUPTION.raise_if_any()
+            infer.INTERRUPTION.raise_if_any()
             metrics = super().evaluate(*args, **kwargs)
             if gate:
                 numbers = gate.pass_through(self.model, self.state, metrics)
@@ -1483,7 +1527,7 @@ def train_and_evaluate(
     """Trains, from `checkpoint` on if there is one; returns the run's numbers: eval losses, accuracy, steps and seconds.
 
     Raises:
-        data.Interrupted: a signal came; what was trained until the end of its step is saved.
+        infer.Interrupted: a signal came; what was trained until the end of its step is saved.
         UsageError: as `put_checkpoint`.
     """
     import torch
@@ -1503,21 +1547,21 @@ def train_and_evaluate(
         )
     started = time.monotonic()
     try:
-        with data.INTERRUPTION.deferred():
+        with infer.INTERRUPTION.deferred():
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.trainer))
             cut_short = trainer.state.global_step < trainer.state.max_steps
             if cut_short:
-                data.INTERRUPTION.raise_if_any()
+                infer.INTERRUPTION.raise_if_any()
             evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
             if evaluations[-1]["step"] < trainer.state.global_step:
                 evaluations.append(trainer.evaluate())
-    except data.Interrupted as interrupted:
+    except infer.Interrupted as interrupted:
         said = "Interrupted before the first step was saved. The same line begins anew."
         # What is there, for a second Ctrl-C may have come while the last step was being saved.
         for last in list_checkpoints(folder)[:1]:
             said = f"Interrupted after step {step_of(last)} of {trainer.state.max_steps}, which is saved in {folder}. "
             said += "The same line (without --restart) goes on."
-        raise data.Interrupted(interrupted.number, said) from None
+        raise infer.Interrupted(interrupted.number, said) from None
     finally:
         trainer.progress.close()
     stopped_by = ("answers" if trainer.has_had_enough else "max_hours") if cut_short else "end"
@@ -1580,16 +1624,16 @@ def save_adapter(
                 decoding.repetition_penalty,
                 decoding.no_repeat_ngram_size,
             ).save_pretrained(part)
-        data.write_whole(part / infer.ADAPTER_RECORD, json.dumps(record.to_json(), indent=2) + "\n")
-        data.write_whole(part / infer.KNOWN_WORDS, "".join(word + "\n" for word in sorted(known_words)))
-        data.put_folder(part, folder)
+        data.write_atomic(part / infer.ADAPTER_RECORD, json.dumps(record.to_json(), indent=2) + "\n")
+        data.write_atomic(part / infer.KNOWN_WORDS, "".join(word + "\n" for word in sorted(known_words)))
+        infer.put_folder(part, folder)
 
 
 def describe_source(source: str) -> str:
     """A source of rows as a card names it, with its licence: of a file only the name, for its folder is nobody's business."""
     path = Path(source)
     name, key = (path.name, str(path.resolve())) if path.is_file() else (source, source.partition("@")[0])
-    return f"{data.escape_markdown(name)} (licence: {data.LICENCES.get(key, 'not known to the kit')})"
+    return f"{infer.escape_markdown(name)} (licence: {LICENCES.get(key, 'not known to the kit')})"
 
 
 def format_vllm_command(recipe: Recipe, adapter: str, decoding: infer.Decoding) -> str:
@@ -1624,8 +1668,8 @@ def format_card_answers(samples: Sequence[Mapping[str, Any]]) -> list[str]:
         decoding = infer.Decoding(**sample["decoding"])
         how = "ended" if stop else f"**cut at the cap of {decoding.max_new_tokens} tokens**"
         facts = infer.Facts(**{name: tuple(value) for name, value in sample["facts"].items()})
-        lines += [f"**{data.escape_markdown(sample['question'])}** ({how}; {sample['verdict']}; {facts})", ""]
-        lines += [data.format_verbatim(sample["text"]), ""]
+        lines += [f"**{infer.escape_markdown(sample['question'])}** ({how}; {sample['verdict']}; {facts})", ""]
+        lines += [infer.format_verbatim(sample["text"]), ""]
     return lines
 
 
@@ -1635,7 +1679,7 @@ def make_card(recipe: Recipe, record: Mapping[str, Any], samples: Sequence[Mappi
     `samples` are the lines of samples.jsonl of the chosen evaluation.
     """
     profile, numbers, decoding = infer.PROFILES[recipe.profile], record["numbers"], infer.DECODINGS["kit"]
-    sources = {"conversational": recipe.conversational, "encyclopedic": recipe.encyclopedic}
+    sources = {name: getattr(recipe, name) for name in recipe.wanted}
     before, chosen = numbers["evaluations"]
     stopped = "" if numbers["stopped_by"] == "end" else f" of {numbers['planned_steps']} planned"
     table = {
@@ -1671,14 +1715,14 @@ def make_card(recipe: Recipe, record: Mapping[str, Any], samples: Sequence[Mappi
         "",
         "## Data",
         "",
-        *(f"- {name}: {describe_source(source)}" for name, source in sources.items() if recipe.wanted[name]),
+        *(f"- {name}: {describe_source(source)}" for name, source in sources.items()),
         "",
         *format_card_answers(samples),
         "## Asking",
         "",
         'With the kit that made it: `python infer.py --adapter FOLDER "question"`. With vLLM, whose penalty counts the prompt '
         f'too, so that answers differ; add `"chat_template_kwargs": {{"date_string": "{data.TEMPLATE_DATE}"}}` and the '
-        f'system prompt "{data.SYSTEM_PROMPT}" to each request:',
+        f'system prompt "{infer.escape_markdown(record["system_prompt"])}" to each request:',
         "",
         "```sh",
         format_vllm_command(recipe, "FOLDER", decoding),
@@ -1724,29 +1768,34 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
     # Rows of like length are evaluated together: the order is the same whatever the batch, and little is padded.
     held_out.sort(key=lambda row: len(row["input_ids"]))
     dtype = str(model.dtype).removeprefix("torch.")
-    plan = make_plan(recipe, dtype, *(audit[name] for name in ("train_rows", "train_tokens", "longest_row")))
+    plan = make_plan(recipe, dtype, RowCounts(audit["train_rows"], audit["train_tokens"], audit["lengths"]["longest"]))
     print(f"\n{format_plan(plan, recipe, folder)}", flush=True)
     check_disk(plan, folder, goes_on)
-    if not plan.fits and data.is_main_process():
+    if not plan.fits and infer.is_main_process():
         print(f"This may run out of memory. {MEMORY_ADVICE}", file=sys.stderr)
-    known_words = infer.collect_unexplained(text for row in mix.train for text in (row.question, row.answer))
+    known_words = infer.collect_unexplained(text for row in mix.train for _, text in row.messages[1:])
     with infer.quiet_libraries():
         if recipe.pad == "added":
-            if data.is_main_process():
+            if infer.is_main_process():
                 print(explain_added_pad(plan, recipe, dtype), file=sys.stderr)
             infer.add_pad_token(model, tokenizer)
         model = add_lora(model, recipe)
         quicken(model, recipe.profile)
         check_before_training(model, tokenizer, recipe)
         adapter_record = infer.AdapterRecord(
-            recipe.base_model, recipe.profile, data.prompt_fingerprint(tokenizer), infer.DECODINGS["kit"], recipe.pad
+            recipe.base_model,
+            recipe.profile,
+            data.prompt_fingerprint(tokenizer, mix.system_prompt),
+            infer.DECODINGS["kit"],
+            recipe.pad,
+            mix.system_prompt,
         )
         hub_id = infer.PROFILES[recipe.profile].hub_id
 
         def keep(gate: Gate) -> None:
             save_adapter(model, tokenizer, folder / "adapter", adapter_record, plan, hub_id, gate.known_words)
 
-        gate = Gate(recipe, tokenizer, folder, known_words, keep, goes_on)
+        gate = Gate(recipe, tokenizer, folder, known_words, keep, goes_on, mix.system_prompt)
         rows = (datasets.Dataset.from_list(each) for each in (train, held_out))
         trainer = make_trainer(model, tokenizer, recipe, *rows, folder, report_to, gate)
     return Preparation(trainer, tokenizer, gate, audit, plan, adapter_record)
@@ -1759,11 +1808,12 @@ def make_record(
     return {
         "recipe": dataclasses.asdict(recipe),
         "argv": [data.redact(argument) for argument in sys.argv],
-        "world_size": data.world_size(),
+        "world_size": infer.world_size(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "commit": commit_id(),
         "data_fingerprint": mix.fingerprint,
         "prompt_fingerprint": prompt_fingerprint,
+        "system_prompt": mix.system_prompt if mix.train else data.SYSTEM_PROMPT,
         "numbers": numbers,
     }
 
@@ -1774,14 +1824,14 @@ def run(
     """One training run into `folder`, from `checkpoint` on if there is one; returns the record that run.json holds.
 
     Raises:
-        data.Interrupted: as `train_and_evaluate`.
+        infer.Interrupted: as `train_and_evaluate`.
         UsageError: as `prepare_trainer`, `train_and_evaluate` and `save_adapter`.
     """
-    if data.is_main_process() and checkpoint:
+    if infer.is_main_process() and checkpoint:
         restore(checkpoint, folder)
     ready = prepare_trainer(recipe, mix, folder, config.report_to, checkpoint is not None)
     prompt_fingerprint = ready.adapter_record.prompt_fingerprint
-    if data.is_main_process() and not checkpoint:
+    if infer.is_main_process() and not checkpoint:
         if config.restart and folder.exists():
             set_aside(folder)
         with data.writing(folder):
@@ -1793,13 +1843,13 @@ def run(
     numbers |= {name: ready.audit[name] for name in ("train_rows", "train_tokens", "eval_rows")}
     numbers |= {"trainable_parameters": ready.plan.trainable_parameters, "planned_memory": ready.plan.memory_peak}
     record = make_record(recipe, mix, prompt_fingerprint, numbers)
-    if data.is_main_process():
+    if infer.is_main_process():
         evaluations, chosen = ready.gate.evaluations, ready.gate.chosen
         numbers |= {"evaluations": [evaluations[0], chosen], "chosen_step": chosen["step"]}
         numbers |= {f"step_by_{best}": choose_evaluation(evaluations, best)["step"] for best in get_args(Best)}
         numbers["adapter_bytes"] = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
         samples = [line for line in read_lines(folder / "samples.jsonl") if line["step"] == chosen["step"]]
-        data.write_whole(folder / "adapter" / "README.md", make_card(recipe, record, samples))
+        data.write_atomic(folder / "adapter" / "README.md", make_card(recipe, record, samples))
         draw_curves(read_lines(folder / "metrics.jsonl"), chosen["step"], folder / "curves.png")
         write_record(folder, record)
     return record
@@ -1807,7 +1857,7 @@ def run(
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes run.json. Raises UsageError as `data.writing`."""
-    data.write_whole(folder / "run.json", json.dumps(record, indent=2) + "\n")
+    data.write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")
 
 
 def describe_choice(numbers: Mapping[str, Any], best: Best) -> list[str]:
@@ -1894,7 +1944,7 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], chosen_step: int, path: Path
         axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
-    data.write_whole(path, image.getvalue())
+    data.write_atomic(path, image.getvalue())
 
 
 # --- Out of the kit ----------------------------------------------------------------------------------------------
@@ -1935,7 +1985,7 @@ def check_exports(config: TrainConfig, recipe: Recipe, folder: Path) -> None:
             raise UsageError("--merge fetches the 16-bit base model from the hub, which cannot be reached. Go online first.")
 
 
-def make_modelfile(tokenizer: Any, decoding: infer.Decoding) -> str:
+def make_modelfile(tokenizer: Any, decoding: infer.Decoding, system_prompt: str) -> str:
     """A Modelfile that makes an Ollama model of the folder it lies in, under our prompt and the decoding's values.
 
     The template is what the tokenizer's own chat template renders around a system prompt and a question, less the
@@ -1951,7 +2001,7 @@ def make_modelfile(tokenizer: Any, decoding: infer.Decoding) -> str:
             "# Ollama's penalty counts the prompt too, and the kit's does not: answers differ from infer.py's.",
             "FROM .",
             f'TEMPLATE """{prompt}{{{{ .Response }}}}{stop}"""',
-            f'SYSTEM """{data.SYSTEM_PROMPT}"""',
+            'SYSTEM """' + system_prompt.replace('"""', '"') + '"""',
             f'PARAMETER stop "{stop}"',
             f"PARAMETER temperature {decoding.temperature:g}",
             f"PARAMETER top_p {decoding.top_p:g}",
@@ -1974,6 +2024,7 @@ def merge_adapter(recipe: Recipe, folder: Path) -> Path:
     from safetensors.torch import load_file
 
     profile = infer.PROFILES[recipe.profile]
+    record = infer.read_adapter_record(folder / "adapter")
     model, tokenizer = infer.load_base(recipe.profile, dtype=profile.dtype)
     merged, part = folder / "merged", folder / ".merged.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -1983,8 +2034,9 @@ def merge_adapter(recipe: Recipe, folder: Path) -> Path:
         model = add_lora(model, recipe)
         set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
         model.save_pretrained_merged(str(part), tokenizer, save_method="merged_16bit")
-        (part / "Modelfile").write_text(make_modelfile(tokenizer, infer.DECODINGS["kit"]), encoding="utf-8")
-        data.put_folder(part, merged)
+        modelfile = make_modelfile(tokenizer, infer.DECODINGS["kit"], record.system_prompt)
+        (part / "Modelfile").write_text(modelfile, encoding="utf-8")
+        infer.put_folder(part, merged)
     return merged
 
 
@@ -2015,7 +2067,8 @@ def push_adapter(adapter: Path, repo_id: str) -> str:
 
 def default_name(recipe: Recipe) -> str:
     """Folder of a run that was given no --name."""
-    return f"{recipe.profile}-{recipe.mix}-{recipe.target_modules}" + ("-pad-added" if recipe.pad == "added" else "")
+    of = re.sub(r"[^\w.-]+", "-", Path(recipe.rows.partition("@")[0]).stem, flags=re.ASCII)[:60] if recipe.rows else recipe.mix
+    return f"{recipe.profile}-{of}-{recipe.target_modules}" + ("-pad-added" if recipe.pad == "added" else "")
 
 
 def find_start(folder: Path, recipe: Recipe, mix: data.Mix) -> tuple[dict[str, Any] | None, Checkpoint | None]:
@@ -2042,7 +2095,7 @@ def find_start(folder: Path, recipe: Recipe, mix: data.Mix) -> tuple[dict[str, A
         print(f"going on with {folder} after step {checkpoint.step} of {checkpoint.planned_steps}")
         before, now = (each["versions"] | {"processes": each.get("world_size")} for each in (record, make_record(recipe, mix)))
         changes = [f"{name} {before.get(name)} then, {value} now" for name, value in now.items() if before.get(name) != value]
-        if changes and data.is_main_process():
+        if changes and infer.is_main_process():
             print(f"Its bytes may differ from those of a run without a stop: {'; '.join(changes)}.", file=sys.stderr)
     else:
         print(f"{folder} was cut before its first checkpoint, and begins anew")
@@ -2055,22 +2108,22 @@ def train_unless_done(
     """The record of the run in `folder`, after training it, or going on with it, where it is not finished yet.
 
     Raises:
-        data.Interrupted: as `run`.
+        infer.Interrupted: as `run`.
         UsageError: as `find_start` and `run`.
     """
     record, checkpoint = (None, None) if config.restart else find_start(folder, recipe, mix)
     if record:
         print(f"{folder} is already trained with these values (--restart trains it again).")
     else:
-        if data.is_main_process() and not config.restart:
-            data.clear_leftovers(folder)
+        if infer.is_main_process() and not config.restart:
+            infer.clear_leftovers(folder)
         record = run(config, recipe, mix, folder, deadline, checkpoint)
-    if data.is_main_process():
+    if infer.is_main_process():
         note_latest(folder)
-        data.clear_leftovers(folder)
+        infer.clear_leftovers(folder)
         if is_complete(record):
             for done in list_checkpoints(folder):
-                data.remove_folder(done)
+                infer.remove_folder(done)
     return record
 
 
@@ -2081,11 +2134,11 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: another process is at it.
     """
-    if not data.is_main_process():
+    if not infer.is_main_process():
         yield
         return
     lock = folder.with_name(f".{folder.name}.lock")
-    with data.claim(lock) as claim:
+    with infer.claim(lock) as claim:
         if claim is None:
             holder = lock.read_text(encoding="utf-8").strip() or "another process"
             raise UsageError(f"{folder} is being trained by {holder}. Wait for it, or choose another --name.")
@@ -2094,24 +2147,27 @@ def held(folder: Path) -> Iterator[None]:
 
 def main(config: TrainConfig) -> None:
     """Resolves the recipe, prints it and the plan, trains, exports, and prints what came out."""
+    infer.INTERRUPTION.listen()
     deadline = time.monotonic() + 3600 * config.max_hours - SAVING_SECONDS if config.max_hours else None
     infer.prepare_cublas()
-    if not data.is_main_process():
+    if not infer.is_main_process():
         sys.stdout = io.StringIO()  # rank 0 alone prints
     recipe = resolve_recipe(config)
     folder = config.output_dir / (config.name or default_name(recipe))
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise UsageError(f"--output-dir {config.output_dir}: {file} is a file, and a folder is wanted.")
     for name, value in dataclasses.asdict(recipe).items():
+        if name in get_args(data.SourceName) and value is None:
+            continue
         print(f"{name:<30}{data.escape_controls(str(value))}")
     print(f"{'run folder':<30}{folder}", flush=True)
-    from_files = all(Path(source).is_file() for source in (recipe.conversational, recipe.encyclopedic))
+    from_files = all(Path(source).is_file() for source in config.sources(recipe.profile).values())
     needs_hub = recipe.profile != "cpu" or not from_files or config.push_to_hub
     infer.prepare_environment(recipe.profile, offline=not needs_hub or not data.reaches_hub())
     if config.dry_run:
         with infer.quiet_libraries():
             dtype = training_dtype(recipe)  # before the rows' tokenizer: Unsloth wants to be imported first
-            plan = make_plan(recipe, dtype, *count_rows(config, recipe))
+            plan = make_plan(recipe, dtype, count_rows(config, recipe))
         print(format_plan(plan, recipe, folder))
         if recipe.pad == "added":
             print(explain_added_pad(plan, recipe, dtype), file=sys.stderr)
@@ -2122,7 +2178,7 @@ def main(config: TrainConfig) -> None:
     mix = config.load(recipe.profile)
     with held(folder):
         record = train_unless_done(config, recipe, mix, folder, deadline)
-        if data.is_main_process():
+        if infer.is_main_process():
             finish(config, recipe, folder, record)
 
 

@@ -12,7 +12,6 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import data
 import infer
 from infer import DECODINGS, Decoding, Request
 
@@ -31,7 +30,7 @@ def ask(adapter, output):
 
     infer.prepare_environment("cpu", offline=True)
     loaded = infer.load_for_asking("cpu", adapter)
-    questions = [probe.question for probe in data.read_probes()]
+    questions = [probe.question for probe in infer.read_probes()]
     named = [(name, Request(question, decoding)) for name, decoding in CANDIDATES.items() for question in questions]
     total = 2 * sum(request.decoding.max_new_tokens for _, request in named)
     with tqdm(total=total, unit="token") as bar, output.open("w", encoding="utf-8") as lines:

@@ -80,6 +80,14 @@ def write_rows(path, rows):
     return path
 
 
+def make_row(question, answer, source="conversational", system=None):
+    """A row of one question and its answer, under the story's system prompt unless another is given."""
+    import data
+
+    messages = (("system", system or data.SYSTEM_PROMPT), ("user", question), ("assistant", answer))
+    return data.Row(messages, source)
+
+
 def load_llama_tokenizer():
     """Llama 3.2's tokenizer: vocabulary and special tokens out of a package, chat template out of Unsloth's."""
     from unsloth.chat_templates import CHAT_TEMPLATES  # isort: skip

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from data import Row, clean_row
+from data import SYSTEM_PROMPT, Row, clean_row
 
 LABELS = Path(__file__).parent / "labelled" / "cleaning.jsonl"
 
@@ -21,7 +21,8 @@ def read_lines(path):
 
 def clean(question, answer):
     """The answer as cleaned, or None where the row is dropped."""
-    cleaned, _ = clean_row(Row(question, answer, "conversational"))
+    messages = (("system", SYSTEM_PROMPT), ("user", question), ("assistant", answer))
+    cleaned, _ = clean_row(Row(messages, "conversational"), "chatdoctor")
     return cleaned.answer if cleaned else None
 
 

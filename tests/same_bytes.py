@@ -42,8 +42,8 @@ class Config:
 
 def make_requests(cap):
     """Every question under every preset."""
-    samples = data.load_rows(data.SOURCES["cpu"]["encyclopedic"], "encyclopedic")
-    questions = [*(probe.question for probe in data.read_probes()), *(row.question for row in samples)][:NUM_QUESTIONS]
+    samples, _ = data.load_source("encyclopedic", data.SOURCES["cpu"]["encyclopedic"], data.RowsFlags())
+    questions = [*(probe.question for probe in infer.read_probes()), *(row.question for row in samples)][:NUM_QUESTIONS]
     presets = [replace(decoding, max_new_tokens=cap) for decoding in infer.DECODINGS.values()]
     return [infer.Request(question, decoding) for question in questions for decoding in presets]
 

@@ -95,16 +95,16 @@ def test_under_a_launcher_every_worker_has_its_own_gpu_and_trains_on_its_own(tmp
 
 def test_a_claim_is_held_until_the_last_process_that_was_given_it_ends(tmp_path):
     path = tmp_path / "claims" / "week4"
-    with data.claim(path) as descriptor:
+    with infer.claim(path) as descriptor:
         assert descriptor is not None
-        with data.claim(path) as second:
+        with infer.claim(path) as second:
             assert second is None
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[descriptor])
-    with data.claim(path) as while_the_child_lives:
+    with infer.claim(path) as while_the_child_lives:
         assert while_the_child_lives is None
     child.kill()
     child.wait()
-    with data.claim(path) as descriptor:
+    with infer.claim(path) as descriptor:
         assert descriptor is not None
 
 
@@ -116,7 +116,7 @@ def make_record(question, text, finish_reason="stop", decoding="kit", num_overru
     answer = infer.Answer(
         question, text, token_ids, finish_reason, 9, 2, num_overruled, ablate.DECODING_ARMS[decoding], "model", None, 0.0
     )
-    probe = next(probe for probe in data.read_probes() if probe.question == question)
+    probe = next(probe for probe in infer.read_probes() if probe.question == question)
     return json.loads(json.dumps(infer.judge_answer(answer, probe=probe).to_record()))
 
 
@@ -291,7 +291,7 @@ def test_an_answer_that_two_decodings_share_is_written_once(tmp_path):
 
 @pytest.mark.parametrize("text", [NASTY, "- a", "1. a", "   # a", "a_b*c|d", "&lt;", "+ a", "=== a", "10) a", "a\n- b"])
 def test_a_cell_reads_as_the_answer_was_written(text):
-    tokens = render(f"| a | b |\n|---|---|\n| {data.escape_markdown(text)} | c |\n")
+    tokens = render(f"| a | b |\n|---|---|\n| {infer.escape_markdown(text)} | c |\n")
     cells = [tokens[at + 1] for at, token in enumerate(tokens) if token.type == "td_open"]
     assert len(cells) == 2
     shown = "".join("\n" if child.type in ("html_inline", "softbreak") else child.content for child in cells[0].children)

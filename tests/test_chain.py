@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, hear_ctrl_c, read_lines, run_script
 
-import data
 import infer
 import train
 
@@ -58,7 +57,7 @@ def test_training_learns_and_prints_both_losses(trained):
 def test_the_gate_judges_the_answers_of_every_evaluation_beside_the_loss(trained):
     lines = [line for line in read_lines(trained.folder / "metrics.jsonl") if "eval_loss" in line]
     samples = read_lines(trained.folder / "samples.jsonl")
-    questions = [probe.question for probe in data.read_probes()[:2]]
+    questions = [probe.question for probe in infer.read_probes()[:2]]
     assert [(line["step"], line["question"]) for line in samples] == [(step, each) for step in (0, 2, 4) for each in questions]
     for line in lines:
         own = [sample for sample in samples if sample["step"] == line["step"]]
@@ -117,7 +116,7 @@ def test_the_card_tells_recipe_data_loss_and_the_answer_whatever_it_is(trained):
     assert "conversational: conversational.jsonl (licence: not known to the kit)" in card
     assert len(answers) == 2
     for answer in answers:
-        assert data.format_verbatim(answer["text"]) in card and f"; {answer['verdict']}; points " in card
+        assert infer.format_verbatim(answer["text"]) in card and f"; {answer['verdict']}; points " in card
     assert f"unsloth {record['versions']['unsloth']}" in card
     everything = "".join(path.read_text() for path in (trained.folder / "adapter").glob("*.json"))
     assert str(trained.cwd) not in card and str(ROOT) not in everything and str(Path.home()) not in everything

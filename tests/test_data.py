@@ -1,4 +1,4 @@
-"""Rows, mixes, splits and rendering. Only the rendering needs a tokenizer."""
+"""Rows: reading, cleaning, mixing, splitting, rendering and the audit."""
 
 import gc
 import importlib
@@ -9,151 +9,495 @@ import random
 import re
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 
 import pytest
-from conftest import ROOT, load_llama_tokenizer, write_rows
+from conftest import ROOT, load_llama_tokenizer, make_row, write_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import data
-from data import Row, UsageError
+import infer
+from data import UsageError
 
 SAMPLES = ROOT / "samples"
+# Real inputs on which an earlier version failed; they are not part of the project.
+CASES = ROOT.parent / "shared" / "data" / "cases"
+
+GREET, ASK, TELL = "Hello!", "Is 38.5 a fever?", "Yes."
+PAIR = (("user", ASK), ("assistant", TELL))
+STORY = (("system", data.SYSTEM_PROMPT), *PAIR)
 
 
 def make_rows(source, count):
-    return [Row(f"{source} question {n}?", f"Answer {n}.", source) for n in range(count)]
+    return [make_row(f"{source} question {n}?", f"Answer {n}.", source) for n in range(count)]
 
 
-# --- Sources
+def load(path, content=None, name="rows", **flags):
+    """Rows and report of one file, as `--rows` reads it, before cleaning."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        write_rows(path, content)
+    return data.load_source(name, str(path), data.RowsFlags(**flags))
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"instruction": "If you are a doctor ...", "input": " q? ", "output": "a."},
-        {"instruction": "q?", "input": "", "output": "a."},
-        {"question": "q?", "answer": "a."},
+def prepare(path, **flags):
+    return data.RowsConfig(rows=str(path), **flags).load("cpu")
+
+
+def counted(report):
+    return dict(report.counts)
+
+
+def chat(*turns, keys=("role", "content"), names=None):
+    names = names or {"s": "system", "u": "user", "a": "assistant"}
+    return [{keys[0]: names[turn[0]], keys[1]: turn[1]} for turn in turns]
+
+
+SHAREGPT = {"s": "system", "u": "human", "a": "gpt"}
+
+# Of each format: a record, the messages that it has to become, and the rules that act on it.
+FORMATS = {
+    "question and answer": ({"question": ASK, "answer": TELL}, STORY, []),
+    "names in capitals": ({"Question": ASK, "ANSWER ": TELL, "id": 7}, STORY, []),
+    "prompt and response": ({"prompt": ASK, "response": TELL}, STORY, []),
+    "prompt and completion": ({"prompt": ASK, "completion": TELL}, STORY, []),
+    "prompt and completion as chats": (
+        {"prompt": chat(("s", "Be brief."), ("u", ASK)), "completion": chat(("a", TELL))},
+        (("system", "Be brief."), *PAIR),
+        [],
+    ),
+    "patient and doctor": ({"Description": "x", "Patient": ASK, "Doctor": TELL}, STORY, []),
+    "question and response": ({"Question": ASK, "Complex_CoT": "x", "Response": TELL}, STORY, []),
+    "input and output": ({"input": ASK, "output": TELL}, STORY, []),
+    "Alpaca": (
+        {"instruction": "Answer.", "input": ASK, "output": TELL},
+        (STORY[0], ("user", f"Answer.\n\n{ASK}"), STORY[2]),
+        ["instruction and input joined"],
+    ),
+    "Alpaca without input": ({"instruction": ASK, "input": "", "output": TELL}, STORY, []),
+    "Alpaca with a placeholder": (
+        {"instruction": ASK, "input": "<noinput>", "output": TELL},
+        STORY,
+        [],
+    ),
+    "instruction and output": ({"instruction": ASK, "output": TELL}, STORY, []),
+    "Dolly": (
+        {"instruction": "Answer.", "context": ASK, "response": TELL, "category": "x"},
+        (STORY[0], ("user", f"Answer.\n\n{ASK}"), STORY[2]),
+        ["instruction and input joined"],
+    ),
+    "system column": (
+        {"system": "Be brief.", "question": ASK, "answer": TELL},
+        (("system", "Be brief."), *PAIR),
+        [],
+    ),
+    "null system column": ({"system": None, "question": ASK, "answer": TELL}, STORY, []),
+    "messages": ({"messages": chat(("u", ASK), ("a", TELL))}, STORY, []),
+    "messages with a system": (
+        {"messages": chat(("s", "Be brief."), ("u", ASK), ("a", TELL))},
+        (("system", "Be brief."), *PAIR),
+        [],
+    ),
+    "several turns": (
+        {"messages": chat(("u", ASK), ("a", TELL), ("u", "And 37?"), ("a", "No."))},
+        (*STORY, ("user", "And 37?"), ("assistant", "No.")),
+        [],
+    ),
+    "ShareGPT": (
+        {"conversations": chat(("u", ASK), ("a", TELL), keys=("from", "value"), names=SHAREGPT)},
+        STORY,
+        [],
+    ),
+    "ShareGPT keys in messages": (
+        {"messages": chat(("u", ASK), ("a", TELL), keys=("from", "value"), names=SHAREGPT)},
+        STORY,
+        [],
+    ),
+    "content parts": (
         {
             "messages": [
-                {"role": "system", "content": "s"},
-                {"role": "user", "content": "q?"},
-                {"role": "assistant", "content": "a."},
-                {"role": "user", "content": "more?"},
+                {"role": "user", "content": [{"type": "text", "text": ASK}]},
+                {"role": "assistant", "content": [{"type": "text", "text": TELL}]},
             ]
         },
-    ],
-)
-def test_three_forms_of_rows_are_understood(record):
-    assert data.to_row(record, "here", "conversational") == Row("q?", "a.", "conversational")
-
-
-REFUSED_RECORDS = [
-    ({"text": "x"}, "has the columns text; wanted: instruction/input/output, question/answer, or messages"),
-    ({}, "has the columns none"),
-    ({"question": "q?"}, "has the columns question"),
-    ({"instruction": "i", "input": "q?"}, "has the columns instruction, input"),
-    ({"question": "q?", "answer": None}, "the answer is None"),
-    ({"question": ["q"], "answer": "a"}, "the question is ['q']"),
-    ({"question": {"text": "q"}, "answer": "a"}, "the question is {'text': 'q'}"),
-    ({"question": 1, "answer": "a"}, "the question is 1"),
-    ({"question": "q?", "answer": "half \ud83d"}, "half of a surrogate pair"),
-    ({"instruction": None, "input": None, "output": "a"}, "the question is None"),
-    ({"messages": "hello"}, "messages must be a list"),
-    ({"messages": []}, "a user and an assistant turn"),
-    ({"messages": [{"role": "user", "content": "q?"}]}, "a user and an assistant turn"),
-    ({"messages": [{"from": "user", "value": "q?"}]}, "a user and an assistant turn"),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]},
-        "the question is [",
+        STORY,
+        [],
     ),
-    (["q", "a"], "a list; an object"),
-    ("q?", "a str; an object"),
-    (None, "a NoneType; an object"),
+    "a leading greeting": (
+        {"messages": chat(("a", GREET), ("u", ASK), ("a", TELL))},
+        STORY,
+        ["answer before the first question removed"],
+    ),
+    "an unanswered end": (
+        {"messages": chat(("u", ASK), ("a", TELL), ("u", "And?"))},
+        STORY,
+        ["question after the last answer removed"],
+    ),
+    "two questions at once": (
+        {"messages": chat(("u", "Hi."), ("u", ASK), ("a", TELL))},
+        (STORY[0], ("user", f"Hi.\n\n{ASK}"), STORY[2]),
+        ["successive turns of one role joined"],
+    ),
+    "an empty turn": (
+        {"messages": chat(("u", ASK), ("a", None), ("a", TELL))},
+        STORY,
+        ["turn without text removed"],
+    ),
+    "several system messages": (
+        {"messages": chat(("s", "One."), ("s", "Two."), ("u", ASK), ("a", TELL))},
+        (("system", "One.\n\nTwo."), *PAIR),
+        [],
+    ),
+    "a one-word answer in Chinese": (
+        {"question": "发烧吗？", "answer": "是"},
+        (STORY[0], ("user", "发烧吗？"), ("assistant", "是")),
+        [],
+    ),
+    "thinking, markdown and code": (
+        {"question": ASK, "answer": "<think>Hm.</think>\n\n## Yes\n\n| a | b |\n\n```x  y```"},
+        (
+            *STORY[:2],
+            ("assistant", "<think>Hm.</think>\n\n## Yes\n\n| a | b |\n\n```x  y```"),
+        ),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_becomes_messages(name, tmp_path):
+    record, messages, rules = FORMATS[name]
+    filler = {"question": "Another?", "answer": "Another."}
+    rows, report = load(tmp_path / "rows.jsonl", [record, filler])
+    assert rows[0].messages == messages
+    assert list(report.counts) == rules
+    assert data.clean_row(rows[0], "other") == (rows[0], [])
+
+
+def test_columns_with_other_names_are_named_by_flags(tmp_path):
+    records = [{"Q": ASK, "icliniq": TELL, "chatgpt": "x", "question": "not this one"}]
+    flags = {"question_column": "q", "answer_column": "ICLINIQ"}
+    rows, report = load(tmp_path / "rows.jsonl", records, **flags)
+    assert rows[0].messages == STORY and report.formats == {"q/icliniq": {"rows": 1, "answers": 1}}
+    assert report.unused_columns == {"chatgpt", "question"}
+    with pytest.raises(UsageError, match=r"unknown columns(.|\n)*--question-column"):
+        data.check_losses(load(tmp_path / "rows.jsonl", records)[1])
+
+
+def test_an_instruction_that_is_the_same_everywhere_becomes_the_system_prompt(tmp_path):
+    records = [{"instruction": "Be kind.", "input": f"q{n}", "output": "a"} for n in range(3)]
+    rows, report = load(tmp_path / "rows.jsonl", [*records, records[0] | {"input": "N/A"}])
+    assert [row.messages[:2] for row in rows] == [
+        (("system", "Be kind."), ("user", f"q{n}")) for n in range(3)
+    ]
+    assert counted(report) == {
+        "constant instruction used as system prompt": 3,
+        "no question with an answer": 1,
+    }
+    # Without any input it is the question, asked by every row.
+    alone = [{"instruction": "Say a number.", "input": "", "output": str(n)} for n in range(3)]
+    rows, report = load(tmp_path / "rows.jsonl", alone)
+    assert {row.question for row in rows} == {"Say a number."} and not report.counts
+
+
+def test_a_system_prompt_for_all_rows_replaces_their_own(tmp_path):
+    records = [
+        {"messages": chat(("s", "Own."), ("u", ASK), ("a", TELL))},
+        {"question": ASK, "answer": TELL},
+    ]
+    rows, report = load(tmp_path / "rows.jsonl", records, system_prompt="Mine.")
+    assert [row.messages[0] for row in rows] == [("system", "Mine.")] * 2
+    assert counted(report) == {"system message replaced by --system-prompt": 1}
+
+
+BAD_RECORDS = [
+    (None, "unreadable record", "a JSON NoneType"),
+    (["q", "a"], "unreadable record", "a JSON list"),
+    ({}, "unknown columns", "the columns none"),
+    ({"text": "x"}, "unknown columns", "the columns text"),
+    ({"question": "q?"}, "unknown columns", "the columns question"),
+    ({"question": "q?", "answer": None}, "no question with an answer", "it has none"),
+    ({"question": "q?", "answer": "nan"}, "no question with an answer", "it has none"),
+    ({"question": "N/A", "answer": "a"}, "no question with an answer", "it has none"),
+    ({"question": "q?", "answer": float("nan")}, "no question with an answer", "it has none"),
+    ({"question": 1, "answer": "a"}, "not text", "the question is 1"),
+    ({"question": ["q"], "answer": "a"}, "not text", "the question is ['q']"),
+    ({"question": "q?", "answer": "half \ud83d"}, "not text", "half of a surrogate pair"),
+    (
+        {"question": "q?", "answer": "a" * 100_000},
+        "too many tokens",
+        "the answer has 100,000 characters",
+    ),
+    ({"messages": "hello"}, "not text", "the messages are 'hello'"),
+    ({"messages": None}, "not text", "the messages are None"),
+    ({"messages": []}, "no question with an answer", "it has none"),
+    ({"messages": chat(("u", "q?"))}, "no question with an answer", "it has none"),
+    ({"messages": chat(("a", "a."))}, "no question with an answer", "it has none"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "not text", "turn 1 has the role 'tool'"),
+    (
+        {"messages": chat(("u", "q?"), ("s", "Be brief."), ("a", "a."))},
+        "not text",
+        "turn 2 has the role 'system'",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "not text",
+        "the content is {'type': 'image_url'}",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("record", "message"), REFUSED_RECORDS)
-def test_other_records_are_refused_by_place(record, message):
-    with pytest.raises(UsageError, match=re.escape(message)) as caught:
-        data.to_row(record, "rows.jsonl:7", "conversational")
-    assert str(caught.value).startswith("rows.jsonl:7: ")
+@pytest.mark.parametrize(("record", "rule", "reason"), BAD_RECORDS)
+def test_a_bad_record_is_dropped_and_reported_with_its_line(tmp_path, record, rule, reason):
+    good = {"question": "q?", "answer": "a."}
+    rows, report = load(tmp_path / "rows.jsonl", [good, record, good | {"answer": "b."}])
+    assert len(rows) == 2 and list(report.counts) == [rule]
+    [(place, text)] = report.examples[rule]
+    assert place.endswith("rows.jsonl:2") and reason in text
+    data.check_losses(report)
 
 
-def test_every_file_form_gives_the_same_rows(tmp_path):
+# --- Files
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    records = [{"question": f'q "{n}", or\nnot?', "answer": "é."} for n in range(3)]
-    write_rows(tmp_path / "rows.jsonl", records)
-    (tmp_path / "rows.json").write_text(json.dumps(records))
+    records = [{"Question": f'q "{n}", or;\nnot?', "answer": "é."} for n in range(3)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    table = "".join(
+        ";".join('"' + text.replace('"', '""') + '"' for text in fields) + "\r\n"
+        for fields in [("Question", "answer"), *(each.values() for each in records)]
+    )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "rows.parquet")
-    lines = ["question,answer", *('"' + each["question"].replace('"', '""') + '",é.' for each in records)]
-    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    wanted = [Row(each["question"], each["answer"], "encyclopedic") for each in records]
-    for name in ("rows.jsonl", "rows.json", "rows.parquet", "rows.csv"):
-        assert data.load_rows(str(tmp_path / name), "encyclopedic") == wanted, name
+    files = {
+        "rows.jsonl": lines.encode(),
+        "lines.json": lines.encode(),
+        "list.json": json.dumps(records, indent=2).encode(),
+        "list.jsonl": json.dumps(records).encode(),
+        "bom.jsonl": lines.encode("utf-8-sig"),
+        "utf16.jsonl": lines.encode("utf-16"),
+        "UPPER.JSONL": lines.encode(),
+        "semicolon.csv": table.encode(),
+        "comma.csv": table.replace('";"', '", "').encode("utf-8-sig"),
+        "tab.tsv": table.replace('";"', '"\t"').encode("utf-16"),
+        "pipe.csv": table.replace('";"', '"|"').encode("utf-32"),
+    }
+    expected = [(each["Question"], each["answer"]) for each in records]
+    for name, content in {**files, "rows.parquet": None}.items():
+        rows, report = load(tmp_path / name, content)
+        assert [(row.question, row.answer) for row in rows] == expected, name
+        assert report.num_read == 3 and not report.counts, name
+
+
+def test_lines_of_a_table_are_counted_from_the_header(tmp_path):
+    content = b'id,question,answer\n\n1,"a\nb?",x\n2,c?,y,z\n3,d?\n4,"e" f?,x\n5,g?,w\n'
+    rows, report = load(tmp_path / "rows.csv", content)
+    assert [(row.place.split(":")[-1], row.answer) for row in rows] == [("3", "x"), ("8", "w")]
+    lines = {
+        rule: [place.split(":")[-1] for place, _ in rows] for rule, rows in report.examples.items()
+    }
+    assert lines == {"unreadable record": ["5", "7"], "no question with an answer": ["6"]}
+
+
+def test_a_spreadsheet_s_empty_columns_are_no_matter(tmp_path):
+    content = b"Question;Answer;;\r\nq?;a;;\r\n;;;\r\nr?;b;;\r\n"
+    rows, report = load(tmp_path / "rows.csv", content)
+    assert [row.answer for row in rows] == ["a", "b"] and report.num_read == 2
+    assert not report.counts and not report.unused_columns
 
 
 GOOD_LINE = b'{"question": "q?", "answer": "a."}\n'
 REFUSED_FILES = [
-    ("rows.jsonl", GOOD_LINE + b'{"question": \n', "rows.jsonl:2: broken JSON"),
-    ("rows.jsonl", GOOD_LINE + b"\n\n{'question': 'q'}", "rows.jsonl:4: broken JSON"),
-    ("rows.jsonl", GOOD_LINE * 3 + GOOD_LINE[:20], "rows.jsonl:4: broken JSON"),
-    ("rows.jsonl", GOOD_LINE + b"[" * 100_000, "rows.jsonl:2: broken JSON"),
-    ("rows.jsonl", b'{"question": ' + b"1" * 5000 + b"}", "rows.jsonl:1: broken JSON"),
-    ("rows.jsonl", GOOD_LINE + b'"q"', "rows.jsonl:2: a str; an object"),
-    ("rows.jsonl", GOOD_LINE + b'{"q": 1}', "rows.jsonl:2: has the columns q"),
-    ("rows.jsonl", b'{"question": "\xff"}', "not UTF-8"),
-    ("rows.jsonl", GOOD_LINE.decode().encode("utf-16"), "not UTF-8"),
-    ("rows.jsonl", b"\x7fELF\x02\x01\x01\x00\x00", "rows.jsonl:1: broken JSON"),
+    ("rows.jsonl", b'{"question": "\xff"}', "rows.jsonl:1: not UTF-8"),
+    ("rows.jsonl", GOOD_LINE * 2 + b"\xe9\n", "rows.jsonl:3: not UTF-8"),
     ("rows.jsonl", b"", "holds no rows"),
     ("rows.jsonl", b"\n \n", "holds no rows"),
-    ("rows.json", b'{"question": "q", "answer": "a"}', "a JSON dict; a list of row objects"),
-    ("rows.json", GOOD_LINE * 2, "rows.json: broken JSON"),
     ("rows.json", b"[]", "holds no rows"),
-    ("rows.json", b"[1]", "row 1: a int; an object"),
-    ("rows.csv", b"question,answer\nq?\n", "rows.csv:2: the answer is None"),
-    ("rows.csv", b"a,b\n1,2\n", "rows.csv:2: has the columns a, b"),
-    ("rows.csv", b'question,answer\n"q?"x,a\n', "rows.csv:2: broken CSV"),
-    ("rows.csv", b"question,answer\n\xe9,a\n", "not UTF-8"),
+    ("rows.json", b"[1, ", "rows.json: broken JSON"),
+    ("rows.csv", b'question,answer\nq?,a\nr?,"b\ns?,c\n', "rows.csv:3: broken CSV"),
+    ("rows.csv", b"question,answer\n\xe9,a\n", "rows.csv:2: not UTF-8"),
+    ("rows.csv", b"question,Answer,answer\nq?,a,b\n", "the column 'answer' occurs twice"),
     ("rows.csv", b"question,answer\n", "holds no rows"),
-    ("rows.parquet", b"no parquet", "not a Parquet file"),
-    ("rows.parquet", b"PAR1", "not a Parquet file"),
-    ("rows.parquet", b"", "not a Parquet file"),
+    ("rows.parquet", b"no parquet", "rows.parquet: cannot be read"),
+    ("rows.parquet", b"", "rows.parquet: cannot be read"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "message"), REFUSED_FILES)
-def test_malformed_files_are_refused_by_line(tmp_path, name, content, message):
+def test_a_file_that_is_corrupt_as_a_whole_is_rejected(tmp_path, name, content, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load(tmp_path / name, content)
+
+
+# Every row or most of them would be lost.
+LOST_FILES = [
+    ("rows.jsonl", GOOD_LINE + b'{"question": \n{"a"\n', "2 of 3 rows would be dropped"),
+    ("rows.jsonl", b"\x7fELF\x02\x01\x01\x00\x00", "unreadable record: 1 rows, the first at"),
+    ("rows.jsonl", b"[" * 100_000 + b"\n", "broken JSON"),
+    ("rows.jsonl", b'{"question": ' + b"1" * 5000 + b"}", "broken JSON"),
+    ("rows.json", b'{"question": "q"}', "it has the columns question"),
+    ("rows.json", b"[1]", "a JSON int"),
+    ("rows.csv", b"a,b\n1,2\n", "Known columns: messages"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), LOST_FILES)
+def test_a_file_that_loses_most_of_its_rows_stops_the_run(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=re.escape(message)) as caught:
-        data.load_rows(str(tmp_path / name), "conversational")
-    assert name in str(caught.value)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        prepare(tmp_path / name)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("none.jsonl", "no such file"),
+        ("owner/none.jsonl", "no such file"),
         ("folder.jsonl", "a folder"),
-        ("rows.txt", "is no source of rows"),
-        ("", "is no source of rows"),
-        ("a/b/c", "is no source of rows"),
-        ("owner/name@", "is no source of rows"),
+        ("rows.txt", "another file"),
+        ("", "a folder"),
+        ("a/b/c", "no such file"),
+        ("owner/name@", "no such file"),
     ],
 )
-def test_what_is_no_source_is_refused(tmp_path, monkeypatch, source, message):
+def test_what_is_not_a_source_is_refused(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(UsageError, match=message):
-        data.load_rows(source, "conversational")
+        load(source)
+
+
+def test_rules_that_drop_most_rows_stop_the_run_with_the_flag_that_turns_them_off(tmp_path):
+    rows = [{"question": f"q{n}?", "answer": "No full stop"} for n in range(20)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(
+        UsageError, match=r"20 of 20(.|\n)*stops mid-sentence: 20(.|\n)*--clean none"
+    ):
+        prepare(path, clean="chatdoctor")
+    assert len(prepare(path).train) == 18
+
+
+# --- The inputs on which an earlier version failed
+
+needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="the inputs are not on this machine")
+
+
+@needs_cases
+@pytest.mark.parametrize(
+    ("name", "num_rows", "num_answers", "rules"),
+    [
+        ("think.jsonl", 24, 1, {}),
+        ("zh.jsonl", 20, 1, {}),
+        ("multi_turn.jsonl", 24, 2, {}),
+        ("alpaca_context.jsonl", 24, 1, {"instruction and input joined": 24}),
+        ("sharegpt.jsonl", 24, 1, {}),
+        ("lines.json", 24, 1, {}),
+        ("patient_doctor.csv", 24, 1, {}),
+        ("own.jsonl", 24, 1, {}),
+    ],
+)
+@pytest.mark.parametrize("entry", ["rows", "conversational"])
+def test_no_row_of_a_case_is_lost(name, num_rows, num_answers, rules, entry):
+    mix = "rebalanced" if entry == "rows" else "chatdoctor"
+    mixed = data.RowsConfig(mix=mix, **{entry: str(CASES / name)}).load("cpu")
+    rows = mixed.train + mixed.eval
+    assert len(rows) == num_rows and len(mixed.eval) == 2
+    assert {row.source for row in rows} == {entry} == set(mixed.reports)
+    assert {len(row.messages) // 2 for row in rows} == {num_answers}
+    assert counted(mixed.reports[entry]) == rules
+    records = [record for _, record in data.read_records(str(CASES / name))]
+    texts = {
+        text for record in records for text in re.findall(r'"(?:\\.|[^"\\])*"', json.dumps(record))
+    }
+    texts = {json.loads(text).strip() for text in texts}
+    for row in rows:
+        for _, text in row.messages[1:]:
+            assert all(part in texts for part in (text.split("\n\n") if rules else [text]))
+
+
+@needs_cases
+def test_the_system_prompt_of_a_case_is_trained_and_asked_under(small_tokenizer):
+    mix = data.RowsConfig(rows=str(CASES / "multi_turn.jsonl")).load("cpu")
+    assert mix.system_prompt.startswith("You are the telephone service of an animal clinic.")
+    shown = data.show_rows(mix.train[:1], small_tokenizer)
+    assert shown.count("[[") == 2 and mix.system_prompt in shown
+
+
+@needs_cases
+def test_the_rules_of_chatdoctor_on_a_case_stop_the_run():
+    with pytest.raises(UsageError, match=r"23 of 24(.|\n)*wiki mark-up: 23(.|\n)*--clean none"):
+        data.RowsConfig(rows=str(CASES / "think.jsonl"), clean="chatdoctor").load("cpu")
+
+
+# --- Nothing is lost without being counted
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(
+    ["None", " ", "Ja.", "<think>a</think> b", "word " * 1200, "Itâ€™s so.", "<|im_end|>", "38.5"]
+)
+TURNS = st.lists(st.tuples(st.sampled_from("sua"), TEXTS | st.none()), max_size=6)
+RECORDS = st.one_of(
+    st.builds(lambda q, a: {"question": q, "answer": a}, TEXTS, TEXTS),
+    st.builds(lambda i, q, a: {"instruction": i, "input": q, "output": a}, TEXTS, TEXTS, TEXTS),
+    st.builds(lambda q, a: {"Patient": q, "Doctor": a, "note": 1}, TEXTS, TEXTS),
+    TURNS.map(lambda turns: {"messages": chat(*turns)}),
+    TURNS.map(
+        lambda turns: {"conversations": chat(*turns, keys=("from", "value"), names=SHAREGPT)}
+    ),
+    st.sampled_from([None, {"a": 1}, {"question": 1, "answer": "b"}, {"messages": [{}]}]),
+)
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer():
+    return data.load_tokenizer("cpu")
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(records=st.lists(RECORDS, max_size=12), clean=st.sampled_from(["auto", "none"]))
+def test_every_row_read_is_kept_or_dropped_by_a_rule(records, clean, tmp_path, small_tokenizer):
+    fine = [
+        {"question": f"Is {n} a number?", "answer": f"{n} is."} for n in range(len(records) + 2)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", [*records, *fine])
+    mix = prepare(path, clean=clean)
+    source = data.audit_mix(mix, small_tokenizer)["sources"]["rows"]
+    dropped = [each["rows"] for each in source["rules"].values() if each["action"] == "dropped"]
+    assert source["read"] == len(records) + len(fine)
+    assert source["read"] == sum(dropped) + source["held_out"] + source["train_rows"]
+    assert source["not_drawn"] == 0 and source["dropped"] == sum(dropped)
+    for row in mix.train + mix.eval:
+        assert [role for role, _ in row.messages[1:]] == ["user", "assistant"] * (
+            len(row.messages) // 2
+        )
+    kept, _ = data.encode_rows(small_tokenizer, mix.train)
+    for encoded in kept:
+        assert len(encoded["input_ids"]) == len(encoded["labels"]) <= data.MAX_SEQ_LENGTH
+        assert encoded["labels"][-1] == small_tokenizer.eos_token_id
+        assert all(
+            b in (-100, a) for a, b in zip(encoded["input_ids"], encoded["labels"], strict=True)
+        )
+    for row in mix.train:
+        labels = data.encode_row(small_tokenizer, row)["labels"]
+        spans = [
+            group
+            for trained, group in itertools.groupby(labels, lambda id_: id_ != -100)
+            if trained
+        ]
+        assert len(spans) == len(row.messages) // 2  # every answer of the row
 
 
 # --- Cleaning
 
 
-def clean(answer, question="What is it?"):
-    row, rules = data.clean_row(Row(question, answer, "conversational"))
+def clean(answer, question="What is it?", cleaning="chatdoctor"):
+    row, rules = data.clean_row(make_row(question, answer), cleaning)
     return (row.answer if row else None), rules
 
 
@@ -161,104 +505,223 @@ def clean(answer, question="What is it?"):
     ("answer", "cleaned", "rules"),
     [
         ("It is a simple cold and will pass.", "It is a simple cold and will pass.", []),
-        ("Hello. It is a simple cold.", "It is a simple cold.", ["greeting"]),
-        ("Hi dear, your cold will pass soon.", "Your cold will pass soon.", ["greeting"]),
+        ("Hello. It is a simple cold.", "It is a simple cold.", ["greeting removed"]),
+        ("Hi dear, your cold will pass soon.", "Your cold will pass soon.", ["greeting removed"]),
         (
-            "Hi, Welcome to Chat Doctor forum. I have gone through your query and understand your concern. "
-            "It is a simple cold. Hope this helps. Take care. For more information consult a general practitioner online -->",
+            "Hi, Welcome to Chat Doctor forum. I have gone through your query and understand your "
+            "concern. It is a simple cold. Hope this helps. Take care. For more information "
+            "consult a general practitioner online -->",
             "It is a simple cold.",
-            ["greeting", "persona", "sign-off"],
+            ["greeting removed", "persona removed", "sign-off removed"],
         ),
-        ("Thanks for your question. I am Chat Doctor. It is a simple cold.", "It is a simple cold.", ["greeting", "persona"]),
-        ("It is a simple cold. Regards, Chat Doctor.", "It is a simple cold.", ["persona"]),
-        ("It is a simple cold  Take care.", None, ["sign-off", "stops mid-sentence"]),
-        ("It isn\\t a cold, it\\s the flu.", "It isn't a cold, it's the flu.", ["lost apostrophe"]),
-        ("Itâ€™s only a simple cold.", "It\u2019s only a simple cold.", ["mojibake"]),
+        (
+            "Thanks for your question. I am Chat Doctor. It is a simple cold.",
+            "It is a simple cold.",
+            ["greeting removed", "persona removed"],
+        ),
+        ("It is a simple cold. Regards, Chat Doctor.", "It is a simple cold.", ["persona removed"]),
+        ("It is a simple cold  Take care.", None, ["sign-off removed", "stops mid-sentence"]),
+        (
+            "It isn\\t a cold, it\\s the flu.",
+            "It isn't a cold, it's the flu.",
+            ["lost apostrophe repaired"],
+        ),
+        (
+            "Itâ€™s only a simple cold.",
+            "It\u2019s only a simple cold.",
+            ["wrongly decoded text repaired"],
+        ),
         (
             "I saw the scan (attachment removed to protect patient identity) and it is normal.",
             "I saw the scan and it is normal.",
-            ["attachment note"],
+            ["attachment note removed"],
         ),
-        # The anonymiser: "Dr" and the rest of the sentence became its name.
-        ("Rest for two days and  ChatDoctor.  Then walk again.", None, ["destroyed sentence"]),
-        ("You may have polycystic ovary syn ChatDoctor. Take care.", None, ["sign-off", "destroyed sentence"]),
-        ("Rest well. Hope you will  ChatDoctor.", None, ["destroyed sentence"]),
-        ("For more information consult an ChatDoctor. /ask-a-doctor-online/an", None, ["destroyed sentence"]),
-        ("Hello. Hope this helps. Take care.", None, ["greeting", "sign-off", "empty"]),
-        (" ", None, ["empty"]),
+        # The anonymiser replaced "Dr" and the rest of the sentence by its name.
+        (
+            "Rest for two days and  ChatDoctor.  Then walk again.",
+            None,
+            ["sentence destroyed by the anonymiser"],
+        ),
+        (
+            "You may have polycystic ovary syn ChatDoctor. Take care.",
+            None,
+            ["sign-off removed", "sentence destroyed by the anonymiser"],
+        ),
+        ("Rest well. Hope you will  ChatDoctor.", None, ["sentence destroyed by the anonymiser"]),
+        (
+            "For more information consult an ChatDoctor. /ask-a-doctor-online/an",
+            None,
+            ["sentence destroyed by the anonymiser"],
+        ),
+        (
+            "Hello. Hope this helps. Take care.",
+            None,
+            ["greeting removed", "sign-off removed", "nothing but greetings"],
+        ),
         ("ing the wound with water is enough for now.", None, ["begins mid-sentence"]),
         ("The usual treatment is rest and", None, ["stops mid-sentence"]),
-        ("Signs of it are:\n- fever\n- a dry cough", "Signs of it are:\n- fever\n- a dry cough", []),
+        (
+            "Signs of it are:\n- fever\n- a dry cough",
+            "Signs of it are:\n- fever\n- a dry cough",
+            [],
+        ),
         ("Signs of it are fever and the following:", None, ["stops mid-sentence"]),
         ("It is a [[viral]] infection of the nose.", None, ["wiki mark-up"]),
         ("See www.example.org for what to do next.", None, ["URL"]),
         ("Write to me at doc@example.org any time you like.", None, ["e-mail address"]),
         ("Call us on 555-867-5309 and we shall see.", None, ["phone number"]),
-        ("The normal range is 150-400, 10.5 in 2000 cases.", "The normal range is 150-400, 10.5 in 2000 cases.", []),
-        ("It is fine.", None, ["too short"]),
-        ("Word " * 400 + "end.", None, ["too long"]),
+        (
+            "The normal range is 150-400, 10.5 in 2000 cases.",
+            "The normal range is 150-400, 10.5 in 2000 cases.",
+            [],
+        ),
+        ("It is fine.", None, ["answer under 5 words"]),
+        ("Word " * 400 + "end.", None, ["answer over 400 words"]),
     ],
 )
 def test_each_rule_of_cleaning(answer, cleaned, rules):
     assert clean(answer) == (cleaned, rules)
+    assert clean(answer, cleaning="none") == (answer, [])
+    # Of rows that belong to no known dataset, only wrongly decoded text is changed.
+    if rules == ["wrongly decoded text repaired"]:
+        assert clean(answer, cleaning="other") == (cleaned, rules)
+    else:
+        assert clean(answer, cleaning="other") == (answer, [])
 
 
-def test_a_destroyed_question_goes_as_well_and_a_greeting_in_it_comes_off():
+def test_a_rule_acts_on_its_own_dataset_only():
+    for rule, (_, datasets) in data.RULES.items():
+        assert set(datasets) <= set(data.EVERY), rule
+    assert clean("Hello. It is a simple cold.", cleaning="wikidoc") == (
+        "Hello. It is a simple cold.",
+        [],
+    )
+    text = "Ｆｕｌｌ－ｗｉｄｔｈ，and “curly” ﬁne. &amp; a  b"
+    assert clean(text, cleaning="other") == (text, [])
+
+
+def test_the_story_s_datasets_are_recognised(tmp_path):
+    answer = "Hello. It is a simple cold."
+    for dataset, instruction in data.INSTRUCTIONS.items():
+        records = [
+            {"instruction": instruction, "input": f"q{n}?", "output": answer} for n in range(3)
+        ]
+        rows, report = load(tmp_path / "rows.jsonl", records, name="conversational")
+        assert report.cleaning == dataset
+        assert {row.messages[0][1] for row in rows} == {data.SYSTEM_PROMPT}
+        # A user's own rows are never cleaned by the rules of a dataset unless asked to.
+        rows, report = load(tmp_path / "rows.jsonl", records)
+        assert report.cleaning == "other"
+        assert {row.messages[0][1] for row in rows} == {instruction}
+        assert load(tmp_path / "rows.jsonl", records, clean="wikidoc")[1].cleaning == "wikidoc"
+    records[0]["instruction"] = "Another one."
+    assert load(tmp_path / "rows.jsonl", records, name="encyclopedic")[1].cleaning == "other"
+
+
+def test_a_destroyed_question_is_dropped_and_its_greeting_removed():
     answer = "It is a simple cold and will pass."
     assert clean(answer, "I have a fever and  ChatDoctor.  What is it?")[0] is None
-    row, _ = data.clean_row(Row("Hello doctor, I have a fever.", answer, "conversational"))
+    row, _ = data.clean_row(make_row("Hello doctor, I have a fever.", answer), "chatdoctor")
     assert row.question == "I have a fever."
 
 
-def test_no_shipped_row_is_touched_by_cleaning():
+def test_cleaning_looks_at_every_turn():
+    turns = [*PAIR, ("user", "And 37?"), ("assistant", "No, and this sentence stops")]
+    row = data.Row((STORY[0], *turns), "conversational")
+    assert data.clean_row(row, "wikidoc") == (None, ["answer under 5 words"])
+    turns[1] = ("assistant", "Yes, that is a fever, Itâ€™s clear.")
+    row = data.Row((STORY[0], *turns), "conversational")
+    assert data.clean_row(row, "wikidoc") == (
+        None,
+        ["wrongly decoded text repaired", "stops mid-sentence"],
+    )
+
+
+def test_no_shipped_row_is_changed_by_cleaning():
     for name, path in data.SOURCES["cpu"].items():
-        for row in data.load_rows(path, name):
-            assert data.clean_row(row) == (row, [])
-
-
-def test_cleaning_in_several_processes_gives_what_one_gives(monkeypatch):
-    rows = [Row(f"Question {n}?", f"Hello. Answer number {n} is a short one.", "conversational") for n in range(50)]
-    logs = [{rule: data.RuleCount() for rule in data.RULES} for _ in range(2)]
-    one = data.clean_rows(rows, logs[0])
-    monkeypatch.setattr(data, "PARALLEL_FROM", 10)
-    assert data.clean_rows(rows, logs[1]) == one
-    assert logs[0] == logs[1] and logs[0]["greeting"].rows == 50
+        rows, report = load(path, name=name)
+        assert report.cleaning == {"conversational": "chatdoctor", "encyclopedic": "wikidoc"}[name]
+        assert data.clean_rows(rows, report) == rows
 
 
 # --- Repeated questions
 
 
-def drop_repeats(questions, probes=()):
-    """The questions that stay, and the rules by how often they dropped one."""
-    rows = [Row(question, f"Answer {n}.", "conversational") for n, question in enumerate(questions)]
-    logs = {"conversational": {rule: data.RuleCount() for rule in data.RULES}}
-    kept = data.drop_repeats(rows, data.ProbeQuestions(probes), logs)
-    return {row.question for row in kept}, {rule: count.rows for rule, count in logs["conversational"].items() if count.rows}
+def drop_repeats(questions, probes=(), cleaning="chatdoctor", answer="Answer {}."):
+    """The questions that stay, and how many rows each rule acted on."""
+    rows = [make_row(question, answer.format(n)) for n, question in enumerate(questions)]
+    report = data.Report("rows", cleaning)
+    kept = data.drop_repeats(rows, probes, {"conversational": report})
+    return {row.question for row in kept}, counted(report)
 
 
-LONG = "I am 34 and for two weeks I have had a dull ache in my left knee when I climb stairs after running, what can it be?"
+LONG = (
+    "I am 34 and for two weeks I have had a dull ache in my left knee when I climb stairs after "
+    "running 10.5 km. Is ibuprofen better than paracetamol for it, or should I rest?"
+)
 
 
 @pytest.mark.parametrize(
-    ("questions", "num_kept", "rules"),
+    ("other", "is_repeat"),
     [
-        (["What causes mumps?", "what causes  mumps"], 1, {"repeats a question": 1}),
-        (["What are the causes of mumps?", "What are causes of mumps?"], 1, {"nearly repeats a question": 1}),
-        (["What are the symptoms of mumps?", "What are the symptoms of measles?"], 2, {}),
-        ([LONG, LONG + " Please help me."], 1, {"nearly repeats a question": 1}),
-        ([LONG, LONG.replace("left knee", "right elbow").replace("climb stairs after running", "type all day long")], 2, {}),
+        (LONG.upper(), True),
+        (LONG + " Please help me.", True),
+        ("Hello doctor, " + LONG, True),
+        (LONG.replace("I climb", "climb"), True),
+        (LONG.replace("10.5", "105"), False),
+        (LONG.replace("10.5 km", "-10.5 km"), False),
+        (LONG.replace("34", "43"), False),
+        (
+            LONG.replace("ibuprofen better than paracetamol", "paracetamol better than ibuprofen"),
+            False,
+        ),
+        (LONG.replace("left", "right"), False),
+        (LONG + " I am not pregnant.", False),
     ],
 )
-def test_repeated_questions_are_dropped_whatever_their_order(questions, num_kept, rules):
-    kept, counted = drop_repeats(questions)
-    assert (len(kept), counted) == (num_kept, rules)
-    assert len(drop_repeats(questions[::-1])[0]) == num_kept
+def test_near_repeats_respect_numbers_and_word_order(other, is_repeat):
+    for questions in ([LONG, other], [other, LONG]):
+        kept, rules = drop_repeats(questions)
+        assert len(kept) == 2 - is_repeat
+        assert rules == ({"repeats another question": 1} if is_repeat else {})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_repeat"),
+    [
+        ("What causes mumps?", "what causes  mumps", True),
+        ("What are the causes of mumps?", "What are causes of mumps?", True),
+        ("What are the symptoms of mumps?", "What are the symptoms of measles?", False),
+        ("Is glucose < 126 normal?", "Is glucose > 126 normal?", False),
+        ("Is a TSH of 2.5 normal?", "Is a TSH of 25 normal?", False),
+        ("Can A cause B?", "Can B cause A?", False),
+        ("发烧怎么办", "咳嗽怎么办", False),
+    ],
+)
+def test_short_questions_are_compared_by_their_words(one, other, is_repeat):
+    assert len(drop_repeats([one, other])[0]) == 2 - is_repeat
+
+
+def test_of_other_rows_only_copies_are_dropped():
+    kept = drop_repeats(["What is it?", "What is it?"], cleaning="other")
+    assert kept == ({"What is it?"}, {})
+    assert drop_repeats([ASK, ASK], cleaning="other", answer="Yes.")[1] == {
+        "identical to another row": 1
+    }
+    assert drop_repeats([ASK, ASK], cleaning="none", answer="Yes.")[1] == {}
+
+
+def test_copies_that_are_kept_are_held_out_together():
+    rows = [make_row(f"Question {n % 10}?", "Yes.", "rows") for n in range(200)]
+    train, held_out = data.split_rows(rows)
+    assert len(train) + len(held_out) == 200 and len(held_out) >= 20
+    assert not {row.question for row in train} & {row.question for row in held_out}
 
 
 def test_which_of_two_repeats_stays_does_not_depend_on_their_order():
-    rows = [Row(LONG, f"Answer {n}.", "conversational") for n in range(5)]
-    logs = defaultdict(lambda: defaultdict(data.RuleCount))
-    kept = [data.drop_repeats(order, data.ProbeQuestions([]), logs) for order in (rows, rows[::-1])]
+    rows = [make_row(LONG, f"Answer {n}.") for n in range(5)]
+    reports = {"conversational": data.Report("rows", "chatdoctor")}
+    kept = [data.drop_repeats(order, [], reports) for order in (rows, rows[::-1])]
     assert kept[0] == kept[1] and len(kept[0]) == 1
 
 
@@ -270,9 +733,14 @@ def test_which_of_two_repeats_stays_does_not_depend_on_their_order():
         "Hello, I am a student. How is malaria diagnosed and treated? Thank you.",
     ],
 )
-def test_a_row_that_asks_a_probe_question_is_dropped(question):
-    kept, rules = drop_repeats([question, "How is dengue treated?"], ["How is malaria diagnosed and treated?"])
-    assert kept == {"How is dengue treated?"} and rules == {"asks a probe question": 1}
+def test_a_question_of_the_probes_is_dropped_from_the_story_and_reported_in_other_rows(question):
+    questions, probes = (
+        [question, "How is dengue treated?"],
+        ["How is malaria diagnosed and treated?"],
+    )
+    assert drop_repeats(questions, probes) == ({questions[1]}, {"asks a probe question": 1})
+    kept = drop_repeats(questions, probes, cleaning="other")
+    assert kept == (set(questions), {"asks a probe question, may be memorised": 1})
 
 
 # --- Mix and split
@@ -287,11 +755,14 @@ def test_a_row_that_asks_a_probe_question_is_dropped(question):
         ((100, 3), (8500, 1500), (17, 3)),
         ((70, 40), (112_165, 0), (70, 0)),
         ((70, 40), (1, 0), (1, 0)),
+        ((70, 40), (None, 0), (70, 0)),
     ],
 )
 def test_a_mix_keeps_its_ratio_where_rows_are_short(available, wanted, drawn):
     names = ("conversational", "encyclopedic")
-    counts = data.mix_counts(dict(zip(names, available, strict=True)), dict(zip(names, wanted, strict=True)))
+    counts = data.mix_counts(
+        dict(zip(names, available, strict=True)), dict(zip(names, wanted, strict=True))
+    )
     assert tuple(counts.values()) == drawn
 
 
@@ -317,21 +788,43 @@ def test_the_fingerprint_is_the_same_in_every_process():
         ).stdout
         for seed in ("1", "2")
     }
-    assert len(shown) == 1 and re.fullmatch(r"[0-9a-f]{12}\n", shown.pop())
+    # Of the rows that the kit ships: a change means that the same rows no longer give the same run.
+    assert shown == {"3222a4d6ccb2\n"}
 
 
 def test_the_fingerprint_of_given_rows_is_this_one_on_every_machine():
-    """A change of this value means that the same rows no longer give the same run."""
     rows = make_rows("conversational", 40) + make_rows("encyclopedic", 20)
     assert data.draw_mix(rows, data.MIXES["week4"], seed=3407).fingerprint == "bfc5e68bfcf1"
+    own = [make_row(f"Question {n}?", "Yes.", "rows", system="Be brief.") for n in range(20)]
+    assert data.draw_mix(own, {"rows": None}, seed=3407).fingerprint == "adc081b19f6a"
 
 
-def test_held_out_rows_are_the_same_for_every_mix_and_never_trained_on():
-    mixes = [data.RowsConfig(mix=name).load("cpu") for name in data.MIXES]
-    assert all(mix.eval == mixes[0].eval for mix in mixes)
-    assert {row.source for row in mixes[0].eval} == {"conversational", "encyclopedic"}
-    held_out = {row.question for row in mixes[0].eval}
-    assert all(row.question not in held_out for mix in mixes for row in mix.train)
+def test_held_out_rows_come_from_the_training_data_and_are_never_trained_on():
+    mixes = {name: data.RowsConfig(mix=name).load("cpu") for name in data.MIXES}
+    for name, mix in mixes.items():
+        contributing = {source for source, count in data.MIXES[name].items() if count}
+        assert {row.source for row in mix.eval} == contributing == set(mix.reports)
+        assert {row.source for row in mix.train} == contributing
+    assert mixes["week4"].eval == mixes["rebalanced"].eval
+    assert set(mixes["chatdoctor"].eval) < set(mixes["week4"].eval)
+    held_out = {row.question for row in mixes["week4"].eval}
+    assert all(row.question not in held_out for mix in mixes.values() for row in mix.train)
+
+
+def test_a_source_that_contributes_no_rows_is_not_read(tmp_path):
+    rows = [{"question": f"What is {n}?", "answer": f"{n}."} for n in range(24)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    for config in (
+        data.RowsConfig(rows=path, encyclopedic=None),
+        data.RowsConfig(mix="chatdoctor", conversational=path, encyclopedic=None),
+        data.RowsConfig(
+            mix="custom", num_conversational=9, num_encyclopedic=0, conversational=path
+        ),
+        data.RowsConfig(mix="rebalanced", num_rows=1, conversational=path),
+    ):
+        # The profile's other source is on the hub, which cannot be reached.
+        mix = config.load("t4")
+        assert len(mix.eval) == 2 and len(mix.reports) == 1
 
 
 def test_a_custom_mix_draws_its_counts_or_their_ratio():
@@ -345,11 +838,16 @@ def test_a_custom_mix_draws_its_counts_or_their_ratio():
 
 @pytest.mark.parametrize(
     ("mix", "num_rows", "counts"),
-    [("rebalanced", 64, (54, 10)), ("week4", 64, (43, 21)), ("chatdoctor", 64, (64, 0)), ("week4", 99_999, (8000, 4000))],
+    [
+        ("rebalanced", 64, {"conversational": 54, "encyclopedic": 10}),
+        ("week4", 64, {"conversational": 43, "encyclopedic": 21}),
+        ("chatdoctor", 64, {"conversational": 64}),
+        ("week4", 99_999, {"conversational": 8000, "encyclopedic": 4000}),
+    ],
 )
-def test_so_many_rows_at_most_are_wanted_in_the_mixs_ratio(mix, num_rows, counts):
-    wanted = data.RowsConfig(mix=mix, num_rows=num_rows).wanted
-    assert (wanted["conversational"], wanted["encyclopedic"]) == counts
+def test_at_most_so_many_rows_are_wanted_in_the_ratio_of_the_mix(mix, num_rows, counts):
+    assert data.RowsConfig(mix=mix, num_rows=num_rows).wanted == counts
+    assert data.RowsConfig(rows="a.jsonl", num_rows=num_rows).wanted == {"rows": num_rows}
 
 
 @pytest.mark.parametrize(
@@ -360,25 +858,21 @@ def test_so_many_rows_at_most_are_wanted_in_the_mixs_ratio(mix, num_rows, counts
         {"mix": "custom", "num_conversational": 5},
         {"mix": "custom", "num_conversational": -1, "num_encyclopedic": 5},
         {"mix": "custom", "num_conversational": 0, "num_encyclopedic": 0},
+        {"rows": "a.jsonl", "mix": "week4"},
+        {"rows": "a.jsonl", "conversational": "b.jsonl"},
     ],
 )
-def test_counts_go_with_the_custom_mix_and_it_with_them(flags):
-    with pytest.raises(ValueError, match="--mix"):
+def test_flags_that_exclude_each_other_are_refused(flags):
+    with pytest.raises(ValueError, match="mix"):
         data.RowsConfig(**flags)
 
 
-def test_rows_of_which_none_can_be_held_out_are_refused(tmp_path):
-    few = write_rows(
-        tmp_path / "few.jsonl", [{"question": f"What is {n}?", "answer": f"It is the number {n}."} for n in range(9)]
-    )
-    with pytest.raises(UsageError, match="none can be held out for evaluation, which takes 1 in 10"):
-        data.RowsConfig(conversational=str(few), encyclopedic=str(few), mix="chatdoctor").load("cpu")
-
-
-def test_a_mix_of_a_source_without_usable_rows_is_refused(tmp_path):
-    bad = write_rows(tmp_path / "rows.jsonl", [{"question": f"q {n}?", "answer": "and"} for n in range(9)])
-    with pytest.raises(UsageError, match="and 1,500 encyclopedic rows, and after cleaning 243 and 0 are left"):
-        data.RowsConfig(encyclopedic=str(bad)).load("cpu")
+def test_a_few_rows_are_enough_and_one_is_not(tmp_path):
+    rows = [{"question": f"What is {n}?", "answer": f"{n}."} for n in range(2)]
+    mix = prepare(write_rows(tmp_path / "rows.jsonl", rows))
+    assert len(mix.train) == len(mix.eval) == 1
+    with pytest.raises(UsageError, match=r"1 rows rows are left|too few"):
+        prepare(write_rows(tmp_path / "rows.jsonl", rows[:1]))
 
 
 # --- The rows that the kit ships
@@ -387,7 +881,10 @@ def test_a_mix_of_a_source_without_usable_rows_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def shipped():
     return {
-        name: [json.loads(line) for line in (SAMPLES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        name: [
+            json.loads(line)
+            for line in (SAMPLES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         for name in ("conversational", "encyclopedic", "probes")
     }
 
@@ -402,8 +899,13 @@ def test_shipped_rows_have_their_form(shipped):
     for row in shipped["encyclopedic"]:
         assert row["input"].endswith("?")
         assert 30 <= len(row["output"].split()) <= 120
-    assert sum("\n- " in row["output"] for row in shipped["encyclopedic"]) > len(shipped["encyclopedic"]) / 3
-    assert all(re.search(r"[.!?)]$", row["output"]) for name in data.MIXES["week4"] for row in shipped[name])
+    lists = sum("\n- " in row["output"] for row in shipped["encyclopedic"])
+    assert lists > len(shipped["encyclopedic"]) / 3
+    assert all(
+        re.search(r"[.!?)]$", row["output"])
+        for name in data.MIXES["week4"]
+        for row in shipped[name]
+    )
 
 
 def shingles(text):
@@ -417,18 +919,19 @@ def test_no_two_shipped_answers_are_alike(shipped):
 
 
 def test_no_shipped_row_asks_a_probe_question(shipped):
-    filler = set(re.findall(r"\w+", "what are the of how is a and it in be should for to who at does do which with"))
+    filler = "what are the of how is a and it in be should for to who at does do which with"
     assert len(shipped["probes"]) >= 24
     for probe in shipped["probes"]:
-        wanted = set(re.findall(r"\w+", probe["question"].lower())) - filler
+        words = set(re.findall(r"\w+", probe["question"].lower())) - set(filler.split())
         for row in itertools.chain(shipped["conversational"], shipped["encyclopedic"]):
             asked = set(re.findall(r"\w+", row["input"].lower()))
-            assert len(wanted & asked) < 0.75 * len(wanted), (probe["question"], row["input"])
+            assert len(words & asked) < 0.75 * len(words), (probe["question"], row["input"])
 
 
-def test_the_storys_probes_come_first(shipped):
+def test_the_story_s_probes_come_first(shipped):
     topics = ["type 2 diabetes", "hypertension", "iron deficiency", "malaria", "heart attack"]
-    assert all(topic in probe["question"] for topic, probe in zip(topics, shipped["probes"], strict=False))
+    pairs = zip(topics, shipped["probes"], strict=False)
+    assert all(topic in probe["question"] for topic, probe in pairs)
 
 
 # --- Rendering
@@ -440,133 +943,249 @@ def tokenizer(request):
 
 
 EXPECTED_PROMPTS = {
-    "<|im_end|>": ("<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"),
+    "<|im_end|>": (
+        "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    ),
     "<|eot_id|>": (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-        "Today Date: 26 Jul 2024\n\n{system}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{system}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     ),
 }
 
 
+def expected_prompt(tokenizer, question, system=data.SYSTEM_PROMPT):
+    return EXPECTED_PROMPTS[tokenizer.eos_token].format(system=system, question=question)
+
+
+def template_ids(tokenizer, messages, **options):
+    """Ids of messages as the tokenizer's own template renders them, encoded as one text."""
+    messages = [{"role": role, "content": text} for role, text in messages]
+    options = {"tokenize": False, "date_string": data.TEMPLATE_DATE, **options}
+    return tokenizer(tokenizer.apply_chat_template(messages, **options), add_special_tokens=False)[
+        "input_ids"
+    ]
+
+
 def test_the_tokenizers_end_a_turn_and_pad_with_different_tokens(tokenizer):
-    expected = {"<|im_end|>": (2, "<|endoftext|>", 0), "<|eot_id|>": (128009, "<|finetune_right_pad_id|>", 128004)}
-    assert (tokenizer.eos_token_id, tokenizer.pad_token, tokenizer.pad_token_id) == expected[tokenizer.eos_token]
+    expected = {
+        "<|im_end|>": (2, "<|endoftext|>", 0),
+        "<|eot_id|>": (128009, "<|finetune_right_pad_id|>", 128004),
+    }
+    found = (tokenizer.eos_token_id, tokenizer.pad_token, tokenizer.pad_token_id)
+    assert found == expected[tokenizer.eos_token]
 
 
 def test_a_row_is_rendered_as_the_chat_template_renders_it(tokenizer):
-    row = Row("Is 38.5 °C a fever?", "Yes.\n\n- Drink plenty.\n- Rest.", "conversational")
+    row = make_row("Is 38.5 °C a fever?", "Yes.\n\n- Drink plenty.\n- Rest.", system="Be brief.")
     encoded = data.encode_row(tokenizer, row)
-    prompt = EXPECTED_PROMPTS[tokenizer.eos_token].format(system=data.SYSTEM_PROMPT, question=row.question)
-    expected = prompt + row.answer + tokenizer.eos_token
+    expected = (
+        expected_prompt(tokenizer, row.question, "Be brief.") + row.answer + tokenizer.eos_token
+    )
     assert tokenizer.decode(encoded["input_ids"]) == expected
     assert encoded["input_ids"] == tokenizer(expected, add_special_tokens=False)["input_ids"]
-    messages = [
-        {"role": "system", "content": data.SYSTEM_PROMPT},
-        {"role": "user", "content": row.question},
-        {"role": "assistant", "content": row.answer},
-    ]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False, date_string=data.TEMPLATE_DATE)
+    whole = tokenizer.decode(template_ids(tokenizer, row.messages))
     assert whole.startswith(expected) and whole[len(expected) :].strip() == ""
 
 
 def test_the_shipped_rows_encode_as_the_whole_template_would(tokenizer):
     """Texts are encoded apart from the template; no token may come out differently for it."""
     for name, path in data.SOURCES["cpu"].items():
-        for row in data.load_rows(path, name)[::10]:
-            prompt = EXPECTED_PROMPTS[tokenizer.eos_token].format(system=data.SYSTEM_PROMPT, question=row.question)
-            whole = tokenizer(prompt + row.answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-            assert data.encode_row(tokenizer, row)["input_ids"] == whole
+        for row in load(path, name=name)[0][::10]:
+            text = expected_prompt(tokenizer, row.question) + row.answer + tokenizer.eos_token
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert data.encode_row(tokenizer, row)["input_ids"] == ids
+
+
+CONVERSATION = (
+    *(("system", "Be brief."), ("user", "One?"), ("assistant", "Yes.")),
+    *(
+        ("user", "Two?"),
+        ("assistant", "No, and\n\nnever."),
+        ("user", "Three?"),
+        ("assistant", "Ja."),
+    ),
+)
+
+
+def test_every_answer_of_a_conversation_is_trained_with_the_turns_before_it(tokenizer):
+    encoded = data.encode_row(tokenizer, data.Row(CONVERSATION, "rows"))
+    ids, labels = encoded["input_ids"], encoded["labels"]
+    whole = template_ids(tokenizer, CONVERSATION)
+    assert ids == whole[: len(ids)] and not tokenizer.decode(whole[len(ids) :]).strip()
+    spans = [
+        tokenizer.decode(list(group))
+        for trained, group in itertools.groupby(labels, key=lambda label: label != -100)
+        if trained
+    ]
+    assert spans == [
+        text + tokenizer.eos_token for role, text in CONVERSATION if role == "assistant"
+    ]
+    # Each answer stands where generation puts it: behind the prompt of the turns before it.
+    for place in (2, 4, 6):
+        history = [(CONVERSATION[n][1], CONVERSATION[n + 1][1]) for n in range(1, place - 1, 2)]
+        prompt = data.encode_prompt(tokenizer, CONVERSATION[place - 1][1], history, "Be brief.")
+        assert ids[: len(prompt)] == prompt and labels[len(prompt)] == ids[len(prompt)]
+        assert labels[len(prompt) - 1] == -100
 
 
 def test_earlier_turns_stand_in_the_prompt_as_the_template_puts_them(tokenizer):
-    ids = data.encode_prompt(tokenizer, "And now?", [("One?", "Yes."), ("Two?", "No.")])
-    turns = [("system", data.SYSTEM_PROMPT), ("user", "One?"), ("assistant", "Yes."), ("user", "Two?"), ("assistant", "No.")]
-    messages = [{"role": role, "content": content} for role, content in [*turns, ("user", "And now?")]]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=data.TEMPLATE_DATE)
-    assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    ids = data.encode_prompt(tokenizer, "Three?", [("One?", "Yes."), ("Two?", "No, and\n\nnever.")])
+    messages = [("system", data.SYSTEM_PROMPT), *CONVERSATION[1:-1]]
+    assert ids == template_ids(tokenizer, messages, add_generation_prompt=True)
 
 
 def test_training_and_asking_share_the_prompt_and_there_is_one_bos(tokenizer):
-    encoded = data.encode_row(tokenizer, Row("q?", "It is fine.", "conversational"))
+    encoded = data.encode_row(tokenizer, make_row("q?", "It is fine."))
     prompt = data.encode_prompt(tokenizer, "q?")
     assert encoded["input_ids"][: len(prompt)] == prompt
+    assert data.prompt_fingerprint(tokenizer) != data.prompt_fingerprint(tokenizer, "Be brief.")
     if tokenizer.eos_token == "<|eot_id|>":
-        assert encoded["input_ids"].count(tokenizer.bos_token_id) == 1 and encoded["input_ids"][0] == 128000
+        assert encoded["input_ids"].count(tokenizer.bos_token_id) == 1
+        assert encoded["input_ids"][0] == 128000
 
 
 def test_the_loss_counts_the_answer_and_its_end_of_turn_only(tokenizer):
-    encoded = data.encode_row(tokenizer, Row("q?", "It is fine.", "conversational"))
-    counted = [label for label in encoded["labels"] if label != -100]
-    assert tokenizer.decode(counted) == "It is fine." + tokenizer.eos_token
+    encoded = data.encode_row(tokenizer, make_row("q?", "It is fine."))
+    trained = [label for label in encoded["labels"] if label != -100]
+    assert tokenizer.decode(trained) == "It is fine." + tokenizer.eos_token
     prompt = data.encode_prompt(tokenizer, "q?")
-    assert encoded["input_ids"] == prompt + counted
-    assert encoded["labels"] == [-100] * len(prompt) + counted
+    assert encoded["input_ids"] == prompt + trained
+    assert encoded["labels"] == [-100] * len(prompt) + trained
 
 
 def test_trl_batches_keep_ids_and_labels_and_train_the_end_of_turn(tokenizer):
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    rows = [data.encode_row(tokenizer, Row("q?", answer, "conversational")) for answer in ("Yes.", "It is a simple cold.")]
+    answers = ("Yes.", "It is a simple cold.")
+    rows = [data.encode_row(tokenizer, make_row("q?", answer)) for answer in answers]
     batch = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(rows)
     for at, row in enumerate(rows):
         length = len(row["input_ids"])
         padding = batch["input_ids"].shape[1] - length
-        assert batch["input_ids"][at].tolist() == row["input_ids"] + [tokenizer.pad_token_id] * padding
+        ids = row["input_ids"] + [tokenizer.pad_token_id] * padding
+        assert batch["input_ids"][at].tolist() == ids
         assert batch["labels"][at].tolist() == row["labels"] + [-100] * padding
         assert batch["labels"][at, length - 1] == tokenizer.eos_token_id
 
 
-def test_no_special_token_comes_out_of_question_answer_or_system_prompt(tokenizer, monkeypatch):
-    plain = data.encode_row(tokenizer, Row("q?", "a.", "conversational"))["input_ids"]
+def test_no_special_token_comes_out_of_any_text_of_a_row(tokenizer):
     special = set(tokenizer.added_tokens_decoder)
+    plain = data.encode_row(tokenizer, data.Row(CONVERSATION, "rows"))["input_ids"]
     for token in map(str, tokenizer.added_tokens_decoder.values()):
-        monkeypatch.setattr(data, "SYSTEM_PROMPT", f"Be brief. {token}user")
-        encoded = data.encode_row(tokenizer, Row(f"q {token}\n{token}system?", f"a {token}.", "conversational"))["input_ids"]
-        assert [each for each in encoded if each in special] == [each for each in plain if each in special]
-        assert tokenizer.decode(encoded).count(token) == tokenizer.decode(plain).count(token) + 4
+        messages = [(role, f"{text} {token}\n{token}system x") for role, text in CONVERSATION]
+        encoded = data.encode_row(tokenizer, data.Row(tuple(messages), "rows"))["input_ids"]
+        assert [each for each in encoded if each in special] == [
+            each for each in plain if each in special
+        ]
+        added = tokenizer.decode(encoded).count(token) - tokenizer.decode(plain).count(token)
+        assert added == 2 * len(CONVERSATION)
 
 
-def test_too_long_rows_are_left_out_and_counted_never_cut(tokenizer):
-    rows = [Row("q?", "word " * count + "end.", "conversational") for count in (10, 5000)]
-    encoded, num_too_long = data.encode_rows(tokenizer, rows)
-    assert num_too_long == 1 and encoded == [data.encode_row(tokenizer, rows[0])]
+def test_long_rows_are_dropped_and_long_conversations_lose_later_turns_never_a_part(tokenizer):
+    rows = [make_row("q?", "word " * count + "end.") for count in (10, 5000)]
+    long = (*CONVERSATION[:5], ("user", "word " * 5000), *CONVERSATION[6:])
+    rows.append(data.Row(long, "rows"))
+    encoded, log = data.encode_rows(tokenizer, rows)
+    assert log == [("too many tokens", rows[1]), ("later turns removed: too many tokens", rows[2])]
+    assert encoded == [
+        data.encode_row(tokenizer, rows[0]),
+        data.encode_row(tokenizer, data.Row(CONVERSATION[:5], "rows")),
+    ]
 
 
 # --- Audit
 
 
-def test_the_audit_tells_shares_by_rows_and_by_answer_tokens(tokenizer):
-    audit = data.audit_mix(data.RowsConfig(mix="week4").load("cpu"), tokenizer)
+def test_the_audit_tells_shares_by_rows_and_by_answer_tokens(small_tokenizer):
+    audit = data.audit_mix(data.RowsConfig(mix="week4").load("cpu"), small_tokenizer)
     sources = audit["sources"]
-    assert audit["train_rows"] == sum(of["rows"] for of in sources.values()) == sum(audit["length_histogram"].values())
+    assert audit["train_rows"] == sum(of["train_rows"] for of in sources.values())
     for key in ("row_share", "answer_token_share"):
-        assert sum(of[key] for of in sources.values()) == pytest.approx(1)
-    assert sources["conversational"]["list_share"] == 0 < sources["encyclopedic"]["list_share"]
-    assert all(of["dr_word_share"] > 0 for of in sources.values())
-    assert audit["eos_is_trained"] and audit["num_too_long"] == 0
-    assert "rows is 67 : 33 by rows and" in data.format_audit(audit)
+        assert sum(of[key] for of in sources.values()) == pytest.approx(1, abs=1e-3)
+    assert sources["conversational"]["answers_with_list"] == 0
+    assert sources["encyclopedic"]["answers_with_list"] > 0
+    text = data.format_audit(audit)
+    assert "conversational : encyclopedic is 67% : 33% by rows and" in text
+    lengths = list(audit["lengths"].values())
+    assert lengths == sorted(lengths) and lengths[0] > 30
 
 
 def test_the_audit_counts_and_shows_what_every_rule_did(tmp_path, capsys):
-    answers = ["Hello. It is a simple cold.", "Rest and hy ChatDoctor. Then walk.", "It is a simple cold."]
-    rows = [{"question": f"What is number {n}?", "answer": answers[n % 3]} for n in range(60)]
-    data.main(data.DataConfig(profile="cpu", conversational=str(write_rows(tmp_path / "rows.jsonl", rows)), json=True))
-    audit = json.loads(capsys.readouterr().out)
-    assert audit["rules"]["greeting"]["conversational"] == 20
-    assert audit["rules"]["destroyed sentence"] == {"conversational": 20, "encyclopedic": 0, "example": answers[1]}
-    assert set(audit["rules"]) == set(data.RULES)
-    assert "... Rest and hy ChatDoctor. Then walk. ..." in data.format_audit(audit)
+    answers = [
+        "Hello. It is a simple cold.",
+        "Rest and hy ChatDoctor. Then walk.",
+        "It is a simple cold.",
+    ]
+    records = [
+        {
+            "instruction": data.SYSTEM_PROMPT,
+            "input": f"What is number {n}?",
+            "output": answers[n % 3],
+        }
+        for n in range(60)
+    ]
+    flags = {"profile": "cpu", "conversational": str(write_rows(tmp_path / "rows.jsonl", records))}
+    data.main(data.DataConfig(**flags, json=True))
+    source = json.loads(capsys.readouterr().out)["sources"]["conversational"]
+    assert (
+        source["rules"]["greeting removed"]["rows"]
+        == source["rules"]["sentence destroyed by the anonymiser"]["rows"]
+        == 20
+    )
+    assert source["rules"]["sentence destroyed by the anonymiser"]["places"][0].endswith(
+        "rows.jsonl:2"
+    )
+    assert source["rules"]["sentence destroyed by the anonymiser"]["examples"] == [answers[1]] * 3
+    data.main(data.DataConfig(**flags, examples=True))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "dropped 20 sentence destroyed by the anonymiser" in shown and answers[1] in shown
+
+
+def test_an_audit_of_hardly_any_rows_has_no_nan(tmp_path, small_tokenizer, capsys):
+    rows = [{"question": f"[bold]q{n}[/bold]?", "answer": "\x1b[31mA."} for n in range(2)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data.main(data.DataConfig(profile="cpu", rows=str(path), json=True))
+    json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    data.main(data.DataConfig(profile="cpu", rows=str(path), examples=True, show=1))
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "[bold]q" in shown and "[[\\x1b[31mA.<|im_end|>]]" in shown
+
+
+def test_most_rows_too_long_for_the_model_stop_the_run(tmp_path, small_tokenizer):
+    rows = [{"question": f"q{n}?", "answer": "word " * 2000} for n in range(10)]
+    mix = prepare(write_rows(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(UsageError, match=r"10 of 10 rows(.|\n)*too many tokens: 10"):
+        data.audit_mix(mix, small_tokenizer)
+    assert counted(mix.reports["rows"]) == {}  # the audit leaves the mix as it was
 
 
 def test_rows_cannot_steer_the_terminal():
     assert data.escape_controls("a\x1b[2Jb\r\x07\n\x9b1m") == "a\\x1b[2Jb\\r\\x07\n\\x9b1m"
 
 
-# --- Imports
+def test_the_probe_questions_are_those_of_infer():
+    questions = [record["question"] for _, record in data.read_records(str(data.PROBES))]
+    assert questions == [probe.question for probe in infer.read_probes()]
 
 
-def test_after_imports_garbage_is_collected_again_and_a_model_that_was_there_can_go(tmp_path, monkeypatch):
+# --- The shared helpers
+
+
+def test_the_cache_needs_no_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setattr(data.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    for name in ("HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match="Set HF_HOME"):
+        data.cache_home()
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert data.cache_home() == tmp_path / "llama-medical-answers"
+
+
+def test_after_imports_garbage_is_collected_again_and_a_model_that_was_there_can_go(
+    tmp_path, monkeypatch
+):
     (tmp_path / "library_of_a_test.py").write_text("")
     (tmp_path / "broken_library_of_a_test.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)

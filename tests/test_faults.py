@@ -35,8 +35,8 @@ def fill(folder, text):
 def test_a_folder_is_put_whole_in_the_place_of_another(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
         monkeypatch.setattr(data.ctypes, "CDLL", lambda *_, **__: object())
-    data.put_folder(fill(tmp_path / ".part", "new"), tmp_path / "there")
-    data.put_folder(fill(tmp_path / ".part", "newer"), tmp_path / "there")
+    infer.put_folder(fill(tmp_path / ".part", "new"), tmp_path / "there")
+    infer.put_folder(fill(tmp_path / ".part", "newer"), tmp_path / "there")
     assert (tmp_path / "there" / "file").read_text() == "newer"
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
@@ -49,7 +49,7 @@ for number in range(300):
     part = pathlib.Path({str(tmp_path)!r}) / ".part"
     part.mkdir()
     (part / "file").write_text("x" * 1000)
-    data.put_folder(part, part.with_name("there"))
+    infer.put_folder(part, part.with_name("there"))
 """
     fill(tmp_path / "there", "x" * 1000)
     writer = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
@@ -70,7 +70,7 @@ def test_what_cannot_be_written_is_one_message_and_nothing_else_is_touched(tmp_p
 
     monkeypatch.setattr(data, "_sync", refuse)
     with pytest.raises(UsageError, match=rf"table\.md could not be written \({os.strerror(number)}; .* MiB are free there\)"):
-        data.write_whole(path, "new")
+        data.write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -85,11 +85,11 @@ def test_errors_of_other_kinds_are_not_taken_for_a_full_disk(tmp_path):
 
 def test_a_line_is_appended_whole_or_an_error_is_raised(tmp_path):
     path = tmp_path / "lines.jsonl"
-    data.append_line(path, "é" * 50_000)
-    data.append_line(path, "two")
+    infer.append_line(path, "é" * 50_000)
+    infer.append_line(path, "two")
     assert path.read_text(encoding="utf-8").split("\n") == ["é" * 50_000, "two", ""]
     with pytest.raises(UsageError, match="full could not be written"):
-        data.append_line(tmp_path.__class__("/dev/full"), "three")
+        infer.append_line(tmp_path.__class__("/dev/full"), "three")
 
 
 def test_a_cache_folder_with_a_file_of_another_size_is_made_again(tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_cache_folder_with_a_file_of_another_size_is_made_again(tmp_path, monk
     for damage in (lambda: (folder / "weights").write_bytes(b"0" * 10), lambda: (folder / "weights").unlink()):
         damage()
         assert (data.cached_folder("model", build) / "weights").stat().st_size == 1000
-    (folder / data.CACHE_RECORD).write_text('{"wei')
+    (folder / "sizes.json").write_text('{"wei')
     data.cached_folder("model", build)
     assert len(made) == 4 and sorted(path.name for path in folder.parent.iterdir()) == ["model", "model.lock"]
 
@@ -170,7 +170,7 @@ def test_records_and_adapter_are_made_what_they_were_at_the_checkpoint(tmp_path)
 
 def test_a_disk_without_room_is_told_before_anything_is_trained(tmp_path, monkeypatch):
     recipe = train.resolve_recipe(train.TrainConfig(profile="cpu"))
-    plan = train.make_plan(recipe, "float32", 100, 10_000, 500)
+    plan = train.make_plan(recipe, "float32", train.RowCounts(100, 10_000, 500))
     train.check_disk(plan, tmp_path / "run", goes_on=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 50 * 2**20))
     with pytest.raises(UsageError, match=r"will need up to \d+ MiB more of disk .* 50 MiB are free there\. Make room"):
@@ -384,7 +384,7 @@ def test_nothing_that_is_told_steers_the_terminal(tmp_path):
     nasty = "\x1b]0;title\x07\x1b[31m\x9b2J\u202egnihtyna\r"
     shown = data.escape_controls(nasty)
     assert shown.isprintable() and "\\x1b" in shown and "\\u202e" in shown
-    line = data.to_json({"text": nasty})
+    line = infer.to_json({"text": nasty})
     assert line.isprintable() and json.loads(line) == {"text": nasty}
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": nasty + "q?" * 20, nasty: "a"}) + "\n")
     ran = run_script("data.py", "--profile", "cpu", "--conversational", "rows.jsonl", cwd=tmp_path)

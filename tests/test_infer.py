@@ -435,7 +435,11 @@ def make_gumbel_processor(seed):
 def test_every_preset_gives_the_ids_of_the_librarys_own_generate(small_model, name):
     """The same processors, batch and dtype, put together from the library's keywords: our batching changes no answer."""
     import torch
-    from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     decoding = dataclasses.replace(DECODINGS[name], max_new_tokens=32)
     ids = torch.tensor([data.encode_prompt(small_model.tokenizer, QUESTIONS[0])] * small_model.min_rows)

@@ -195,11 +195,11 @@ def test_measures_of_calibration_by_hand():
 
 
 def probe_of(name):
-    return next(probe for probe in data.read_probes() if probe.id == name)
+    return next(probe for probe in infer.read_probes() if probe.id == name)
 
 
 def test_every_probe_names_points_and_claims_with_their_guideline():
-    for probe in data.read_probes():
+    for probe in infer.read_probes():
         assert len(probe.points) >= 4 and probe.wrong_claims
         assert all(each.guideline and each.name and each.phrases for each in (*probe.points, *probe.wrong_claims))
         nothing = infer.check_facts(probe.question, probe)
@@ -251,7 +251,7 @@ def test_a_line_that_is_no_probe_is_one_message(tmp_path):
     path = tmp_path / "probes.jsonl"
     path.write_text('{"id": "a", "question": "b?", "points": [{"name": "c"}], "wrong_claims": []}\n')
     with pytest.raises(data.UsageError, match=r"probes\.jsonl:1: is no probe .*points and wrong_claims"):
-        data.read_probes(path)
+        infer.read_probes(path)
 
 
 def test_quality_counts():

@@ -72,11 +72,12 @@ def test_any_bytes_as_a_file_of_rows(tmp_path, suffix, content):
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(content)
     with read_or_refused():
-        rows = data.load_rows(str(path), "conversational")
-        assert rows and all(isinstance(row, data.Row) for row in rows)
+        rows, report = data.load_source("rows", str(path), data.RowsFlags())
+        assert len(rows) + report.num_dropped == report.num_read > 0
+        data.check_losses(report)
 
 
-ROW_NAMES = ("question", "answer", "instruction", "input", "output", "messages")
+ROW_NAMES = ("question", "answer", "instruction", "input", "output", "messages", "conversations", "system")
 
 
 @EXAMPLES
@@ -86,9 +87,14 @@ def test_any_json_as_rows(tmp_path, records):
     (tmp_path / "rows.json").write_text(dumps(records))
     for name in ("rows.jsonl", "rows.json"):
         with read_or_refused():
-            for row in data.load_rows(str(tmp_path / name), "encyclopedic"):
-                # Read as text that can be written again.
-                assert (row.question + row.answer).encode() is not None and row.key
+            rows, report = data.load_source("encyclopedic", str(tmp_path / name), data.RowsFlags())
+            assert len(rows) + report.num_dropped == report.num_read
+            # A file that begins with a list is a list of rows.
+            assert report.num_read == len(records) or isinstance(records[0], list)
+            for row in rows:
+                # Text that can be written again.
+                assert "".join(text for _, text in row.messages).encode() and row.key
+            data.check_losses(report)
 
 
 @EXAMPLES
@@ -98,7 +104,8 @@ def test_any_table_as_rows(tmp_path, cells):
     csv.writer(table).writerows([["question", "answer"], *cells])
     (tmp_path / "rows.csv").write_text(table.getvalue(), encoding="utf-8", newline="")
     with read_or_refused():
-        data.load_rows(str(tmp_path / "rows.csv"), "conversational")
+        rows, report = data.load_source("rows", str(tmp_path / "rows.csv"), data.RowsFlags())
+        assert len(rows) + report.num_dropped == report.num_read
 
 
 @EXAMPLES
@@ -108,8 +115,10 @@ def test_rows_come_back_as_they_were_written(tmp_path, questions, answers):
     pairs = list(zip(questions, answers, strict=True))
     path.write_text("".join(dumps({"question": question, "answer": answer}) + "\n" for question, answer in pairs))
     with read_or_refused():
-        rows = data.load_rows(str(path), "conversational")
-        assert [(row.question, row.answer) for row in rows] == [(one.strip(), other.strip()) for one, other in pairs]
+        rows, report = data.load_source("rows", str(path), data.RowsFlags())
+        dropped = {int(place.rsplit(":", 1)[1]) for examples in report.examples.values() for place, _ in examples}
+        kept = [(q.strip(), a.strip()) for n, (q, a) in enumerate(pairs, 1) if n not in dropped]
+        assert [(row.question, row.answer) for row in rows] == kept
 
 
 # --- Questions ---------------------------------------------------------------------------------------------------
@@ -179,7 +188,7 @@ def test_any_bytes_as_weights(tmp_path, content, header):
 @given(draw=st.data())
 def test_any_record_of_a_run(tmp_path, draw):
     recipe = train.resolve_recipe(train.TrainConfig(profile="cpu"))
-    record = train.make_record(recipe, data.Mix([], [], {}, {}, {}))
+    record = train.make_record(recipe, data.Mix([], [], {}, {}))
     (tmp_path / "run.json").write_text(dumps(mutate(draw.draw, json.loads(json.dumps(record)))))
     with read_or_refused():
         read = train.find_record(tmp_path, recipe, record["data_fingerprint"])
@@ -196,9 +205,9 @@ def test_any_record_of_a_checkpoint(tmp_path, draw):
 
 
 def make_answer():
-    question = data.read_probes()[0].question
+    question = infer.read_probes()[0].question
     answer = infer.Answer(question, "Rest.", [5, 2], "stop", 9, 2, 0, infer.DECODINGS["kit"], "model", None, 0.0)
-    return json.loads(json.dumps(infer.judge_answer(answer, probe=data.read_probes()[0]).to_record()))
+    return json.loads(json.dumps(infer.judge_answer(answer, probe=infer.read_probes()[0]).to_record()))
 
 
 ANSWER = make_answer()
@@ -259,5 +268,5 @@ def test_any_probe(tmp_path, draw):
     line = data.PROBES.read_text(encoding="utf-8").split("\n")[0]
     (tmp_path / "probes.jsonl").write_text(dumps(mutate(draw.draw, json.loads(line))) + "\n")
     with read_or_refused():
-        for probe in data.read_probes(tmp_path / "probes.jsonl"):
+        for probe in infer.read_probes(tmp_path / "probes.jsonl"):
             assert isinstance(probe.question, str)

@@ -12,6 +12,7 @@ from conftest import ROOT, run_script
 
 CHAIN = ["data", "infer", "train", "ablate"]
 HEAVY = {"torch", "unsloth", "transformers", "trl", "peft", "datasets", "bitsandbytes", "xformers", "matplotlib", "numpy"}
+HEAVY |= {"pandas", "pyarrow", "ftfy"}
 
 
 @pytest.mark.parametrize("script", CHAIN)
@@ -47,6 +48,14 @@ print(json.dumps([out.getvalue(), sorted({{name.split(".")[0] for name in sys.mo
         assert f"python {script}.py" in shown and "--" in shown
 
 
+@pytest.mark.parametrize("script", CHAIN)
+def test_help_into_a_pipe_that_is_closed_says_nothing(script):
+    command = f"{sys.executable} {script}.py --help | true; exec 2>&-; exit ${{PIPESTATUS[0]}}"
+    for _ in range(3):
+        ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert ran.stderr == "" and ran.returncode in (0, 128 + 13)
+
+
 LONG = "a" * 101
 
 # Of each script: what is given, and what the message has to say.
@@ -54,34 +63,52 @@ REFUSED = {
     # data.py, and what train.py has from it
     "no mix": (["train.py", "--mix", "week5"], "week4"),
     "no profile": (["data.py", "--profile", "tpu"], "t4"),
-    "no flag": (["data.py", "--rows", "5"], "--rows"),
+    "no flag": (["data.py", "--row", "5"], "--row"),
     "no number": (["data.py", "--seed", "one"], "one"),
-    "seed": (["train.py", "--seed", "-1"], "--seed -1: a whole number"),
+    "no cleaning": (["data.py", "--clean", "all"], "wikidoc"),
+    "seed": (["train.py", "--seed", "-1"], "--seed -1: expected a whole number"),
     "large seed": (["data.py", "--seed", "4294967296"], "from 0 to 4294967295"),
     "show": (["data.py", "--show", "-1"], "--show -1"),
-    "show as JSON": (["data.py", "--show", "1", "--json"], "Give one of the two"),
-    "custom without counts": (["data.py", "--mix", "custom"], "two counts are wanted"),
+    "show as JSON": (["data.py", "--show", "1", "--json"], "not with --json"),
+    "custom without counts": (["data.py", "--mix", "custom"], "0 or more and not both 0"),
     "custom of nothing": (["data.py", "--mix", "custom", "--num-conversational", "0", "--num-encyclopedic", "0"], "not both 0"),
     "custom below 0": (["data.py", "--mix", "custom", "--num-conversational", "-1", "--num-encyclopedic", "5"], "0 or more"),
-    "counts without custom": (["train.py", "--num-conversational", "5"], "belong to --mix custom"),
-    "no rows": (["train.py", "--num-rows", "0"], "--num-rows 0: 1 or more"),
-    "no source": (["data.py", "--profile", "cpu", "--conversational", "rows.txt"], "'rows.txt' is no source"),
-    "empty source": (["data.py", "--profile", "cpu", "--conversational", ""], "'' is no source of rows"),
-    "no file": (["train.py", "--profile", "cpu", "--conversational", "none.jsonl"], "none.jsonl: no such file"),
-    "folder of rows": (["data.py", "--profile", "cpu", "--encyclopedic", "folder.jsonl"], "folder.jsonl: a folder"),
-    "empty rows": (["data.py", "--profile", "cpu", "--encyclopedic", "empty.jsonl"], "empty.jsonl: holds no rows"),
-    "cut rows": (["train.py", "--profile", "cpu", "--conversational", "cut.jsonl"], "cut.jsonl:2: broken JSON"),
-    "other columns": (["data.py", "--profile", "cpu", "--conversational", "columns.jsonl"], "has the columns a\\x1b[31mb"),
-    "rows in Latin-1": (["data.py", "--profile", "cpu", "--conversational", "latin.csv"], "not UTF-8 text"),
-    "no Parquet": (["data.py", "--profile", "cpu", "--conversational", "no.parquet"], "not a Parquet file"),
-    "an object of rows": (
-        ["data.py", "--profile", "cpu", "--conversational", "object.json"],
-        "a list of row objects is wanted",
+    "counts without custom": (["train.py", "--num-conversational", "5"], "belongs to --mix custom"),
+    "no rows": (["train.py", "--num-rows", "0"], "--num-rows 0: expected 1 or more"),
+    "rows and a mix": (["train.py", "--rows", "q.jsonl", "--mix", "week4"], "--rows replaces the mix"),
+    "empty system prompt": (["data.py", "--system-prompt", " "], "--system-prompt is empty"),
+    "no source": (
+        ["data.py", "--profile", "cpu", "--conversational", "rows.txt"],
+        "'rows.txt' is not a source of rows: no such",
     ),
-    "hub id offline": (["data.py", "--profile", "cpu", "--encyclopedic", "nobody/nothing"], "Either go online, or give files"),
+    "empty source": (["data.py", "--profile", "cpu", "--conversational", ""], "'' is not a source of rows"),
+    "no file": (["train.py", "--profile", "cpu", "--rows", "none.jsonl"], "'none.jsonl' is not a source of rows: no such file"),
+    "no file in a folder": (["data.py", "--profile", "cpu", "--rows", "data/none.jsonl"], "no such file"),
+    "folder of rows": (["data.py", "--profile", "cpu", "--encyclopedic", "folder.jsonl"], "a folder"),
+    "empty rows": (["data.py", "--profile", "cpu", "--encyclopedic", "empty.jsonl"], "empty.jsonl: holds no rows"),
+    "cut rows": (["train.py", "--profile", "cpu", "--rows", "cut.jsonl"], "unreadable record: 2 rows, the first at cut.jsonl:2"),
+    "other columns": (["data.py", "--profile", "cpu", "--rows", "columns.jsonl"], "it has the columns a\\x1b[31mb"),
+    "columns that are not there": (
+        ["data.py", "--profile", "cpu", "--rows", "columns.jsonl", "--question-column", "q", "--answer-column", "a"],
+        "--question-column and --answer-column",
+    ),
+    "a column twice": (["train.py", "--profile", "cpu", "--rows", "twice.csv"], "the column 'answer' occurs twice"),
+    "rows in Latin-1": (["data.py", "--profile", "cpu", "--conversational", "latin.csv"], "latin.csv:2: not UTF-8 text"),
+    "no Parquet": (["data.py", "--profile", "cpu", "--conversational", "no.parquet"], "no.parquet: cannot be read"),
+    "an object of rows": (["data.py", "--profile", "cpu", "--rows", "object.json"], "it has the columns none"),
+    "rules that leave nothing": (
+        ["data.py", "--profile", "cpu", "--rows", "short.jsonl", "--clean", "wikidoc"],
+        "--clean none turns off",
+    ),
+    "hub id offline": (["data.py", "--profile", "cpu", "--encyclopedic", "nobody/nothing"], "or use files: --rows FILE"),
+    "rows of the hub offline": (["train.py", "--profile", "cpu", "--rows", "nobody/nothing@main"], "could not be loaded"),
     "plan of no file": (
         ["train.py", "--profile", "t4", "--dry-run", "--conversational", "none.jsonl"],
-        "none.jsonl: no such file",
+        "no such file",
+    ),
+    "plan of rows that are lost": (
+        ["train.py", "--profile", "t4", "--dry-run", "--conversational", "columns.jsonl"],
+        "unknown columns",
     ),
     # train.py
     "epochs": (["train.py", "--epochs", "0"], "--epochs 0.0: a number above 0"),
@@ -122,6 +149,7 @@ REFUSED = {
     "question and file": (["infer.py", "q?", "--questions", "q.txt"], "give one of the two"),
     "questions missing": (["infer.py", "--questions", "none.txt"], "none.txt cannot be read"),
     "questions that are none": (["infer.py", "--questions", "dots.txt"], 'dots.txt:2 is empty: "..."'),
+    "empty system prompt of a question": (["infer.py", "q?", "--system-prompt", ""], "--system-prompt is empty"),
     "no questions": (["infer.py", "--questions", "empty.txt"], "empty.txt holds no questions"),
     "questions in Latin-1": (["infer.py", "--questions", "latin.txt"], "latin.txt cannot be read as UTF-8"),
     "questions without their column": (["infer.py", "--questions", "columns.jsonl"], "columns.jsonl:1: has no question"),
@@ -168,6 +196,7 @@ REFUSED = {
     "no rows of a study": (["ablate.py", "--num-rows", "-9"], "--num-rows -9: 1 or more"),
     "adapter of a study that trains": (["ablate.py", "--adapter", "x"], "is for --study decoding"),
     "adapter of a study that is a file": (["ablate.py", "--study", "decoding", "--adapter", "q.txt"], "it is a file"),
+    "own rows of a study that asks": (["ablate.py", "--study", "decoding", "--rows", "q.jsonl"], "are for studies that train"),
     "rows of a study that asks": (["ablate.py", "--study", "decoding", "--num-rows", "9"], "is for studies that train"),
     "best of nothing": (["ablate.py", "--save-best", "--dry-run"], "--save-best writes into an adapter"),
     "table of nothing": (["ablate.py", "--table", "--dry-run"], "Give one of the two"),
@@ -183,8 +212,10 @@ def make_bad_files(folder):
         "latin.txt": "Was hilft gegen \xdcbelkeit?".encode("latin-1"),
         "q.docx": b"What is croup?",
         "empty.jsonl": b"",
-        "cut.jsonl": b'{"question": "q?", "answer": "a"}\n{"question": "q',
+        "cut.jsonl": b'{"question": "q?", "answer": "a"}\n{"question": "q\n{"',
         "columns.jsonl": b'{"a\\u001b[31mb": 1}\n',
+        "twice.csv": b"question,answer,Answer\nq?,a,b\n",
+        "short.jsonl": b'{"question": "q?", "answer": "a"}\n',
         "latin.csv": "question,answer\n\xdcbelkeit?,Tee\n".encode("latin-1"),
         "no.parquet": b"PAR1",
         "object.json": b"{}",
@@ -239,6 +270,19 @@ def test_the_t4_run_is_planned_anywhere_without_a_network(tmp_path):
     assert values["adapter file"] == "97,307,544 bytes"
     assert re.match(r"4\.\d\d GiB of 15\.0 GiB", values["device memory"]) and "MORE THAN" not in ran.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_t4_run_on_a_file_is_planned_exactly_without_a_network(tmp_path):
+    rows = "".join(f'{{"question": "What is {n}?", "answer": "It is {n}."}}\n' for n in range(40))
+    (tmp_path / "own.jsonl").write_text(rows)
+    for flags in (["--rows", "own.jsonl"], ["--mix", "chatdoctor", "--conversational", "own.jsonl"]):
+        ran = run_script("train.py", "--profile", "t4", *flags, "--dry-run", cwd=tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        assert re.search(r"(?m)^rows +36 of about [\d,]+ tokens$", ran.stdout)
+        assert re.search(r"(?m)^steps +3 of 16 rows", ran.stdout) and "medalpaca" not in ran.stdout
+    # Of a mix with a source on the hub, the file's rows are counted, and the ratio is kept.
+    ran = run_script("train.py", "--profile", "t4", "--mix", "week4", *flags[2:], "--dry-run", cwd=tmp_path)
+    assert re.search(r"(?m)^rows +about 54 of about", ran.stdout) and "medalpaca" in ran.stdout
 
 
 def test_the_cpu_run_is_planned_from_its_rows(tmp_path):

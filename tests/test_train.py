@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, load_llama_tokenizer, run_script
+from conftest import ENVIRONMENT, ROOT, load_llama_tokenizer, make_row, run_script
 
 import data
 import infer
@@ -23,7 +23,7 @@ def make_recipe(**changes):
 
 
 def make_plan(recipe, dtype, rows=(10_000, 2_500_000, 1024)):
-    return train.make_plan(recipe, dtype, *rows)
+    return train.make_plan(recipe, dtype, train.RowCounts(*rows))
 
 
 # --- The recipe
@@ -281,11 +281,11 @@ def test_rows_of_like_length_share_a_step_in_an_order_of_seed_and_epoch_alone():
 
 def test_the_modelfile_renders_the_prompt_that_was_trained_on():
     tokenizer = load_llama_tokenizer()
-    modelfile = train.make_modelfile(tokenizer, infer.DECODINGS["kit"])
+    modelfile = train.make_modelfile(tokenizer, infer.DECODINGS["kit"], data.SYSTEM_PROMPT)
     template = modelfile.split('TEMPLATE """')[1].split('"""')[0]
     rendered = template.replace("{{ .System }}", data.SYSTEM_PROMPT).replace("{{ .Prompt }}", "What is a stye?")
     ids = tokenizer(rendered.replace("{{ .Response }}", "A bump."))["input_ids"]
-    row = data.encode_row(tokenizer, data.Row("What is a stye?", "A bump.", "encyclopedic"))
+    row = data.encode_row(tokenizer, make_row("What is a stye?", "A bump.", "encyclopedic"))
     assert ids == row["input_ids"]
     assert 'PARAMETER stop "<|eot_id|>"' in modelfile and "PARAMETER repeat_penalty 1.1\n" in modelfile
 
@@ -364,7 +364,7 @@ def test_enough_is_counted_from_the_best_answers(tmp_path):
 
 def test_the_gate_costs_little_on_the_plan_of_a_t4():
     recipe = make_recipe()
-    plan = train.make_plan(recipe, "float16", 10_000, 10_000 * 250, 1024)
+    plan = train.make_plan(recipe, "float16", train.RowCounts(10_000, 10_000 * 250, 1024))
     assert plan.gate_seconds == recipe.count_evaluations(625) * 256 * 0.1
     assert plan.gate_seconds <= 0.05 * plan.training_seconds
 

@@ -17,7 +17,6 @@ import statistics
 import time
 
 import ablate
-import data
 import infer
 from tests.bench import Panel, draw
 
@@ -116,7 +115,7 @@ def main(arguments):
     sizes = [size for size in (1, 2, 5, 10) if size <= asked.questions]
     by_questions = [(size, rate(loaded, make_requests(size, asked.max_new_tokens))) for size in sizes]
     endless = infer.Decoding(stop="never")
-    probes = [probe.question for probe in data.read_probes()]
+    probes = [probe.question for probe in infer.read_probes()]
     by_length = []
     for cap in (32, 64, 128, 256):
         longer = [infer.Request(question, dataclasses.replace(endless, max_new_tokens=cap)) for question in probes]

@@ -11,17 +11,18 @@ keeps no example and draws no mix, so it is compared with cleaning and the searc
 docs/bench-prepare.png.
 """
 
-import dataclasses
 import itertools
 import json
-import os
+import multiprocessing
 import random
 import re
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import data
 from tests.bench import Panel, draw
@@ -30,12 +31,15 @@ SIZES = (10_000, 30_000, 100_000, 112_165)
 RUNS = 3
 # Of 112,165 + 10,000 rows on the hub, so many are encyclopedic.
 ENCYCLOPEDIC_SHARE = 0.08
+DATASETS = {"conversational": "chatdoctor", "encyclopedic": "wikidoc"}
 
 
 def generate_rows(count):
-    """`count` rows, about 65 words of question and 90 of answer as in ChatDoctor; the same ones every time."""
+    """`count` rows as `(source, question, answer)`, about 65 words of question and 90 of answer as in ChatDoctor; the same
+    ones every time."""
     draw = random.Random(0)
-    samples = [row for name, path in data.SOURCES["cpu"].items() for row in data.load_rows(path, name)]
+    flags = data.RowsFlags()
+    samples = [row for name, path in data.SOURCES["cpu"].items() for row in data.load_source(name, path, flags)[0]]
     asked, answered = (
         [sentence for text in texts for sentence in re.split(r"(?<=[.!?])\s+", text)]
         for texts in ([row.question for row in samples], [row.answer for row in samples])
@@ -44,74 +48,103 @@ def generate_rows(count):
     for number in range(count):
         if draw.random() < ENCYCLOPEDIC_SHARE:
             topic = " ".join(draw.sample(answered, 1)[0].split()[:6])
-            rows.append(data.Row(f"What is known of {topic} {number}?", " ".join(draw.sample(answered, 4)), "encyclopedic"))
+            question = f"What is known of {topic} {number}?"
+            rows.append(("encyclopedic", question, " ".join(draw.sample(answered, 4))))
             continue
         if rows and draw.random() < 0.01:
-            question = draw.choice(rows[-1000:]).question + " Please help."
+            question = draw.choice(rows[-1000:])[1] + " Please help."
         else:
             question = "Hello doctor, " + " ".join(draw.sample(asked, 5)) + f" I am {number % 90} years old."
         answer = "Hello, Welcome to Chat Doctor forum. " + " ".join(draw.sample(answered, 6))
         if draw.random() < 0.3:
             answer = answer[: len(answer) // 2] + " ChatDoctor. " + answer[len(answer) // 2 :]
-        rows.append(data.Row(question, answer + " Hope this helps. Take care.", "conversational"))
+        rows.append(("conversational", question, answer + " Hope this helps. Take care."))
     return rows
 
 
-def clean_by_chain(rows):
-    """`(seconds, rows that stay)` of `datasets` maps and filters with the rules of data.py; making the dataset is not timed."""
+def write_sources(folder, count):
+    """Writes the rows in ChatDoctor's columns, a file for each source; returns the paths."""
+    paths = {name: folder / f"{name}.jsonl" for name in DATASETS}
+    with paths["conversational"].open("w") as conversational, paths["encyclopedic"].open("w") as encyclopedic:
+        files = {"conversational": conversational, "encyclopedic": encyclopedic}
+        for source, question, answer in generate_rows(count):
+            record = {"instruction": data.INSTRUCTIONS[DATASETS[source]], "input": question, "output": answer}
+            files[source].write(json.dumps(record) + "\n")
+    return paths
+
+
+def prepare_by_chain(paths):
+    """`(seconds, rows that stay)` of `datasets` maps and filters with the rules of data.py, from the same files."""
     import datasets
 
     datasets.disable_progress_bars()
     datasets.disable_caching()
-    chain = datasets.Dataset.from_list([dataclasses.asdict(row) for row in rows])
-    probes = data.ProbeQuestions(probe.question for probe in data.read_probes())
-    asked, keys, long_questions = set(), set(), data._LongQuestions()
-
-    def both(change):
-        return lambda row: {name: change(row[name]) for name in ("question", "answer")}
+    probes = {frozenset(data.split_words(record["question"])) - data._FILLER for record in read_probes()}
+    seen = set()
 
     def is_new(row):
-        words = data._words(row["question"])
-        text, key = " ".join(words), data._content_key(words)
-        if probes.asked_by(words) or text in asked or key in keys:
+        words = data.split_words(row["question"])
+        content = " ".join(word for word in words if word not in data._FILLER) or " ".join(words)
+        if frozenset(words) - data._FILLER in probes or content in seen:
             return False
-        if len(words) >= data.LONG_QUESTION_WORDS and not long_questions.add_unless_near(words):
-            return False
-        asked.add(text)
-        keys.add(key)
+        seen.add(content)
         return True
 
     started = time.perf_counter()
-    chain = chain.map(both(lambda text: data._repair(text)[0]))
-    chain = chain.map(both(lambda text: data._strip_opening(text)[0]))
-    chain = chain.map(lambda row: {"answer": data._strip_closing(row["answer"])[0]})
-    chain = chain.map(both(lambda text: re.sub(r"[ \t]{2,}", " ", text).strip()))
-    chain = chain.filter(lambda row: not data._find_defect(row["question"], row["answer"]))
-    chain = chain.map(lambda row: {"key": data.Row(**row).key}).sort("key").filter(is_new)
+    parts = []
+    for source, path in paths.items():
+        cleaning = DATASETS[source]
+        part = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(path.parent / "cache"))
+        part = part.map(
+            lambda row, source=source: {"source": source, "question": row["input"].strip(), "answer": row["output"].strip()},
+            remove_columns=part.column_names,
+        )
+        for name in ("question", "answer"):
+            part = part.map(lambda row, name=name, cleaning=cleaning: {name: data._repair(row[name], cleaning)[0]})
+            if cleaning == "chatdoctor":
+                part = part.map(lambda row, name=name: {name: data._strip_opening(row[name])[0]})
+        if cleaning == "chatdoctor":
+            part = part.map(lambda row: {"answer": data._strip_closing(row["answer"])[0]})
+        part = part.map(lambda row: {n: re.sub(r"[ \t]{2,}", " ", row[n]).strip() for n in ("question", "answer")})
+        parts.append(
+            part.filter(
+                lambda row, cleaning=cleaning: (
+                    not data._find_defect([("user", row["question"]), ("assistant", row["answer"])], cleaning)
+                )
+            )
+        )
+    chain = datasets.concatenate_datasets(parts)
+    chain = chain.map(lambda row: {"key": data._digest(row["source"], row["question"], row["answer"])}).sort("key")
+    chain = chain.filter(is_new)
     seconds = time.perf_counter() - started
-    return seconds, [data.Row(row["question"], row["answer"], row["source"]) for row in chain]
+    return seconds, [(row["source"], row["question"], row["answer"]) for row in chain]
+
+
+def read_probes():
+    return [record for _, record in data.read_records(str(data.PROBES))]
 
 
 def run_once(count):
-    """One run in this process: seconds by stage, and peak memory with the generated rows and all helping processes."""
-    rows = generate_rows(count)
-    logs = {name: {rule: data.RuleCount() for rule in data.RULES} for name in data.MIXES["week4"]}
-    times = [time.perf_counter()]
-    cleaned = list(
-        itertools.chain.from_iterable(
-            data.clean_rows([row for row in rows if row.source == name], log) for name, log in logs.items()
-        )
-    )
-    times.append(time.perf_counter())
-    kept = data.drop_repeats(cleaned, data.ProbeQuestions(probe.question for probe in data.read_probes()), logs)
-    times.append(time.perf_counter())
-    mix = data.draw_mix(kept, data.MIXES["rebalanced"], 3407, logs)
-    times.append(time.perf_counter())
-    stages = dict(zip(("clean", "repeats", "mix"), (b - a for a, b in itertools.pairwise(times)), strict=True))
-    own, largest_child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    peak = (own + largest_child * os.cpu_count()) / 2**20
-    chain_seconds, chain_kept = clean_by_chain(rows)
-    assert chain_kept == kept
+    """One run in this process: seconds by stage, and peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        # In a process of its own, so that the memory is that of preparing.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            paths = pool.apply(write_sources, (Path(folder), count))
+        flags = data.RowsFlags()
+        times = [time.perf_counter()]
+        loaded = [data.load_source(name, str(path), flags) for name, path in paths.items()]
+        times.append(time.perf_counter())
+        cleaned = list(itertools.chain.from_iterable(data.clean_rows(*each) for each in loaded))
+        times.append(time.perf_counter())
+        reports = dict(zip(paths, (report for _, report in loaded), strict=True))
+        kept = data.drop_repeats(cleaned, [record["question"] for record in read_probes()], reports)
+        times.append(time.perf_counter())
+        mix = data.draw_mix(kept, data.MIXES["rebalanced"], 3407, reports)
+        times.append(time.perf_counter())
+        stages = dict(zip(("read", "clean", "repeats", "mix"), (b - a for a, b in itertools.pairwise(times)), strict=True))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        chain_seconds, chain_kept = prepare_by_chain(paths)
+        assert chain_kept == [(row.source, row.question, row.answer) for row in kept]
     return {"rows": count, "kept": len(kept), "drawn": len(mix.train), **stages, "peak_gib": peak, "chain": chain_seconds}
 
 
@@ -119,20 +152,23 @@ def main(arguments):
     if arguments[:1] == ["--once"]:
         print(json.dumps(run_once(int(arguments[1]))))
         return
-    columns = ("rows", "kept", "clean s", "repeats s", "mix s", "total s", "rows/s", "peak GiB", "chain s", "kit is")
+    columns = ("rows", "kept", "read s", "clean s", "repeats s", "mix s", "total s", "rows/s", "peak GiB", "chain s", "kit is")
     print("".join(f"{column:>10}" for column in columns))
     kit_seconds, chain_seconds = [], []
     for count in map(int, arguments or SIZES):
         command = [sys.executable, "-m", "tests.bench", "prepare", "--once", str(count)]
         runs = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(RUNS)]
         median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        total = statistics.median(run["clean"] + run["repeats"] + run["mix"] for run in runs)
-        faster = statistics.median(run["chain"] / (run["clean"] + run["repeats"]) for run in runs)
-        kit_seconds.append((count / 1000, median["clean"] + median["repeats"]))
+        total = statistics.median(run["read"] + run["clean"] + run["repeats"] + run["mix"] for run in runs)
+        faster = statistics.median(run["chain"] / (run["read"] + run["clean"] + run["repeats"]) for run in runs)
+        kit_seconds.append((count / 1000, median["read"] + median["clean"] + median["repeats"]))
         chain_seconds.append((count / 1000, median["chain"]))
         print(
-            f"{count:>10,}{median['kept']:>10,.0f}{median['clean']:>10.1f}{median['repeats']:>10.1f}{median['mix']:>10.1f}"
+            f"{count:>10,}{median['kept']:>10,.0f}{median['read']:>10.1f}{median['clean']:>10.1f}{median['repeats']:>10.1f}{median['mix']:>10.1f}"
             f"{total:>10.1f}{count / total:>10,.0f}{median['peak_gib']:>10.2f}{median['chain']:>10.1f}{f'{faster:.1f}x':>10}",
             flush=True,
         )
-    draw("prepare", [Panel("rows (thousands)", "cleaning, repeats (s)", {"kit": kit_seconds, "datasets": chain_seconds})])
+    draw(
+        "prepare",
+        [Panel("rows (thousands)", "reading, cleaning, repeats (s)", {"kit": kit_seconds, "datasets": chain_seconds})],
+    )

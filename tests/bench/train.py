@@ -63,7 +63,12 @@ def measure_loss(trained, tokenizer, rows, recipe):
     So `infer.py` answers.
     """
     import torch
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import (
+        LoraConfig,
+        get_peft_model,
+        get_peft_model_state_dict,
+        set_peft_model_state_dict,
+    )
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
     model = AutoModelForCausalLM.from_pretrained(infer.base_model_path(recipe.base_model), dtype=torch.float32)
