@@ -17,7 +17,6 @@ import csv
 import dataclasses
 import errno
 import functools
-import gc
 import hashlib
 import importlib.util
 import io
@@ -189,7 +188,7 @@ class Report:
     source: str
     cleaning: str = "none"  # whose rules apply: chatdoctor, wikidoc, other or none
     num_read: int = 0
-    formats: dict[str, dict[str, int]] = field(default_factory=dict)  # rows and answers of each
+    formats: dict[str, Counter[str]] = field(default_factory=dict)  # rows and answers of each
     unused_columns: set[str] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)  # rows that each rule acted on
     examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # their place, text
@@ -234,12 +233,10 @@ def _digest(*parts: str) -> str:
 # --- Shared by all scripts -----------------------------------------------------------------------
 
 # Errors of the system that mean that nothing can be written.
-_STORAGE_ERRORS = {
-    getattr(errno, name)
-    for name in (
-        "ENOSPC EDQUOT EFBIG EIO EROFS EACCES EPERM ENOTDIR EEXIST EISDIR ENAMETOOLONG".split()
-    )
-}
+_STORAGE_ERRORS = [
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+]
 # safetensors and tokenizers wrap the number into text; torch's writer gives no number.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
@@ -634,9 +631,7 @@ def load_source(
             report.log(bad.rule, place, str(bad))
             continue
         rows.append(Row(messages, name, place))
-        count = report.formats.setdefault(form, {"rows": 0, "answers": 0})
-        count["rows"] += 1
-        count["answers"] += len(messages) // 2
+        report.formats.setdefault(form, Counter()).update(rows=1, answers=len(messages) // 2)
         for rule in rules:
             report.log(rule, place, rows[-1].question)
     return rows, report
@@ -1136,32 +1131,13 @@ def build_small_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@contextlib.contextmanager
-def importing() -> Iterator[None]:
-    """A context for imports of large libraries, without garbage collection.
-
-    The collector runs whenever enough objects were added; importing Unsloth adds hundreds of
-    thousands, and spent more than a second in it (`tests.bench start`).
-    """
-    modules = len(sys.modules)
-    gc.disable()
-    try:
-        yield
-    finally:
-        # Not if nothing was imported: the objects may then be a model that is freed later.
-        if len(sys.modules) > modules:
-            gc.freeze()
-        gc.enable()
-
-
 def load_tokenizer(profile: ProfileName) -> PreTrainedTokenizerBase:
     """The tokenizer of the profile's base model.
 
     Raises:
         UsageError: it has to come from the hub, and cannot.
     """
-    with importing():
-        from transformers import AutoTokenizer
+    from transformers import AutoTokenizer
 
     if profile == "cpu":
         return AutoTokenizer.from_pretrained(
@@ -1297,7 +1273,7 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
     add_row(counts, "source", *(Path(of["source"]).name for of in sources.values()))
     add_row(counts, "cleaning rules", *(of["cleaning"] for of in sources.values()))
     for form in dict.fromkeys(form for of in sources.values() for form in of["formats"]):
-        found = (of["formats"].get(form, {"rows": 0, "answers": 0}) for of in sources.values())
+        found = (of["formats"].get(form, Counter()) for of in sources.values())
         add_row(counts, form, *(f"{n['rows']:,} rows, {n['answers']:,} answers" for n in found))
     for key in ("read", "dropped", "held_out", "not_drawn", "train_rows", "answer_tokens"):
         add_row(counts, key.replace("_", " "), *(f"{of[key]:,}" for of in sources.values()))
@@ -1492,14 +1468,9 @@ def main(config: DataConfig) -> None:
         print("\n" + show_rows(mix.train[: config.show], tokenizer))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory, of the host or of a GPU, was not enough."""
-    return isinstance(error, MemoryError) or bool(
-        re.search(
-            r"out of memory|[Cc]an(?:'t|not) allocate memory|alloc_cpu|failed to map segment",
-            str(error),
-        )
-    )
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|[Cc]an(?:'t|not) allocate memory|alloc_cpu|failed to map segment"
+)
 
 
 def run_command(
@@ -1533,7 +1504,7 @@ def run_command(
         code = 2
         if isinstance(error, UsageError):
             _say(f"error: {error}")
-        elif is_out_of_memory(error):
+        elif isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
             _say(f"error: Out of memory ({first_line(error)}). {memory_advice}")
         elif isinstance(error, OSError) and (problem := storage_problem(error)):
             _say(

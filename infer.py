@@ -22,6 +22,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import html
 import importlib.metadata
@@ -251,6 +252,24 @@ def to_json(value: Any) -> str:
     """The value as JSON in one line, with control characters escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return data.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """A context for imports of large libraries, without garbage collection.
+
+    The collector runs whenever enough objects were added; importing Unsloth adds hundreds of
+    thousands, and spent more than a second in it (`tests.bench start`).
+    """
+    modules = len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        # Not if nothing was imported: the objects may then be a model that is freed later.
+        if len(sys.modules) > modules:
+            gc.freeze()
+        gc.enable()
 
 
 # --- Profiles -----------------------------------------------------------------------------------------------------
@@ -1376,7 +1395,7 @@ def load_base(profile: ProfileName, *, dtype: str | None) -> tuple[PreTrainedMod
     import torch
 
     with quiet_libraries():
-        with data.importing():
+        with importing():
             # Unsloth patches transformers, PEFT and TRL, and has to be imported before them.
             from unsloth import DEVICE_TYPE, FastLanguageModel  # isort: skip
             from transformers.utils import logging as transformers_logging

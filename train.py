@@ -730,7 +730,7 @@ def training_dtype(recipe: Recipe) -> str:
     """dtype of the base model in training, as the profile or, on this machine, Unsloth chooses it."""
     if TRAINING[recipe.profile].dtype:
         return TRAINING[recipe.profile].dtype
-    with data.importing():
+    with infer.importing():
         from unsloth import is_bfloat16_supported
 
     return "bfloat16" if is_bfloat16_supported() else "float32"

@@ -1189,16 +1189,16 @@ def test_after_imports_garbage_is_collected_again_and_a_model_that_was_there_can
     (tmp_path / "library_of_a_test.py").write_text("")
     (tmp_path / "broken_library_of_a_test.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
-    with data.importing():
+    with infer.importing():
         assert not gc.isenabled()
         importlib.import_module("library_of_a_test")
     assert gc.isenabled()
     frozen = gc.get_freeze_count()
     assert frozen > 10_000
     model = [[] for _ in range(1000)]
-    with data.importing():
+    with infer.importing():
         importlib.import_module("library_of_a_test")
     assert gc.isenabled() and gc.get_freeze_count() <= frozen, len(model)
-    with pytest.raises(ZeroDivisionError), data.importing():
+    with pytest.raises(ZeroDivisionError), infer.importing():
         importlib.import_module("broken_library_of_a_test")
     assert gc.isenabled()
