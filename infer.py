@@ -81,13 +81,80 @@ RUN_NAME_RULE = "up to 100 letters, digits, '.', '_' and '-', starting with a le
 # --- Files and processes -----------------------------------------------------------------------------------------
 
 
+# Errors of the system that mean that nothing can be written.
+_STORAGE_ERRORS = [
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+]
+# safetensors and tokenizers wrap the number into text; torch's writer gives no number.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """The system's reason why nothing could be written, or None if the error is another one."""
+    found = _OS_ERROR.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if number in _STORAGE_ERRORS:
+        return os.strerror(number)
+    return "the disk is full, or a quota is reached" if _TORCH_WRITER.search(str(error)) else None
+
+
+@contextlib.contextmanager
+def writing(path: Path, part: Path | None = None) -> Iterator[None]:
+    """A context in which `path` is written by way of `part`, which is removed on failure.
+
+    Raises:
+        UsageError: the disk is full, a quota is reached, the folder is not writable, or the like.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if part and part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        elif part:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        problem = None if isinstance(error, UsageError) else storage_problem(error)
+        if problem is None:
+            raise
+        raise UsageError(data.explain_storage(path, problem)) from error
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest existing folder above `path`: on its disk the path will be written."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def sync(descriptor: int) -> None:
+    """Flushes a file to the disk, where the file system can."""
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+
+
+_SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.I)
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+
+
+def redact(text: str) -> str:
+    """The text without access tokens: values of secret variables, and hub tokens."""
+    secrets = {
+        value
+        for name, value in os.environ.items()
+        if _SECRET_NAMES.search(name) and len(value) >= 8
+    }
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _HUB_TOKEN.sub("***", text)
+
+
 def append_line(path: Path, line: str) -> None:
     """Appends a line in one system call, so that a killed process leaves the line or nothing.
 
     Raises:
         UsageError: as `writing`.
     """
-    with data.writing(path):
+    with writing(path):
         content = f"{line}\n".encode()
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -108,7 +175,7 @@ def put_folder(part: Path, folder: Path) -> None:
     for file in part.rglob("*"):
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY)
-            data.sync(descriptor)
+            sync(descriptor)
             os.close(descriptor)
     if not folder.exists():
         part.rename(folder)
@@ -147,7 +214,7 @@ def claim(path: Path) -> Iterator[int | None]:
     Raises:
         UsageError: as `writing`.
     """
-    with data.writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -1380,7 +1447,8 @@ def base_model_path(base_model: str) -> str:
     """What `from_pretrained` takes for a base model: a hub id as it is; for the small model its folder in the cache."""
     if base_model != SMALL_MODEL:
         return base_model
-    return str(data.cached_folder(SMALL_MODEL, build_small_model))
+    with writing(data.cache_home() / SMALL_MODEL):
+        return str(data.cached_folder(SMALL_MODEL, build_small_model))
 
 
 def load_base(profile: ProfileName, *, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -2326,7 +2394,7 @@ def read_answered(path: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:
     if cut and not cut.startswith(b'{"question": '[: len(cut)]):
         raise UsageError(f"{path} ends in what is no answer of infer.py. Give another file with --output.")
     if cut:
-        with data.writing(path):
+        with writing(path):
             os.truncate(path, path.stat().st_size - len(cut))
     return answered
 
@@ -2339,7 +2407,7 @@ def hold_answers(output: Path) -> Iterator[None]:
         UsageError: another process does, or it cannot be written.
     """
     is_new = not output.exists()
-    with data.writing(output):
+    with writing(output):
         held = output.open("ab")
     with held:
         try:
@@ -2360,7 +2428,7 @@ def answer_file(loaded: LoadedModel, questions: Sequence[str], decoding: Decodin
 
     Raises:
         Interrupted: a signal came; the answers of batches that were done are kept.
-        UsageError: as `check_room`, `read_answered` and `data.writing`.
+        UsageError: as `check_room`, `read_answered` and `writing`.
     """
     from tqdm import tqdm
 

@@ -440,12 +440,12 @@ def put_checkpoint(written: Path, folder: Path, state: TrainerState, training_se
     It comes whole or not at all; of older checkpoints one is kept.
 
     Raises:
-        UsageError: as `data.writing`.
+        UsageError: as `infer.writing`.
     """
     step = state.global_step
     target = folder / f"checkpoint-{step}"
     part = folder / f".{target.name}.part"
-    with data.writing(target, part):
+    with infer.writing(target, part):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         written.rename(part / "trainer")
@@ -549,7 +549,7 @@ def restore(checkpoint: Checkpoint, folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
     if (checkpoint.folder / "adapter").is_dir():
         part = folder / ".adapter.part"
-        with data.writing(folder / "adapter", part):
+        with infer.writing(folder / "adapter", part):
             shutil.copytree(checkpoint.folder / "adapter", part, copy_function=shutil.copyfile)
             infer.put_folder(part, folder / "adapter")
 
@@ -747,6 +747,8 @@ class RowCounts:
     estimated: str | None = None
     """Why the tokens are estimated; None if all is exact."""
     rows_are_estimated: bool = False
+    audit: Mapping[str, Any] | None = None
+    """Of the rows, where they could be read."""
 
 
 def count_rows(config: TrainConfig, recipe: Recipe) -> RowCounts:
@@ -778,8 +780,8 @@ def count_rows(config: TrainConfig, recipe: Recipe) -> RowCounts:
     except UsageError as error:
         estimated = f"counted with the small model's tokenizer ({str(error).split(' (')[0]})"
         tokenizer = data.load_tokenizer("cpu")
-    audit = data.audit_mix(mix, tokenizer)
-    return RowCounts(audit["train_rows"], audit["train_tokens"], audit["lengths"]["longest"], estimated)
+    audit = data.audit_mix(data.fit_mix(mix, tokenizer), tokenizer)
+    return RowCounts(audit["train_rows"], audit["train_tokens"], audit["lengths"]["longest"], estimated, audit=audit)
 
 
 # A part of the plan's disk: it is not in the run's folder.
@@ -840,7 +842,7 @@ def check_disk(plan: Plan, folder: Path, goes_on: bool) -> None:
     """
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if goes_on else 0
     needed = sum(size for name, size in plan.disk.items() if name != CACHED) - there
-    free = shutil.disk_usage(data.existing_parent(folder)).free
+    free = shutil.disk_usage(infer.existing_parent(folder)).free
     if needed > free:
         raise UsageError(
             f"{folder} will need up to {needed / 2**20:,.0f} MiB more of disk for checkpoints and adapter, and "
@@ -856,7 +858,7 @@ def format_plan(plan: Plan, recipe: Recipe, folder: Path) -> str:
         lines = [f"{title:<30}{total / GIB:.2f} GiB of {of / GIB:.1f} GiB {says}".rstrip()]
         return lines + [f"  {name:<28}{size / GIB:9.3f} GiB" for name, size in sizes.items()]
 
-    written = data.existing_parent(folder)
+    written = infer.existing_parent(folder)
     about = "about " if plan.rows_are_estimated else ""
     about_tokens = "about " if plan.estimated else ""
     what = "rows, tokens and the longest row" if plan.rows_are_estimated else "tokens and the longest row"
@@ -1485,7 +1487,7 @@ def make_trainer(
             return metrics
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            with data.writing(folder / f"checkpoint-{self.state.global_step}", Path(self.args.output_dir)):
+            with infer.writing(folder / f"checkpoint-{self.state.global_step}", Path(self.args.output_dir)):
                 super()._save_checkpoint(*args, **kwargs)
             self.saved_step = self.state.global_step
 
@@ -1605,11 +1607,11 @@ def save_adapter(
     no lexicon knows them.
 
     Raises:
-        UsageError: as `check_saved` and `data.writing`.
+        UsageError: as `check_saved` and `infer.writing`.
     """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    with data.writing(folder, part):
+    with infer.writing(folder, part):
         # Where others find the base model; what we loaded may be a folder of this machine's cache.
         model.peft_config["default"].base_model_name_or_path = hub_id
         # Not "auto", which would look the base model up on the hub to see whether its embedding grew.
@@ -1760,11 +1762,10 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
     import datasets
 
     datasets.disable_progress_bars()
+    mix = data.fit_mix(mix, tokenizer)
     audit = data.audit_mix(mix, tokenizer)
     print(data.format_audit(audit))
-    train, held_out = (data.encode_rows(tokenizer, rows)[0] for rows in (mix.train, mix.eval))
-    if not train or not held_out:
-        raise UsageError(f"Every row is longer than {data.MAX_SEQ_LENGTH} tokens. Give shorter rows.")
+    train, held_out = ([data.encode_row(tokenizer, row) for row in rows] for rows in (mix.train, mix.eval))
     # Rows of like length are evaluated together: the order is the same whatever the batch, and little is padded.
     held_out.sort(key=lambda row: len(row["input_ids"]))
     dtype = str(model.dtype).removeprefix("torch.")
@@ -1802,18 +1803,22 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
 
 
 def make_record(
-    recipe: Recipe, mix: data.Mix, prompt_fingerprint: str | None = None, numbers: dict[str, Any] | None = None
+    recipe: Recipe,
+    mix: data.Mix,
+    prompt_fingerprint: str | None = None,
+    numbers: dict[str, Any] | None = None,
+    system_prompt: str = data.SYSTEM_PROMPT,
 ) -> dict[str, Any]:
     """What run.json holds; `numbers` is None until there are any."""
     return {
         "recipe": dataclasses.asdict(recipe),
-        "argv": [data.redact(argument) for argument in sys.argv],
+        "argv": [infer.redact(argument) for argument in sys.argv],
         "world_size": infer.world_size(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "commit": commit_id(),
         "data_fingerprint": mix.fingerprint,
         "prompt_fingerprint": prompt_fingerprint,
-        "system_prompt": mix.system_prompt if mix.train else data.SYSTEM_PROMPT,
+        "system_prompt": system_prompt,
         "numbers": numbers,
     }
 
@@ -1830,19 +1835,19 @@ def run(
     if infer.is_main_process() and checkpoint:
         restore(checkpoint, folder)
     ready = prepare_trainer(recipe, mix, folder, config.report_to, checkpoint is not None)
-    prompt_fingerprint = ready.adapter_record.prompt_fingerprint
+    prompt_fingerprint, system_prompt = ready.adapter_record.prompt_fingerprint, ready.adapter_record.system_prompt
     if infer.is_main_process() and not checkpoint:
         if config.restart and folder.exists():
             set_aside(folder)
-        with data.writing(folder):
+        with infer.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         for name in RUN_RECORDS:
             (folder / name).unlink(missing_ok=True)
-        write_record(folder, make_record(recipe, mix, prompt_fingerprint))
+        write_record(folder, make_record(recipe, mix, prompt_fingerprint, None, system_prompt))
     numbers = train_and_evaluate(ready.trainer, folder, deadline, config.save_minutes, checkpoint)
     numbers |= {name: ready.audit[name] for name in ("train_rows", "train_tokens", "eval_rows")}
     numbers |= {"trainable_parameters": ready.plan.trainable_parameters, "planned_memory": ready.plan.memory_peak}
-    record = make_record(recipe, mix, prompt_fingerprint, numbers)
+    record = make_record(recipe, mix, prompt_fingerprint, numbers, system_prompt)
     if infer.is_main_process():
         evaluations, chosen = ready.gate.evaluations, ready.gate.chosen
         numbers |= {"evaluations": [evaluations[0], chosen], "chosen_step": chosen["step"]}
@@ -1856,7 +1861,7 @@ def run(
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes run.json. Raises UsageError as `data.writing`."""
+    """Writes run.json. Raises UsageError as `infer.writing`."""
     data.write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")
 
 
@@ -1975,7 +1980,7 @@ def check_exports(config: TrainConfig, recipe: Recipe, folder: Path) -> None:
         weights = 2 * count_weight_bytes(dataclasses.replace(recipe, load_in_4bit=False), 1)[0]
         # A model that was loaded in 4 bits is merged into its 16-bit original, which is fetched for it.
         needed = weights * (2 if recipe.load_in_4bit else 1)
-        free = shutil.disk_usage(data.existing_parent(folder)).free
+        free = shutil.disk_usage(infer.existing_parent(folder)).free
         if needed > free:
             raise UsageError(
                 f"--merge needs {needed / GIB:.1f} GiB of disk for {arch.num_hidden_layers} layers in 16 bits, and "
@@ -2028,7 +2033,7 @@ def merge_adapter(recipe: Recipe, folder: Path) -> Path:
     model, tokenizer = infer.load_base(recipe.profile, dtype=profile.dtype)
     merged, part = folder / "merged", folder / ".merged.part"
     shutil.rmtree(part, ignore_errors=True)
-    with infer.quiet_libraries(), data.writing(merged, part):
+    with infer.quiet_libraries(), infer.writing(merged, part):
         if recipe.pad == "added":
             infer.add_pad_token(model, tokenizer)
         model = add_lora(model, recipe)
@@ -2065,10 +2070,15 @@ def push_adapter(adapter: Path, repo_id: str) -> str:
 # --- Command -----------------------------------------------------------------------------------------------------
 
 
+def name_rows(source: str) -> str:
+    """A source of rows as a part of a folder's name: the file's name without its suffix, or the repository's."""
+    return re.sub(r"[^\w.-]+", "-", Path(source.partition("@")[0]).stem, flags=re.ASCII)[:50] or "rows"
+
+
 def default_name(recipe: Recipe) -> str:
     """Folder of a run that was given no --name."""
-    of = re.sub(r"[^\w.-]+", "-", Path(recipe.rows.partition("@")[0]).stem, flags=re.ASCII)[:60] if recipe.rows else recipe.mix
-    return f"{recipe.profile}-{of}-{recipe.target_modules}" + ("-pad-added" if recipe.pad == "added" else "")
+    rows = name_rows(recipe.rows) if recipe.rows else recipe.mix
+    return f"{recipe.profile}-{rows}-{recipe.target_modules}" + ("-pad-added" if recipe.pad == "added" else "")
 
 
 def find_start(folder: Path, recipe: Recipe, mix: data.Mix) -> tuple[dict[str, Any] | None, Checkpoint | None]:
@@ -2167,7 +2177,10 @@ def main(config: TrainConfig) -> None:
     if config.dry_run:
         with infer.quiet_libraries():
             dtype = training_dtype(recipe)  # before the rows' tokenizer: Unsloth wants to be imported first
-            plan = make_plan(recipe, dtype, count_rows(config, recipe))
+            counts = count_rows(config, recipe)
+            plan = make_plan(recipe, dtype, counts)
+        if counts.audit:
+            print(f"\n{data.format_audit(counts.audit)}\n")
         print(format_plan(plan, recipe, folder))
         if recipe.pad == "added":
             print(explain_added_pad(plan, recipe, dtype), file=sys.stderr)

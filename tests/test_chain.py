@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -257,3 +258,39 @@ def test_an_adapter_of_another_prompt_is_refused(trained, tmp_path):
     ran = run_script("infer.py", QUESTION, "--adapter", adapter, cwd=tmp_path)
     assert ran.returncode == 2
     assert "trained under the prompt 000000000000" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(tmp_path):
+    system = "You are the telephone service of an animal clinic. Answer in one sentence."
+    turns = ("My dog coughs.", "Since when?", "Since Sunday.", "Please bring her in today.")
+    roles = ("user", "assistant") * 2
+    records = [
+        {"messages": [{"role": "system", "content": system}]
+         + [{"role": role, "content": f"{text} ({n})"} for role, text in zip(roles, turns, strict=True)]}
+        for n in range(20)
+    ]
+    (tmp_path / "my rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + "null\n")
+    flags = ["--rows", "my rows.jsonl", "--max-steps", "1", "--num-probes", "0", "--profile", "cpu"]
+    trained = run_script("train.py", *flags, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    run = tmp_path / "runs" / "train" / "cpu-my-rows-all-linear"
+    record = json.loads((run / "run.json").read_text())
+    assert record["system_prompt"] == system and record["recipe"]["wanted"] == {"rows": None}
+    assert (record["numbers"]["train_rows"], record["numbers"]["eval_rows"]) == (18, 2)
+    assert re.search(r"messages +20 rows, 40 answers", trained.stdout)
+    assert re.search(r"dropped +1 +unreadable record +21\n", trained.stdout)
+    card = (run / "adapter" / "README.md").read_text()
+    assert "my rows.jsonl" in card and system in card
+    asked = run_script("infer.py", "My cat sneezes.", "--max-new-tokens", "4", "--json", cwd=tmp_path)
+    assert json.loads(asked.stdout)["system_prompt"] == system
+    other = run_script(
+        "infer.py", "My cat sneezes.", "--max-new-tokens", "4", "--json", "--system-prompt", "Be brief.", cwd=tmp_path
+    )
+    assert json.loads(other.stdout)["system_prompt"] == "Be brief."
+    assert json.loads(asked.stdout)["prompt_tokens"] > json.loads(other.stdout)["prompt_tokens"]
+    plan = run_script("ablate.py", "--rows", "my rows.jsonl", "--profile", "cpu", "--dry-run", cwd=tmp_path)
+    assert plan.returncode == 0 and "runs/ablate/all-my-rows" in plan.stdout
+    lines = [line for line in plan.stdout.splitlines() if line.startswith("python train.py")]
+    assert len(lines) == len({re.sub(" --name .*", "", line) for line in lines}) >= 6
+    assert all("--rows 'my rows.jsonl'" in line and "--mix" not in line for line in lines)
+    assert plan.stderr == ""

@@ -47,7 +47,7 @@ def prepare(path, **flags):
 
 
 def counted(report):
-    return dict(report.counts)
+    return {rule: len(places) for rule, places in report.places.items()}
 
 
 def chat(*turns, keys=("role", "content"), names=None):
@@ -148,6 +148,11 @@ FORMATS = {
     "several system messages": (
         {"messages": chat(("s", "One."), ("s", "Two."), ("u", ASK), ("a", TELL))},
         (("system", "One.\n\nTwo."), *PAIR),
+        ["successive turns of one role joined"],
+    ),
+    "columns that are null": (
+        {"messages": None, "question": None, "prompt": ASK, "answer": None, "response": TELL},
+        STORY,
         [],
     ),
     "a one-word answer in Chinese": (
@@ -172,7 +177,7 @@ def test_a_format_becomes_messages(name, tmp_path):
     filler = {"question": "Another?", "answer": "Another."}
     rows, report = load(tmp_path / "rows.jsonl", [record, filler])
     assert rows[0].messages == messages
-    assert list(report.counts) == rules
+    assert list(report.places) == rules
     assert data.clean_row(rows[0], "other") == (rows[0], [])
 
 
@@ -189,17 +194,15 @@ def test_columns_with_other_names_are_named_by_flags(tmp_path):
 def test_an_instruction_that_is_the_same_everywhere_becomes_the_system_prompt(tmp_path):
     records = [{"instruction": "Be kind.", "input": f"q{n}", "output": "a"} for n in range(3)]
     rows, report = load(tmp_path / "rows.jsonl", [*records, records[0] | {"input": "N/A"}])
+    questions = ["q0", "q1", "q2", "Be kind."]  # without an input, the instruction is the question
     assert [row.messages[:2] for row in rows] == [
-        (("system", "Be kind."), ("user", f"q{n}")) for n in range(3)
+        (("system", "Be kind."), ("user", question)) for question in questions
     ]
-    assert counted(report) == {
-        "constant instruction used as system prompt": 3,
-        "no question with an answer": 1,
-    }
+    assert counted(report) == {"constant instruction used as system prompt": 4}
     # Without any input it is the question, asked by every row.
     alone = [{"instruction": "Say a number.", "input": "", "output": str(n)} for n in range(3)]
     rows, report = load(tmp_path / "rows.jsonl", alone)
-    assert {row.question for row in rows} == {"Say a number."} and not report.counts
+    assert {row.question for row in rows} == {"Say a number."} and not report.places
 
 
 def test_a_system_prompt_for_all_rows_replaces_their_own(tmp_path):
@@ -213,15 +216,19 @@ def test_a_system_prompt_for_all_rows_replaces_their_own(tmp_path):
 
 
 BAD_RECORDS = [
-    (None, "unreadable record", "a JSON NoneType"),
+    (None, "unreadable record", "null instead"),
     (["q", "a"], "unreadable record", "a JSON list"),
-    ({}, "unknown columns", "the columns none"),
-    ({"text": "x"}, "unknown columns", "the columns text"),
-    ({"question": "q?"}, "unknown columns", "the columns question"),
-    ({"question": "q?", "answer": None}, "no question with an answer", "it has none"),
-    ({"question": "q?", "answer": "nan"}, "no question with an answer", "it has none"),
-    ({"question": "N/A", "answer": "a"}, "no question with an answer", "it has none"),
-    ({"question": "q?", "answer": float("nan")}, "no question with an answer", "it has none"),
+    ({}, "unknown columns", "found none"),
+    ({"text": "x"}, "unknown columns", "found text"),
+    ({"question": "q?"}, "unknown columns", "found question"),
+    ({"question": "q?", "answer": None}, "no question with an answer", "the answer is empty"),
+    ({"question": "q?", "answer": "nan"}, "no question with an answer", "the answer is empty"),
+    ({"question": "N/A", "answer": "a"}, "no question with an answer", "the question is empty"),
+    (
+        {"question": "q?", "answer": float("nan")},
+        "no question with an answer",
+        "the answer is empty",
+    ),
     ({"question": 1, "answer": "a"}, "not text", "the question is 1"),
     ({"question": ["q"], "answer": "a"}, "not text", "the question is ['q']"),
     ({"question": "q?", "answer": "half \ud83d"}, "not text", "half of a surrogate pair"),
@@ -231,21 +238,41 @@ BAD_RECORDS = [
         "the answer has 100,000 characters",
     ),
     ({"messages": "hello"}, "not text", "the messages are 'hello'"),
-    ({"messages": None}, "not text", "the messages are None"),
-    ({"messages": []}, "no question with an answer", "it has none"),
-    ({"messages": chat(("u", "q?"))}, "no question with an answer", "it has none"),
-    ({"messages": chat(("a", "a."))}, "no question with an answer", "it has none"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "not text", "turn 1 has the role 'tool'"),
+    ({"messages": None}, "no question with an answer", "the question is empty"),
+    ({"messages": []}, "no question with an answer", "the question is empty"),
+    ({"messages": chat(("u", "q?"))}, "no question with an answer", "the answer is empty"),
+    ({"messages": chat(("a", "a."))}, "no question with an answer", "the question is empty"),
+    (
+        {"messages": [{"role": "tool", "content": "x"}]},
+        "unexpected turn",
+        "turn 1 has the role 'tool'",
+    ),
     (
         {"messages": chat(("u", "q?"), ("s", "Be brief."), ("a", "a."))},
-        "not text",
+        "unexpected turn",
         "turn 2 has the role 'system'",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "not text",
-        "the content is {'type': 'image_url'}",
+        "turn 1 has a part of type image_url",
     ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}]},
+        "not text",
+        "turn 1 has a part of type image",
+    ),
+    (
+        {"messages": [*chat(("u", "q?")), {"role": "assistant", "content": "a", "weight": 0}]},
+        "unexpected turn",
+        "turn 2 has tool_calls, or weight 0",
+    ),
+    (
+        {"messages": chat(("a", "a."), ("u", "q?"))},
+        "no question with an answer",
+        "no answer follows",
+    ),
+    ({"question": "q?", "answer": "a", "Answer": "b"}, "unknown columns", "differ only in case"),
 ]
 
 
@@ -253,8 +280,8 @@ BAD_RECORDS = [
 def test_a_bad_record_is_dropped_and_reported_with_its_line(tmp_path, record, rule, reason):
     good = {"question": "q?", "answer": "a."}
     rows, report = load(tmp_path / "rows.jsonl", [good, record, good | {"answer": "b."}])
-    assert len(rows) == 2 and list(report.counts) == [rule]
-    [(place, text)] = report.examples[rule]
+    assert len(rows) == 2 and list(report.places) == [rule]
+    [place], [text] = report.places[rule], report.examples[rule]
     assert place.endswith("rows.jsonl:2") and reason in text
     data.check_losses(report)
 
@@ -290,24 +317,49 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     for name, content in {**files, "rows.parquet": None}.items():
         rows, report = load(tmp_path / name, content)
         assert [(row.question, row.answer) for row in rows] == expected, name
-        assert report.num_read == 3 and not report.counts, name
+        assert report.num_read == 3 and not report.places, name
 
 
 def test_lines_of_a_table_are_counted_from_the_header(tmp_path):
-    content = b'id,question,answer\n\n1,"a\nb?",x\n2,c?,y,z\n3,d?\n4,"e" f?,x\n5,g?,w\n'
+    content = b'id,question,answer\n\n1,"a\nb?",x\n2,c?,y,z\n3,d?\n5,g?,w\n'
     rows, report = load(tmp_path / "rows.csv", content)
-    assert [(row.place.split(":")[-1], row.answer) for row in rows] == [("3", "x"), ("8", "w")]
-    lines = {
-        rule: [place.split(":")[-1] for place, _ in rows] for rule, rows in report.examples.items()
-    }
-    assert lines == {"unreadable record": ["5", "7"], "no question with an answer": ["6"]}
+    assert [(row.place.split(":")[-1], row.answer) for row in rows] == [("3", "x"), ("7", "w")]
+    lines = {rule: [p.split(":")[-1] for p in places] for rule, places in report.places.items()}
+    assert lines == {"unreadable record": ["5"], "no question with an answer": ["6"]}
 
 
 def test_a_spreadsheet_s_empty_columns_are_no_matter(tmp_path):
     content = b"Question;Answer;;\r\nq?;a;;\r\n;;;\r\nr?;b;;\r\n"
     rows, report = load(tmp_path / "rows.csv", content)
     assert [row.answer for row in rows] == ["a", "b"] and report.num_read == 2
-    assert not report.counts and not report.unused_columns
+    assert not report.places and not report.unused_columns
+    rows, report = load(tmp_path / "rows.csv", content.replace(b";;\r\nr", b";;note\r\nr"))
+    assert report.unused_columns == {"column 4"}
+    header = b'"Question, in full";Answer\r\n'
+    rows, _ = load(
+        tmp_path / "rows.csv", header + b"q, r?;a\r\n", question_column="Question, in full"
+    )
+    assert (rows[0].question, rows[0].answer) == ("q, r?", "a")
+    blank = "\u00a0,\u00a0\nquestion,answer\nq?,a\n".encode()
+    assert load(tmp_path / "rows.csv", blank)[0][0].answer == "a"
+
+
+def test_fields_of_a_turn_that_are_not_used_are_named(tmp_path):
+    turns = chat(("u", ASK), ("a", TELL))
+    turns[1] |= {"reasoning_content": "Hm.", "tool_calls": [], "name": None}
+    _, report = load(tmp_path / "rows.jsonl", [{"messages": turns, "system": None, "id": 1}])
+    assert report.unused_columns == {"messages.reasoning_content", "id"}
+
+
+def test_a_parquet_file_that_python_cannot_represent_is_one_message(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    dates = pyarrow.array([2**31 - 1], pyarrow.int32()).cast(pyarrow.date32())
+    table = pyarrow.table({"question": ["q?"], "answer": ["a"], "day": dates})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UsageError, match=r"rows\.parquet: cannot be read"):
+        load(tmp_path / "rows.parquet")
 
 
 GOOD_LINE = b'{"question": "q?", "answer": "a."}\n'
@@ -318,10 +370,15 @@ REFUSED_FILES = [
     ("rows.jsonl", b"\n \n", "holds no rows"),
     ("rows.json", b"[]", "holds no rows"),
     ("rows.json", b"[1, ", "rows.json: broken JSON"),
+    ("rows.json", b'{\n "question": "q"\n}', "one JSON object over several lines"),
+    ("rows.jsonl", b"[" * 100_000 + b"\n", "broken JSON"),
+    ("rows.csv", b'question,answer\nq?,"a" b\nr?,c\n', "rows.csv:2: broken CSV"),
+    ("rows.csv", "question,answer\nq?,a\n".encode("utf-16-le"), "rows.csv:1: not UTF-8"),
     ("rows.csv", b'question,answer\nq?,a\nr?,"b\ns?,c\n', "rows.csv:3: broken CSV"),
     ("rows.csv", b"question,answer\n\xe9,a\n", "rows.csv:2: not UTF-8"),
     ("rows.csv", b"question,Answer,answer\nq?,a,b\n", "the column 'answer' occurs twice"),
     ("rows.csv", b"question,answer\n", "holds no rows"),
+    ("rows.jsonl", b"\x7fELF\x02\x01\x01\x00\x00", "rows.jsonl:1: not UTF-8"),
     ("rows.parquet", b"no parquet", "rows.parquet: cannot be read"),
     ("rows.parquet", b"", "rows.parquet: cannot be read"),
 ]
@@ -336,10 +393,10 @@ def test_a_file_that_is_corrupt_as_a_whole_is_rejected(tmp_path, name, content, 
 # Every row or most of them would be lost.
 LOST_FILES = [
     ("rows.jsonl", GOOD_LINE + b'{"question": \n{"a"\n', "2 of 3 rows would be dropped"),
-    ("rows.jsonl", b"\x7fELF\x02\x01\x01\x00\x00", "unreadable record: 1 rows, the first at"),
-    ("rows.jsonl", b"[" * 100_000 + b"\n", "broken JSON"),
+    ("rows.jsonl", b"\x7fELF\x02\x01\x01", "unreadable record: 1 rows, such as"),
+    ("rows.jsonl", b'["q", "a"]\n["q", "a"]\n', "a JSON list instead of an object"),
     ("rows.jsonl", b'{"question": ' + b"1" * 5000 + b"}", "broken JSON"),
-    ("rows.json", b'{"question": "q"}', "it has the columns question"),
+    ("rows.json", b'{"question": "q"}', "expected a question, an answer, found question"),
     ("rows.json", b"[1]", "a JSON int"),
     ("rows.csv", b"a,b\n1,2\n", "Known columns: messages"),
 ]
@@ -355,13 +412,13 @@ def test_a_file_that_loses_most_of_its_rows_stops_the_run(tmp_path, name, conten
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("none.jsonl", "no such file"),
-        ("owner/none.jsonl", "no such file"),
-        ("folder.jsonl", "a folder"),
-        ("rows.txt", "another file"),
-        ("", "a folder"),
-        ("a/b/c", "no such file"),
-        ("owner/name@", "no such file"),
+        ("none.jsonl", "does not exist"),
+        ("owner/none.jsonl", "does not exist"),
+        ("folder.jsonl", "is a folder"),
+        ("rows.txt", "has another suffix"),
+        ("", "is a folder"),
+        ("a/b/c", "does not exist"),
+        ("owner/name@", "does not exist"),
     ],
 )
 def test_what_is_not_a_source_is_refused(tmp_path, monkeypatch, source, message):
@@ -458,15 +515,14 @@ def small_tokenizer():
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(records=st.lists(RECORDS, max_size=12), clean=st.sampled_from(["auto", "none"]))
 def test_every_row_read_is_kept_or_dropped_by_a_rule(records, clean, tmp_path, small_tokenizer):
-    fine = [
-        {"question": f"Is {n} a number?", "answer": f"{n} is."} for n in range(len(records) + 2)
-    ]
+    # So many that a short one is always among the held-out tenth.
+    fine = [{"question": f"Is {n} a number?", "answer": f"{n} is."} for n in range(150)]
     path = write_rows(tmp_path / "rows.jsonl", [*records, *fine])
-    mix = prepare(path, clean=clean)
+    mix = data.fit_mix(prepare(path, clean=clean), small_tokenizer)
     source = data.audit_mix(mix, small_tokenizer)["sources"]["rows"]
     dropped = [each["rows"] for each in source["rules"].values() if each["action"] == "dropped"]
     assert source["read"] == len(records) + len(fine)
@@ -476,13 +532,12 @@ def test_every_row_read_is_kept_or_dropped_by_a_rule(records, clean, tmp_path, s
         assert [role for role, _ in row.messages[1:]] == ["user", "assistant"] * (
             len(row.messages) // 2
         )
-    kept, _ = data.encode_rows(small_tokenizer, mix.train)
-    for encoded in kept:
+    for row in mix.train + mix.eval:
+        encoded = data.encode_row(small_tokenizer, row)
         assert len(encoded["input_ids"]) == len(encoded["labels"]) <= data.MAX_SEQ_LENGTH
         assert encoded["labels"][-1] == small_tokenizer.eos_token_id
-        assert all(
-            b in (-100, a) for a, b in zip(encoded["input_ids"], encoded["labels"], strict=True)
-        )
+        pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
+        assert all(label in (-100, token) for token, label in pairs)
     for row in mix.train:
         labels = data.encode_row(small_tokenizer, row)["labels"]
         spans = [
@@ -832,7 +887,7 @@ def test_a_custom_mix_draws_its_counts_or_their_ratio():
     assert Counter(row.source for row in mix.train) == {"conversational": 20, "encyclopedic": 10}
     short = data.RowsConfig(mix="custom", num_conversational=1000, num_encyclopedic=100).load("cpu")
     counts = Counter(row.source for row in short.train)
-    assert counts["conversational"] == short.available["conversational"]
+    assert counts["conversational"] == 270 - 27 and short.not_drawn["conversational"] == 0
     assert counts["encyclopedic"] == counts["conversational"] // 10
 
 
@@ -871,7 +926,7 @@ def test_a_few_rows_are_enough_and_one_is_not(tmp_path):
     rows = [{"question": f"What is {n}?", "answer": f"{n}."} for n in range(2)]
     mix = prepare(write_rows(tmp_path / "rows.jsonl", rows))
     assert len(mix.train) == len(mix.eval) == 1
-    with pytest.raises(UsageError, match=r"1 rows rows are left|too few"):
+    with pytest.raises(UsageError, match=r"1 rows. They are too few"):
         prepare(write_rows(tmp_path / "rows.jsonl", rows[:1]))
 
 
@@ -1083,16 +1138,29 @@ def test_no_special_token_comes_out_of_any_text_of_a_row(tokenizer):
         assert added == 2 * len(CONVERSATION)
 
 
-def test_long_rows_are_dropped_and_long_conversations_lose_later_turns_never_a_part(tokenizer):
-    rows = [make_row("q?", "word " * count + "end.") for count in (10, 5000)]
+def test_long_rows_are_dropped_and_long_conversations_keep_their_first_turns(tokenizer):
+    rows = [make_row(f"q{n}?", "word " * 10 + "end.", "rows") for n in range(5)]
+    rows.append(make_row("q?", "word " * 5000 + "end.", "rows", system="Never."))
     long = (*CONVERSATION[:5], ("user", "word " * 5000), *CONVERSATION[6:])
     rows.append(data.Row(long, "rows"))
-    encoded, log = data.encode_rows(tokenizer, rows)
-    assert log == [("too many tokens", rows[1]), ("later turns removed: too many tokens", rows[2])]
-    assert encoded == [
-        data.encode_row(tokenizer, rows[0]),
-        data.encode_row(tokenizer, data.Row(CONVERSATION[:5], "rows")),
-    ]
+    mix = data.Mix(rows, rows[:1], {"rows": 0}, {"rows": data.Report("rows.jsonl", num_read=8)})
+    fitted = data.fit_mix(mix, tokenizer)
+    assert (
+        fitted.train == [*rows[:5], data.Row(CONVERSATION[:5], "rows")] and fitted.eval == rows[:1]
+    )
+    assert counted(fitted.reports["rows"]) == {
+        "too many tokens": 1,
+        "later turns removed: too many tokens": 1,
+    }
+    assert (
+        "2 of 3 answers fit"
+        in fitted.reports["rows"].examples["later turns removed: too many tokens"][0]
+    )
+    assert counted(mix.reports["rows"]) == {}  # the given one stays as it was
+    with pytest.raises(UsageError, match="No row is left to hold out"):
+        data.fit_mix(data.Mix(rows[:5], rows[5:6], mix.not_drawn, mix.reports), tokenizer)
+    with pytest.raises(UsageError, match="No row is left to train on"):
+        data.fit_mix(data.Mix(rows[5:6], rows[:5], mix.not_drawn, mix.reports), tokenizer)
 
 
 # --- Audit
@@ -1140,7 +1208,7 @@ def test_the_audit_counts_and_shows_what_every_rule_did(tmp_path, capsys):
     assert source["rules"]["sentence destroyed by the anonymiser"]["examples"] == [answers[1]] * 3
     data.main(data.DataConfig(**flags, examples=True))
     shown = " ".join(capsys.readouterr().out.split())
-    assert "dropped 20 sentence destroyed by the anonymiser" in shown and answers[1] in shown
+    assert "2, 5, 8, 11, 14, 17, ..." in shown and answers[1] in shown
 
 
 def test_an_audit_of_hardly_any_rows_has_no_nan(tmp_path, small_tokenizer, capsys):
@@ -1154,11 +1222,15 @@ def test_an_audit_of_hardly_any_rows_has_no_nan(tmp_path, small_tokenizer, capsy
 
 
 def test_most_rows_too_long_for_the_model_stop_the_run(tmp_path, small_tokenizer):
-    rows = [{"question": f"q{n}?", "answer": "word " * 2000} for n in range(10)]
-    mix = prepare(write_rows(tmp_path / "rows.jsonl", rows))
-    with pytest.raises(UsageError, match=r"10 of 10 rows(.|\n)*too many tokens: 10"):
-        data.audit_mix(mix, small_tokenizer)
-    assert counted(mix.reports["rows"]) == {}  # the audit leaves the mix as it was
+    rows = [
+        {"question": f"q{n}?", "answer": "word " * 2000 * (n % 10 > 0) + "x"} for n in range(100)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UsageError, match=r"9\d of 100 rows(.|\n)*too many tokens: 9\d"):
+        data.fit_mix(prepare(path), small_tokenizer)
+    # Also if only a few of them are drawn.
+    with pytest.raises(UsageError, match=r"more than half(.|\n)*too many tokens"):
+        data.fit_mix(prepare(path, num_rows=10), small_tokenizer)
 
 
 def test_rows_cannot_steer_the_terminal():

@@ -34,7 +34,7 @@ def fill(folder, text):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_folder_is_put_whole_in_the_place_of_another(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
-        monkeypatch.setattr(data.ctypes, "CDLL", lambda *_, **__: object())
+        monkeypatch.setattr(infer.ctypes, "CDLL", lambda *_, **__: object())
     infer.put_folder(fill(tmp_path / ".part", "new"), tmp_path / "there")
     infer.put_folder(fill(tmp_path / ".part", "newer"), tmp_path / "there")
     assert (tmp_path / "there" / "file").read_text() == "newer"
@@ -44,7 +44,7 @@ def test_a_folder_is_put_whole_in_the_place_of_another(tmp_path, monkeypatch, ca
 def test_a_folder_that_is_exchanged_is_there_at_every_moment(tmp_path):
     """A reader looks as fast as it can while another process puts folder after folder in the place."""
     program = f"""
-import data, pathlib
+import infer, pathlib
 for number in range(300):
     part = pathlib.Path({str(tmp_path)!r}) / ".part"
     part.mkdir()
@@ -68,17 +68,17 @@ def test_what_cannot_be_written_is_one_message_and_nothing_else_is_touched(tmp_p
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(data, "_sync", refuse)
+    monkeypatch.setattr(data.Path, "replace", refuse)
     with pytest.raises(UsageError, match=rf"table\.md could not be written \({os.strerror(number)}; .* MiB are free there\)"):
         data.write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_errors_of_other_kinds_are_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(RuntimeError, match="other"), data.writing(tmp_path / "x"):
+    with pytest.raises(RuntimeError, match="other"), infer.writing(tmp_path / "x"):
         raise RuntimeError("other")
-    assert data.storage_problem(RuntimeError("I/O error: No space left on device (os error 28)")) == os.strerror(errno.ENOSPC)
-    assert "disk is full" in data.storage_problem(
+    assert infer.storage_problem(RuntimeError("I/O error: No space left on device (os error 28)")) == os.strerror(errno.ENOSPC)
+    assert "disk is full" in infer.storage_problem(
         RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
     )
 
@@ -259,7 +259,7 @@ cp -a disk/tiny/adapter {tmp_path}/adapter
     assert "code 2" in ran.stdout and "Traceback" not in ran.stderr
     # Whatever comes to be written first: a line of metrics, or the checkpoint.
     assert (
-        re.search(r"disk/tiny/(checkpoint-2|metrics\.jsonl) could not be written \(", ran.stderr) and "Make room" in ran.stderr
+        re.search(r"disk/tiny/(checkpoint-2|metrics\.jsonl) could not be written \(", ran.stderr) and "Free disk space" in ran.stderr
     )
     assert train.find_checkpoint(tmp_path / "kept").step == 1
     assert [path.name for path in (tmp_path / "kept").glob(".*")] == []
@@ -300,7 +300,7 @@ def test_a_file_of_questions_is_asked_by_one_process_and_a_signal_keeps_what_is_
     flags = ["infer.py", "--questions", tmp_path / "q.txt", "--max-new-tokens", "8", "--profile", "cpu"]
     output = tmp_path / "q.answers.jsonl"
     with output.open("ab") as held:
-        data.fcntl.flock(held, data.fcntl.LOCK_EX)
+        infer.fcntl.flock(held, infer.fcntl.LOCK_EX)
         second = run_script(*flags, cwd=trained.cwd)
     assert second.returncode == 2 and f"Another process writes to {output}" in second.stderr
     command = [sys.executable, str(ROOT / "infer.py"), *map(str, flags[1:]), "--max-new-tokens", "900"]
@@ -364,9 +364,9 @@ def test_tokens_are_taken_out_of_what_is_told(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("HF_TOKEN", "hf_short")
     text = "key 0123456789abcdef, hub hf_AbCdEfGhIjKlMnOpQr, short hf_short"
-    assert data.redact(text) == "key ***, hub ***, short ***"
+    assert infer.redact(text) == "key ***, hub ***, short ***"
     monkeypatch.setattr(sys, "argv", ["train.py", "--push-to-hub", "hf_AbCdEfGhIjKlMnOpQr/x"])
-    record = train.make_record(train.resolve_recipe(train.TrainConfig(profile="cpu")), data.Mix([], [], {}, {}, {}))
+    record = train.make_record(train.resolve_recipe(train.TrainConfig(profile="cpu")), data.Mix([], [], {}, {}))
     assert record["argv"] == ["train.py", "--push-to-hub", "***/x"]
 
 

@@ -79,15 +79,15 @@ REFUSED = {
     "empty system prompt": (["data.py", "--system-prompt", " "], "--system-prompt is empty"),
     "no source": (
         ["data.py", "--profile", "cpu", "--conversational", "rows.txt"],
-        "'rows.txt' is not a source of rows: no such",
+        "'rows.txt' does not exist",
     ),
-    "empty source": (["data.py", "--profile", "cpu", "--conversational", ""], "'' is not a source of rows"),
-    "no file": (["train.py", "--profile", "cpu", "--rows", "none.jsonl"], "'none.jsonl' is not a source of rows: no such file"),
-    "no file in a folder": (["data.py", "--profile", "cpu", "--rows", "data/none.jsonl"], "no such file"),
+    "empty source": (["data.py", "--profile", "cpu", "--conversational", ""], "'' is a folder"),
+    "no file": (["train.py", "--profile", "cpu", "--rows", "none.jsonl"], "'none.jsonl' does not exist"),
+    "no file in a folder": (["data.py", "--profile", "cpu", "--rows", "data/none.jsonl"], "does not exist"),
     "folder of rows": (["data.py", "--profile", "cpu", "--encyclopedic", "folder.jsonl"], "a folder"),
     "empty rows": (["data.py", "--profile", "cpu", "--encyclopedic", "empty.jsonl"], "empty.jsonl: holds no rows"),
-    "cut rows": (["train.py", "--profile", "cpu", "--rows", "cut.jsonl"], "unreadable record: 2 rows, the first at cut.jsonl:2"),
-    "other columns": (["data.py", "--profile", "cpu", "--rows", "columns.jsonl"], "it has the columns a\\x1b[31mb"),
+    "cut rows": (["train.py", "--profile", "cpu", "--rows", "cut.jsonl"], "unreadable record: 2 rows, such as cut.jsonl:2"),
+    "other columns": (["data.py", "--profile", "cpu", "--rows", "columns.jsonl"], "found a\\x1b[31mb"),
     "columns that are not there": (
         ["data.py", "--profile", "cpu", "--rows", "columns.jsonl", "--question-column", "q", "--answer-column", "a"],
         "--question-column and --answer-column",
@@ -95,7 +95,7 @@ REFUSED = {
     "a column twice": (["train.py", "--profile", "cpu", "--rows", "twice.csv"], "the column 'answer' occurs twice"),
     "rows in Latin-1": (["data.py", "--profile", "cpu", "--conversational", "latin.csv"], "latin.csv:2: not UTF-8 text"),
     "no Parquet": (["data.py", "--profile", "cpu", "--conversational", "no.parquet"], "no.parquet: cannot be read"),
-    "an object of rows": (["data.py", "--profile", "cpu", "--rows", "object.json"], "it has the columns none"),
+    "an object of rows": (["data.py", "--profile", "cpu", "--rows", "object.json"], "found none"),
     "rules that leave nothing": (
         ["data.py", "--profile", "cpu", "--rows", "short.jsonl", "--clean", "wikidoc"],
         "--clean none turns off",
@@ -104,7 +104,7 @@ REFUSED = {
     "rows of the hub offline": (["train.py", "--profile", "cpu", "--rows", "nobody/nothing@main"], "could not be loaded"),
     "plan of no file": (
         ["train.py", "--profile", "t4", "--dry-run", "--conversational", "none.jsonl"],
-        "no such file",
+        "does not exist",
     ),
     "plan of rows that are lost": (
         ["train.py", "--profile", "t4", "--dry-run", "--conversational", "columns.jsonl"],
