@@ -348,7 +348,7 @@ class Grid:
             "adapter_sha256": model.adapter_sha256,
             "system_prompt": self.system_prompt,
             "probes": digest_json([dataclasses.asdict(probe) for probe in self.probes]),
-            "judge": digest_json([{name: check.threshold for name, check in infer.CHECKS.items()}, infer.DRIFT_WEIGHTS]),
+            "judge": digest_json({name: check.threshold for name, check in infer.CHECKS.items()}),
         }
 
     def training_settings(self, model: Model) -> dict[str, Any] | None:
@@ -1081,7 +1081,7 @@ def answer_job() -> None:
     size = len(job["questions"])
     for place, (name, second) in enumerate(zip(decodings, infer.answer_requests(loaded, again), strict=True)):
         own = answers[place * size : (place + 1) * size]
-        report["answers"][name] = [infer.judge_asked(loaded, answer).to_record() for answer in own]
+        report["answers"][name] = [judged.to_record() for judged in infer.judge_answers(loaded, own)]
         same = second.token_ids == own[0].token_ids[: caps[name]]
         report["again"][name] = {"asked": 1, "same": int(same), "tokens": caps[name]}
         report["stop_ids"][name] = infer.stop_ids(decodings[name], loaded.model, loaded.tokenizer)
@@ -1143,9 +1143,7 @@ def sign_test(wins: int, losses: int) -> float:
 # --- What the records say ----------------------------------------------------------------------------------------
 
 LOOPS = frozenset({"loop", "repetition"})
-LISTS = frozenset({"run-on-list", "repeated-items", "similar-items"})
-INVENTIONS = frozenset({"invented-word", "invented-medicine"})
-DRIFTS = frozenset({"drift", "shared-beginning", "symbols", "other-speaker"})
+DRIFTS = frozenset({"surprisal", "leak", "invented-medicine"})
 
 
 def speaks_against(finding: Mapping[str, Any]) -> bool:
@@ -1183,14 +1181,19 @@ def loops(record: Record) -> bool:
     return counts_against(record, LOOPS)
 
 
+def runs_on(record: Record) -> bool:
+    """Whether a list in the answer does not end."""
+    return counts_against(record, frozenset({"list"}))
+
+
 def drifts(record: Record) -> bool:
-    """Whether the answer has lost its thread or makes words up."""
-    return counts_against(record, DRIFTS | INVENTIONS)
+    """Whether the answer surprises the base model, goes on as another speaker, or invents a medicine."""
+    return counts_against(record, DRIFTS)
 
 
 def list_length(record: Record) -> float:
-    """Items of the longest list: in a row within one enumeration, or numbered lines."""
-    return infer.measure_run_on_list(infer.Reading(record["text"]))[0]
+    """Items of the longest list."""
+    return infer.measure_list(record["text"])[0]
 
 
 def num_points(record: Record) -> int:
@@ -1534,7 +1537,7 @@ def check_penalty(records: Records) -> tuple[Verdict, str]:
     told = [
         looping.tell("penalty 1.3", "plain", "loops"),
         good.tell("penalty 1.3", "plain", "sound and ended"),
-        drifting.tell("penalty 1.3", "plain", "drift or invented words"),
+        drifting.tell("penalty 1.3", "plain", "drift"),
     ]
     if own := records.pair_decodings("fix-answer-only", "story-fix"):
         told.append(compare(own, is_good).tell("on the answer only", "over the prompt too", "sound and ended"))
@@ -1643,8 +1646,8 @@ CLAIMS = (
     Claim(
         "C3",
         "no_repeat_ngram_size=3 drives drift.",
-        f"with the ban more answers drift or hold invented words than without, all else as in story-collapse, {_PAIRED}",
-        check_decodings("story-collapse", "collapse-no-ban", drifts, "more", "drift or invented words"),
+        f"with the ban more answers drift than without, all else as in story-collapse, {_PAIRED}",
+        check_decodings("story-collapse", "collapse-no-ban", drifts, "more", "drift"),
     ),
     Claim(
         "C4",
@@ -1777,7 +1780,7 @@ def find_reference(records: Records, row: Row) -> Row | None:
 COLUMNS = (
     *("model", "decoding", "eval loss ↓", "token accuracy ↑", "adapter MB ↓", "training min ↓"),
     *("sound and ended ↑", "95% interval", "against base: better, worse, p", "stopped ↑", "mean tokens", "loops ↓", "lists ↓"),
-    *("drift ↓", "invented words ↓", "points ↑", "wrong claims ↓", "overruled per 100 tokens", "same bytes twice", "answers"),
+    *("drift ↓", "points ↑", "wrong claims ↓", "overruled per 100 tokens", "same bytes twice", "answers"),
 )
 
 
@@ -1785,7 +1788,7 @@ NOTES = " ".join(
     f"""*Sound and ended*: nothing in the form speaks against the answer, and the stop token ended it before the cap; in bold
     where the best row and the next lie outside each other's interval (Wilson). *Against base*: the same questions to the base
     model under the same decoding, the base model's own against its `plain`: better in so many, worse in so many, p of a sign
-    test. *Loops, lists, drift, invented words*: answers with such a finding (`python infer.py`). *Points, wrong claims*: by
+    test. *Loops, lists, drift*: answers with such a finding (`python infer.py`); drift is surprisal, leak or invented medicine. *Points, wrong claims*: by
     the lists of samples/probes.jsonl. *Overruled*: tokens at which penalty or ban took the model's first choice. *Same bytes
     twice*: the first question again in other company, up to {AGAIN_TOKENS} tokens. *Eval loss*: of the weights that were
     kept, on the same held-out rows for all models. Answers to one question are no independent draws: p of pooled pairs is for
@@ -1832,9 +1835,8 @@ def format_row(records: Records, row: Row, best: Row | None) -> list[str]:
         f"{row.count(has_ended) / size:.0%}",
         f"{tokens / size:.0f}",
         f"{row.count(loops):.0f}",
-        f"{row.count(lambda record: counts_against(record, LISTS)):.0f}",
-        f"{row.count(lambda record: counts_against(record, DRIFTS)):.0f}",
-        f"{row.count(lambda record: counts_against(record, INVENTIONS)):.0f}",
+        f"{row.count(runs_on):.0f}",
+        f"{row.count(drifts):.0f}",
         f"{row.count(num_points):.0f}/{row.count(lambda record: num_points(record) + len(record['facts']['missing'])):.0f}",
         f"{row.count(lambda record: len(record['facts']['wrong'])):.0f}",
         f"{100 * row.count(lambda record: record['num_overruled']) / max(tokens, 1):.1f}",
@@ -1966,9 +1968,9 @@ def format_side_by_side(records: Records) -> list[str]:
 COLOURS: dict[str, tuple[str, Callable[[Record], bool]]] = {
     "sound and ended": ("#08306b", is_good),
     "sound, cut at the cap": ("#6baed6", is_sound),
-    "drift or invented words": ("#cb181d", drifts),
+    "drift": ("#cb181d", drifts),
     "loop": ("#fdae6b", loops),
-    "list": ("#ffeda0", lambda record: counts_against(record, LISTS)),
+    "list": ("#ffeda0", runs_on),
     "empty": ("#bdbdbd", lambda record: True),
 }
 

@@ -313,7 +313,7 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
             )
         if suffix != ".parquet":
             text = decode_text(path.read_bytes(), source)
-            return (_read_json if "json" in suffix else _read_csv)(text, source)
+            return (read_json if "json" in suffix else _read_csv)(text, source)
         import pyarrow.parquet
 
         records = pyarrow.parquet.read_table(path).to_pylist()
@@ -341,7 +341,8 @@ def decode_text(content: bytes, name: str) -> str:
     raise UsageError(f"{name}:{line}: not UTF-8 text ({reason}). Save the file as UTF-8.")
 
 
-def _read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
+def read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
+    """`(place, record)` pairs of JSON lines or of a list, as `read_records`."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -359,7 +360,8 @@ def _read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
                 record = json.loads(line[0])
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", str(error))
-                record = BadRecord("unreadable record", f"broken JSON: {reason}: {line[0]:.60}")
+                shown = line[0].strip()[:60]
+                record = BadRecord("unreadable record", f"broken JSON: {reason}: {shown}")
             yield f"{source}:{number}", record
 
 
@@ -384,8 +386,9 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
         if not any(map(str.strip, fields)):
             continue
         if not names:
-            names = [name.strip().casefold() for name in fields]
-            name, count = Counter(filter(None, names)).most_common(1)[0]
+            names = [name.strip() for name in fields]
+            known = Counter(name.casefold() for name in names if name)
+            name, count = known.most_common(1)[0]
             if count > 1:
                 raise UsageError(f"{place}: the column {name!r} occurs twice. Rename one of them.")
         elif any(fields[len(names) :]):

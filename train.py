@@ -1052,7 +1052,7 @@ class Gate:
     """Asks the probes at each evaluation, judges the answers beside the loss, and keeps the best weights as the adapter.
 
     Its records are metrics.jsonl and samples.jsonl in the run's folder; a run that `goes_on` reads them again. `keep` writes
-    the adapter; `known_words` are those of the training rows. Of several processes the first asks.
+    the adapter. Of several processes the first asks.
     """
 
     def __init__(
@@ -1060,7 +1060,6 @@ class Gate:
         recipe: Recipe,
         tokenizer: Any,
         folder: Path,
-        known_words: frozenset[str],
         keep: Callable[[Gate], None],
         goes_on: bool,
         system_prompt: str = data.SYSTEM_PROMPT,
@@ -1071,11 +1070,10 @@ class Gate:
         decoding = infer.DECODINGS["kit"]
         cap = min(decoding.max_new_tokens, recipe.gate_max_new_tokens)
         self.decoding = dataclasses.replace(decoding, max_new_tokens=cap)
-        metrics, samples = (read_lines(folder / name) if goes_on and infer.is_main_process() else [] for name in RUN_RECORDS)
+        metrics = read_lines(folder / "metrics.jsonl") if goes_on and infer.is_main_process() else []
         self.evaluations = [line for line in metrics if is_evaluation(line)]
-        before = [line["text"] for line in samples if line["step"] == 0]
-        self.known_words = known_words | infer.collect_unexplained(before)
-        """What no lexicon knows of the training rows' words and of the base model's own, which training did not invent."""
+        self.surprisal_reference: float | None = None
+        """Of the base model, once answers were judged."""
 
     def pass_through(self, model: PeftModel, state: TrainerState, metrics: Mapping[str, float]) -> dict[str, float]:
         """Asks and judges, writes the records, prints the line, keeps the weights if they are the best; returns the numbers."""
@@ -1103,7 +1101,7 @@ class Gate:
         rates = {name: getattr(quality, name) for name in ("sound_rate", "stop_rate", "points_rate")}
         return rates | {"gate_seconds": round(time.monotonic() - started, 2)}
 
-    def _ask(self, model: PeftModel, step: int) -> list[infer.Judged]:
+    def _ask(self, model: PeftModel, step: int) -> list[infer.JudgedAnswer]:
         from tqdm import tqdm
 
         if not self.probes:
@@ -1120,13 +1118,12 @@ class Gate:
             bar.update(tokens)
             infer.INTERRUPTION.raise_if_any()
 
-        with asking(model, self.tokenizer, self.recipe), base, infer.quiet_libraries(), bar:
-            answers = infer.answer_requests(loaded, requests, progress)
-        if step == 0:
-            self.known_words |= infer.collect_unexplained(answer.text for answer in answers)
-        return [
-            infer.judge_answer(*each) for each in zip(answers, itertools.repeat(self.known_words), self.probes, strict=False)
-        ]
+        with asking(model, self.tokenizer, self.recipe), infer.quiet_libraries():
+            with base, bar:
+                answers = infer.answer_requests(loaded, requests, progress)
+            judged = infer.judge_answers(loaded, answers)
+        self.surprisal_reference = loaded.reference
+        return judged
 
     @property
     def chosen(self) -> Mapping[str, Any]:
@@ -1598,13 +1595,11 @@ def save_adapter(
     record: infer.AdapterRecord,
     plan: Plan,
     hub_id: str,
-    known_words: frozenset[str],
 ) -> None:
     """Writes the adapter folder, whole or not at all, in place of an older one.
 
     The record's decoding goes with it: into generation_config.json, which other programs read, and whole into our own record,
-    since that file cannot say that the penalty does not count the prompt. So do the words that its answers may use although
-    no lexicon knows them.
+    since that file cannot say that the penalty does not count the prompt.
 
     Raises:
         UsageError: as `check_saved` and `infer.writing`.
@@ -1627,7 +1622,6 @@ def save_adapter(
                 decoding.no_repeat_ngram_size,
             ).save_pretrained(part)
         data.write_atomic(part / infer.ADAPTER_RECORD, json.dumps(record.to_json(), indent=2) + "\n")
-        data.write_atomic(part / infer.KNOWN_WORDS, "".join(word + "\n" for word in sorted(known_words)))
         infer.put_folder(part, folder)
 
 
@@ -1774,7 +1768,6 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
     check_disk(plan, folder, goes_on)
     if not plan.fits and infer.is_main_process():
         print(f"This may run out of memory. {MEMORY_ADVICE}", file=sys.stderr)
-    known_words = infer.collect_unexplained(text for row in mix.train for _, text in row.messages[1:])
     with infer.quiet_libraries():
         if recipe.pad == "added":
             if infer.is_main_process():
@@ -1794,9 +1787,10 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
         hub_id = infer.PROFILES[recipe.profile].hub_id
 
         def keep(gate: Gate) -> None:
-            save_adapter(model, tokenizer, folder / "adapter", adapter_record, plan, hub_id, gate.known_words)
+            record = dataclasses.replace(adapter_record, surprisal_reference=gate.surprisal_reference)
+            save_adapter(model, tokenizer, folder / "adapter", record, plan, hub_id)
 
-        gate = Gate(recipe, tokenizer, folder, known_words, keep, goes_on, mix.system_prompt)
+        gate = Gate(recipe, tokenizer, folder, keep, goes_on, mix.system_prompt)
         rows = (datasets.Dataset.from_list(each) for each in (train, held_out))
         trainer = make_trainer(model, tokenizer, recipe, *rows, folder, report_to, gate)
     return Preparation(trainer, tokenizer, gate, audit, plan, adapter_record)

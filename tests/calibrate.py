@@ -1,13 +1,12 @@
-"""How well the findings tell collapsed answers from sound ones, on answers that were labelled by reading.
+"""How well the judge tells collapsed answers from sound ones, on answers that were labelled by reading.
 
-    python -m tests.calibrate                          every finding and the verdict, on both halves of tests/labelled
-    python -m tests.calibrate --people ROWS.jsonl ...  and false alarms on people's own answers (columns input, output)
-    python -m tests.calibrate --fit --people ...       weights of drift, fitted on the setting half and half the people
+    python -m tests.calibrate                      the tables of docs/judge.md, from recorded surprisals
+    python -m tests.calibrate --people ROWS ...    and how many answers by people it flags (columns input, output)
+    python -m tests.calibrate --cases CASES        and which labelled cases it gets right, by text alone
+    python -m tests.calibrate --record             let the small model read all answers again (3 minutes)
 
-Answers to one question are in one half, by a digest of the question: thresholds and weights were set on one half alone. What to
-measure was chosen with an eye on both; the answers marked `late` were labelled when nothing was changed any more.
-AUROC is of collapsed against sound answers for the verdict; for a finding, of answers labelled with its defect against sound
-ones. Precision and recall are at the threshold; false alarms are sound answers that are accused, with a 95% Wilson interval.
+The answers to one question are in one half, by a digest of the question. Which findings there are and their thresholds were
+chosen on the tuning half alone. AUROC is of collapsed against sound answers, by the score.
 """
 
 import argparse
@@ -19,31 +18,19 @@ from pathlib import Path
 
 import numpy as np
 
+import data
 import infer
 
 FOLDER = Path(__file__).parent / "labelled"
-
-# The labels of tests/labelled/README.md that a finding should meet.
-DEFECTS = {
-    "loop": {"loop"},
-    "repetition": {"repetition", "loop"},
-    "repeated-items": {"loop", "run-on-list"},
-    "similar-items": {"repetition", "run-on-list", "shared-beginning"},
-    "run-on-list": {"run-on-list"},
-    "shared-beginning": {"shared-beginning"},
-    "invented-word": {"invented-word", "invented-medicine"},
-    "invented-medicine": {"invented-medicine"},
-    "drift": {"drift"},
-    "symbols": {"symbols"},
-    "other-speaker": {"other-speaker"},
-    "empty": {"empty"},
-}
+SURPRISALS = FOLDER / "surprisals.json"
 
 
 def read_labelled():
-    """The labelled answers, each once: question, text, finish_reason, verdict, defects (None where they were not labelled)."""
+    """The labelled answers, each once: question, text, finish_reason, verdict, defects (None if they were not labelled)."""
     lines = [
-        json.loads(line) for name in ("answers", "kit_answers") for line in (FOLDER / f"{name}.jsonl").open(encoding="utf-8")
+        json.loads(line)
+        for name in ("answers", "kit_answers")
+        for line in (FOLDER / f"{name}.jsonl").open(encoding="utf-8")
     ]
     labelled = {(line["question"], line["text"]): {"defects": None} | line for line in lines if "verdict" in line}
     return list(labelled.values())
@@ -52,6 +39,40 @@ def read_labelled():
 def is_held_back(question):
     """Whether the question's answers are in the half that decided nothing."""
     return int(hashlib.sha256(question.encode()).hexdigest(), 16) % 2 == 1
+
+
+def key_of(record):
+    return hashlib.sha256(json.dumps([record["question"], record["text"]]).encode()).hexdigest()[:16]
+
+
+def record_surprisals(labelled):
+    """Lets the small model read all labelled answers, and writes their largest surprisals and the reference."""
+    from tqdm import tqdm
+
+    infer.prepare_environment("cpu", offline=True)
+    loaded = infer.load_for_asking("cpu", None)
+    found = {"reference": infer.surprisal_reference(loaded)}
+    for record in tqdm(labelled, unit="answer"):
+        found[key_of(record)] = round(read_surprisal(loaded, record), 4)
+    SURPRISALS.write_text(json.dumps(found, indent=0) + "\n")
+
+
+def read_surprisal(loaded, record):
+    """The largest surprisal of a labelled answer, in nats per byte."""
+    ids = infer.encode_answer(loaded.tokenizer, record["text"], record["finish_reason"])
+    surprisals = infer.read_surprisals(loaded, data.encode_prompt(loaded.tokenizer, record["question"]), ids)
+    return infer.largest_surprisal(loaded.tokenizer, ids, surprisals)[0]
+
+
+def judge_labelled(labelled):
+    """`(record, measures)` of each answer, the measures in units of their thresholds, surprisals as recorded."""
+    recorded = json.loads(SURPRISALS.read_text())
+    pairs = []
+    for record in labelled:
+        surprisal = (recorded[key_of(record)] / recorded["reference"], (0, 0))
+        measures = infer.measure_answer(record["text"], record["question"], record["finish_reason"], surprisal)
+        pairs.append((record, {name: score / infer.CHECKS[name].threshold for name, (score, _) in measures.items()}))
+    return pairs
 
 
 def auroc(positive, negative):
@@ -72,109 +93,79 @@ def wilson(hits, total, z=1.96):
     return max(0.0, (middle - half) / scale), (middle + half) / scale
 
 
-def format_row(name, positive, negative, threshold):
-    """One line of the table: scores of answers with the defect and of sound ones, at a threshold."""
-    found, accused = sum(score >= threshold for score in positive), sum(score >= threshold for score in negative)
-    low, high = wilson(accused, len(negative))
-    precision = f"{found / (found + accused):.2f}" if found + accused else "-"
-    recall = f"{found / len(positive):.2f}" if positive else "-"
-    return (
-        f"| {name} | {len(positive)} | {auroc(positive, negative):.3f} | {precision} | {recall} | {accused} of {len(negative)} "
-        f"({low:.1%} to {high:.1%}) |"
-    )
+def scores_of(pairs, names):
+    """The score by these findings alone, of the answers of each verdict."""
+    scores = {"sound": [], "borderline": [], "collapsed": []}
+    for record, measures in pairs:
+        scores[record["verdict"]].append(max(measures[name] for name in names))
+    return scores
 
 
-def format_half(title, judged):
-    """The table of one half."""
-    lines = [
-        f"\n{title}",
-        "",
-        "| | n | AUROC | precision | recall | false alarms among sound answers |",
-        "|---|---|---|---|---|---|",
-    ]
-    sound = [judgement for record, judgement in judged if record["verdict"] == "sound"]
-    for name, defects in DEFECTS.items():
-        having = [judgement for record, judgement in judged if defects & set(record["defects"] or ())]
-        scores = [[judgement.scores[name] for judgement in group] for group in (having, sound)]
-        lines.append(format_row(name, *scores, infer.CHECKS[name].threshold))
-    for kind in ("collapsed", "borderline"):
-        of_kind = [judgement.evidence for record, judgement in judged if record["verdict"] == kind]
-        lines.append(format_row(f"**verdict**, {kind}", of_kind, [each.evidence for each in sound], 1))
+def format_row(title, scores):
+    found = {verdict: f"{sum(score >= 1 for score in own)} of {len(own)}" for verdict, own in scores.items()}
+    ranked = auroc(scores["collapsed"], scores["sound"])
+    return f"| {title} | {ranked:.3f} | {found['collapsed']} | {found['borderline']} | {found['sound']} |"
+
+
+HEADER = "| | AUROC | collapsed, flagged | borderline, flagged | sound, flagged |\n|---|---|---|---|---|"
+
+
+def format_length_table(texts):
+    """How many sound texts are flagged by text findings, by the words of the text that are read."""
+    lines = ["| first words | texts | flagged |", "|---|---|---|"]
+    for size in (50, 100, 200, 300):
+        cut = [(" ".join(text.split(" ")[:size]), question) for text, question in texts if len(text.split()) >= size]
+        flagged = sum(not infer.judge(text, question, "length").sound for text, question in cut)
+        lines.append(f"| {size} | {len(cut):,} | {flagged} ({flagged / max(1, len(cut)):.1%}) |")
     return "\n".join(lines)
-
-
-def read_people(paths):
-    """(answer, question) of rows that people wrote."""
-    return [(row["output"], row["input"]) for path in paths for row in map(json.loads, path.open(encoding="utf-8"))]
-
-
-def fit_logistic(features, labels, weights, ridge=0.3):
-    """Coefficients, the constant last, of a weighted ridge logistic regression (Newton's method)."""
-    design = np.c_[features, np.ones(len(features))]
-    penalty = ridge * np.diag([1.0] * features.shape[1] + [0.0])
-    beta = np.zeros(design.shape[1])
-    for _ in range(100):
-        chance = 1 / (1 + np.exp(-design @ beta))
-        gradient = design.T @ (weights * (chance - labels)) + penalty @ beta
-        step = np.linalg.solve((design.T * (weights * chance * (1 - chance))) @ design + penalty, gradient)
-        beta -= step
-        if abs(step).max() < 1e-8:
-            break
-    return beta
-
-
-def fit_drift(labelled, people, false_alarms=0.018):
-    """The weights of drift, from the setting half and every other of the people's answers.
-
-    Positives are collapsed answers that no other finding accuses. The people's count a tenth each. The constant is moved so
-    that the odds are 1 where `false_alarms` of the people's answers lie above.
-    """
-    positives, negatives = [], []
-    for record in labelled:
-        if is_held_back(record["question"]) or record["verdict"] == "borderline":
-            continue
-        judgement = infer.judge(record["text"], record["question"])
-        others = any(finding.against for finding in judgement.findings if finding.name != "drift")
-        if record["verdict"] == "sound" or not others:
-            (positives if record["verdict"] == "collapsed" else negatives).append((record["text"], record["question"]))
-    groups = [positives, negatives, people[::2]]
-    cues = []
-    for group in groups:
-        readings = [infer.Reading(*pair) for pair in group]
-        cues.append([infer.drift_cues(reading, len(infer.find_unexplained(reading))) for reading in readings])
-    names = list(cues[0][0])
-    features = [np.array([[each[name] for name in names] for each in group]) for group in cues]
-    labels = np.repeat([1.0, 0.0, 0.0], [len(group) for group in groups])
-    weights = np.repeat([1.0, 1.0, 0.1], [len(group) for group in groups])
-    beta = fit_logistic(np.concatenate(features), labels, weights)
-    scores = features[2] @ beta[:-1]
-    constant = -float(np.quantile(scores, 1 - false_alarms))
-    return {"constant": constant, **dict(zip(names, beta[:-1].tolist(), strict=True))}
 
 
 def main():
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=Path, nargs="+", default=[], metavar="ROWS.jsonl")
-    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--cases", type=Path, metavar="CASES.jsonl")
+    parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    labelled, people = read_labelled(), read_people(options.people)
-    if options.fit:
-        print({name: round(value, 2) for name, value in fit_drift(labelled, people).items()})
-        return
-    judged = [(each, infer.judge(each["text"], each["question"], each["finish_reason"])) for each in labelled]
-    for title, held_back in (("The half that thresholds and weights were set on:", False), ("The half not used:", True)):
-        print(format_half(title, [pair for pair in judged if is_held_back(pair[0]["question"]) == held_back]))
-    print(format_half("Labelled after all was set (of both halves):", [pair for pair in judged if pair[0].get("late")]))
+    labelled = read_labelled()
+    if options.record:
+        record_surprisals(labelled)
+    pairs = judge_labelled(labelled)
+    tuning = [pair for pair in pairs if not is_held_back(pair[0]["question"])]
+    held_back = [pair for pair in pairs if is_held_back(pair[0]["question"])]
+    names = list(infer.CHECKS)
+    text_only = [name for name in names if name != "surprisal"]
+    print(f"The half that decided nothing ({len(held_back)} answers):\n\n{HEADER}")
+    print(format_row("all findings", scores_of(held_back, names)))
+    print(format_row("text alone", scores_of(held_back, text_only)))
+    print(f"\nThe tuning half ({len(tuning)} answers), and without one finding:\n\n{HEADER}")
+    print(format_row("all findings", scores_of(tuning, names)))
+    print(format_row("text alone", scores_of(tuning, text_only)))
+    for name in names:
+        print(format_row(f"without {name}", scores_of(tuning, [each for each in names if each != name])))
+    for name in names:
+        print(format_row(f"{name} alone", scores_of(tuning, [name])))
+    people = [(row["output"], row["input"]) for path in options.people for row in map(json.loads, path.open(encoding="utf-8"))]
     if people:
         verdicts = [infer.judge(*pair) for pair in people]
-        accused = sum(not verdict.sound for verdict in verdicts)
-        low, high = wilson(accused, len(people))
-        print(
-            f"\nPeople's own answers: {accused} of {len(people)} accused, {accused / len(people):.2%} ({low:.2%} to {high:.2%})"
-        )
-        for name in DEFECTS:
-            print(f"  {name:<20}{sum(verdict.scores[name] >= infer.CHECKS[name].threshold for verdict in verdicts)}")
+        flagged = sum(not verdict.sound for verdict in verdicts)
+        low, high = wilson(flagged, len(people))
+        print(f"\nAnswers by people, by text alone: {flagged} of {len(people):,} flagged, {flagged / len(people):.2%} ", end="")
+        print(f"({low:.2%} to {high:.2%})")
+        for name in text_only:
+            print(f"  {name:<20}{sum(name in verdict.verdict.split(', ') for verdict in verdicts)}")
+        print(f"\n{format_length_table(people)}")
+    if options.cases:
+        cases = [json.loads(line) for line in options.cases.open(encoding="utf-8")]
+        right = 0
+        print()
+        for case in cases:
+            verdict = infer.judge(case["text"], case["question"], case["finish_reason"])
+            is_right = verdict.sound == (case["label"] == "sound")
+            right += is_right
+            if not is_right:
+                print(f"  wrong: {case['kind']} ({case['label']}): {verdict.verdict}")
+        print(f"Cases, by text alone: {right} of {len(cases)} right")
 
 
 if __name__ == "__main__":

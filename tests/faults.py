@@ -116,7 +116,7 @@ class Training:
 
     def result(self):
         folder = self.cwd / RUN
-        names = ("adapter/adapter_model.safetensors", "adapter/known_words.txt", *GROWING)
+        names = ("adapter/adapter_model.safetensors", *GROWING)
         return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 

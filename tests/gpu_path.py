@@ -133,6 +133,7 @@ def use_t4_values(profile, base_model):
     train.TRAINING[profile] = train.TRAINING["t4"]
     train.EFFECTIVE_BATCH_SIZE = 4
     infer.DECODINGS["kit"] = dataclasses.replace(infer.DECODINGS["kit"], max_new_tokens=3)
+    infer.REFERENCE_PROBES, infer.REFERENCE_TOKENS = 1, 3
 
 
 def tell_instead_of_refusing():

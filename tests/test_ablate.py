@@ -117,7 +117,9 @@ def make_record(question, text, finish_reason="stop", decoding="kit", num_overru
         question, text, token_ids, finish_reason, 9, 2, num_overruled, ablate.DECODING_ARMS[decoding], "model", None, 0.0
     )
     probe = next(probe for probe in infer.read_probes() if probe.question == question)
-    return json.loads(json.dumps(infer.judge_answer(answer, probe=probe).to_record()))
+    surprisal = (9.0, (0, len(text))) if text == DRIFT else infer.NOTHING
+    judged = infer.judge(text, question, finish_reason, surprisal, answer=answer, probe=probe)
+    return json.loads(json.dumps(judged.to_record()))
 
 
 def write_study(folder, texts, loss=(3.0, 2.0), study="all"):

@@ -34,7 +34,6 @@ def test_training_leaves_exactly_its_files(trained):
         "chat_template.jinja",
         "generation_config.json",
         "kit.json",
-        "known_words.txt",
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -69,9 +68,13 @@ def test_the_gate_judges_the_answers_of_every_evaluation_beside_the_loss(trained
         told = train.describe_evaluation(line, lines[lines.index(line) - 1] if line["step"] else None)
         assert told in trained.process.stderr
     # What is judged is what is written: the same findings come out of the text again.
-    known = frozenset((trained.folder / "adapter" / "known_words.txt").read_text().split())
     for sample in samples:
-        assert infer.judge(sample["text"], sample["question"], sample["finish_reason"], known).verdict == sample["verdict"]
+        judged = infer.judge(sample["text"], sample["question"], sample["finish_reason"])
+        assert [each.name for each in judged.findings] == [
+            each["name"] for each in sample["findings"] if each["name"] != "surprisal"
+        ]
+    reference = json.loads((trained.folder / "adapter" / "kit.json").read_text())["surprisal_reference"]
+    assert 0.1 < reference < 0.5
     numbers = json.loads((trained.folder / "run.json").read_text())["numbers"]
     assert numbers["evaluations"] == [lines[0], lines[2]]
     assert (numbers["chosen_step"], numbers["step_by_eval_loss"], numbers["stopped_by"]) == (4, 4, "end")
@@ -161,9 +164,9 @@ def test_infer_answers_from_the_latest_adapter_with_the_answer_alone_on_stdout(t
     assert answer["question"] == QUESTION and answer["finish_reason"] == "length" and len(answer["token_ids"]) == 24
     told = ran.stderr.splitlines()
     assert "adapter" in told[0] and told[-1].startswith("No medical advice")
-    assert told[1] in ("sound", "not sound") and "  cut: it was cut off at the cap of 24 tokens (--max-new-tokens)" in told
+    assert told[1] in ("sound", "not sound") and "  cut off at 24 tokens (--max-new-tokens)" in told
     assert told[-2].startswith("  points ") and told[-2].endswith("of the lists in samples/probes.jsonl")
-    assert answer["verdict"] and "cut" in [finding["name"] for finding in answer["findings"]]
+    assert answer["sound"] == (answer["verdict"] == "sound") == (answer["score"] < 1) == (not answer["findings"])
 
 
 def test_the_decoding_travels_with_the_adapter(trained, tmp_path):
@@ -190,23 +193,28 @@ def test_verify_finds_the_same_bytes_in_fresh_processes_and_in_company(trained):
 
 
 def test_a_file_of_questions_is_gone_on_with_where_it_was_cut(trained, tmp_path):
-    questions = ["What is a stye?", "What is croup?", "How long does a cold last?"]
-    (tmp_path / "q.txt").write_text("\n".join(questions))
-    flags = ["infer.py", "--questions", tmp_path / "q.txt", "--max-new-tokens", "8"]
+    questions = ["What is a stye?", "What is croup?", "What is a stye?", "I cough. " * 400, "How long does a cold last?"]
+    (tmp_path / "q.csv").write_text("ID,question\n" + "".join(f"{n},{each}\n" for n, each in enumerate(questions)))
+    flags = ["infer.py", "--questions", tmp_path / "q.csv", "--max-new-tokens", "8"]
     first = run_script(*flags, cwd=trained.cwd)
-    assert first.returncode == 0 and "3 answered now, 0 before" in first.stderr and first.stdout == ""
+    assert first.returncode == 1 and "5 rows now, 0 before" in first.stderr and first.stdout == ""
+    assert "q.csv:5 is skipped: The question" in first.stderr and "1 of 5 questions were skipped" in first.stderr
     output = tmp_path / "q.answers.jsonl"
-    answers = {record["question"]: record["sha256"] for record in read_lines(output)}
-    assert set(answers) == set(questions)
+    records = read_lines(output)
+    assert [record["ID"] for record in records] == list("01234")
+    assert [record["question"] for record in records] == [each.strip() for each in questions]
+    assert ["error" in record for record in records] == [False, False, False, True, False]
+    assert records[0]["sha256"] == records[2]["sha256"] != records[1]["sha256"]
     whole = output.read_text()
     output.write_text(whole[: whole.index("\n") + 20])  # killed while it wrote the second line
     again = run_script(*flags, cwd=trained.cwd)
-    assert "2 answered now, 1 before" in again.stderr and "sound and ended, 0 of 3" in again.stderr
-    assert {record["question"]: record["sha256"] for record in read_lines(output)} == answers
+    assert "4 rows now, 1 before" in again.stderr and "sound and ended, 0 of 4" in again.stderr
+    kept = [{**record, "seconds": 0} for record in read_lines(output)]
+    assert kept == [{**record, "seconds": 0} for record in records]
 
 
 def test_questions_come_one_a_line_from_a_pipe(trained):
-    ran = run_script("infer.py", "-", "--base", "--max-new-tokens", "6", "--json", cwd=trained.cwd, stdin="One?\n\nTwo?\n")
+    ran = run_script("infer.py", "-", "--base", "--max-new-tokens", "6", "--json", cwd=trained.cwd, stdin="\ufeffOne?\n\nTwo?\n")
     assert [json.loads(line)["question"] for line in ran.stdout.splitlines()] == ["One?", "Two?"]
 
 
@@ -246,7 +254,7 @@ def test_a_chat_on_a_terminal(trained):
     assert process.wait() == 0
     text = shown.decode()
     assert "Ask, or /decoding NAME" in text and "The base answers now" in text
-    assert text.count("cut off at the cap of 6 tokens") == 2 and "Traceback" not in text
+    assert text.count("cut off at 6 tokens") == 2 and "Traceback" not in text
     assert "The answer was stopped, and is not part of the conversation." in text
 
 

@@ -232,7 +232,7 @@ def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes
     finished = run_script("train.py", *trained.flags, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert f"{last.name} is damaged (not as they were written: trainer/optimizer.pt); checkpoint-" in finished.stderr
-    for name in ("adapter/adapter_model.safetensors", "metrics.jsonl", "samples.jsonl", "adapter/known_words.txt"):
+    for name in ("adapter/adapter_model.safetensors", "metrics.jsonl", "samples.jsonl", "adapter/kit.json"):
         assert (folder / name).read_bytes() == (trained.folder / name).read_bytes(), name
     assert {path.name for path in folder.iterdir()} == {path.name for path in trained.folder.iterdir()}
 
@@ -310,7 +310,7 @@ def test_a_file_of_questions_is_asked_by_one_process_and_a_signal_keeps_what_is_
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     said = (tmp_path / "words.txt").read_text()
-    assert f"Interrupted. {output} keeps what is answered so far; the same line goes on." in said and "Traceback" not in said
+    assert f"Interrupted. {output} keeps the answers so far; run the same command again to continue." in said and "Traceback" not in said
 
 
 # --- Kills -------------------------------------------------------------------------------------------------------

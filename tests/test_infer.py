@@ -24,24 +24,6 @@ from infer import DECODINGS, Decoding, Request
 QUESTIONS = ["What causes a cold?", "What causes hiccups?", "How is gout treated, and which foods make it worse?"]
 
 
-# --- Measures
-
-
-@pytest.mark.parametrize(
-    ("text", "n", "expected"),
-    [
-        ("a b c d", 2, 0.0),
-        ("a b a b", 2, 1 / 3),  # ab ba ab: 2 distinct of 3
-        ("a a a a a", 4, 1 / 2),  # aaaa aaaa: 1 distinct of 2
-        ("a b", 4, 0.0),
-        ("", 1, 0.0),
-    ],
-)
-def test_rep_n(text, n, expected):
-    assert infer.rep_n(text.split(), n) == pytest.approx(expected)
-    assert infer.distinct_n(text.split(), n) == pytest.approx(1 - expected)
-
-
 # --- Noise
 
 
@@ -155,22 +137,40 @@ def test_first_difference(one, other, place):
 # --- Files, adapters, chat
 
 
-def test_questions_are_read_from_three_kinds_of_files(tmp_path):
-    (tmp_path / "q.txt").write_text("one?\n\n  two? \n", encoding="utf-8")
-    (tmp_path / "q.csv").write_text('id,question\n1,one?\n2,"two?"\n', encoding="utf-8")
-    write_rows(tmp_path / "q.jsonl", [{"question": "one?"}, {"question": "two?", "answer": "x"}])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_questions_are_read_in_their_order_with_all_their_columns(tmp_path, mark):
+    (tmp_path / "q.txt").write_text(f"{mark}one?\n\n  two? \none?\n", encoding="utf-8")
+    (tmp_path / "q.csv").write_text(f'{mark}ID,Question\n1,one?\n2,"two?"\n1,one?\n', encoding="utf-8")
+    rows = [{"prompt": "one?"}, {"prompt": "two?", "text": "x"}, {"prompt": "one?"}]
+    write_rows(tmp_path / "q.jsonl", rows)
     for name in ("q.txt", "q.csv", "q.jsonl"):
-        assert infer.read_questions(tmp_path / name) == ["one?", "two?"]
+        assert [row.question for row in infer.read_questions(str(tmp_path / name))] == ["one?", "two?", "one?"]
+    rows = infer.read_questions(str(tmp_path / "q.csv"))
+    assert [row.columns for row in rows] == [{"ID": "1"}, {"ID": "2"}, {"ID": "1"}]
+    assert [row.place.rsplit(":", 1)[1] for row in rows] == ["2", "3", "4"]
+    record = infer.read_questions(str(tmp_path / "q.jsonl"))[1].to_record({"text": "an answer"})
+    assert record == {"question": "two?", "input_text": "x", "text": "an answer"}
+
+
+def test_rows_that_cannot_be_asked_keep_their_place_and_their_reason(tmp_path):
+    path = write_rows(tmp_path / "q.jsonl", [{"question": "one?"}, {"question": "", "id": 7}, {"question": None}, {"id": 1}, 3])
+    path.write_text(path.read_text() + "broken\n")
+    rows = infer.read_questions(str(path))
+    assert [row.problem is None for row in rows] == [True, *[False] * 5]
+    assert "is empty" in rows[1].problem and rows[1].columns == {"id": 7}
+    assert all("It has no question" in row.problem for row in rows[2:4])
+    assert "not a JSON object" in rows[4].problem and "broken JSON" in rows[5].problem
+    assert rows[1].to_record({"error": "e"}) == {"question": "", "id": 7, "error": "e"}
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("q.md", b"one?", "questions are read from"),
+        ("q.md", b"one?", "has another suffix"),
         ("q.txt", b"\n \n", "holds no questions"),
-        ("q.txt", b"\xff", "cannot be read as UTF-8"),
-        ("q.csv", b"id\n1\n", "q.csv:2: has no question"),
-        ("q.jsonl", b'{"question": ""}', 'q.jsonl:1 is empty: ""'),
+        ("q.txt", b"\xff", "not UTF-8 text"),
+        ("q.csv", b"id\n1\n", "q.csv:2: It has no question"),
+        ("q.jsonl", b'{"question": ""}', "q.jsonl:1: The question is empty"),
         ("q.jsonl", b"[]", "holds no questions"),
         ("q.jsonl", b"{", "q.jsonl:1: broken JSON"),
     ],
@@ -178,27 +178,39 @@ def test_questions_are_read_from_three_kinds_of_files(tmp_path):
 def test_other_question_files_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(data.UsageError, match=message):
-        infer.read_questions(tmp_path / name)
+        infer.read_questions(str(tmp_path / name))
 
 
-def test_answers_of_another_decoding_or_of_something_else_are_not_gone_on_with(tmp_path):
-    answer = {"question": "q?", "model": "m", "decoding": {"temperature": 0}, "verdict": "sound", "finish_reason": "stop"}
-    path = write_rows(tmp_path / "a.jsonl", [answer])
-    assert len(infer.read_answered(path, {"model": "m", "decoding": {"temperature": 0}})) == 1
-    with pytest.raises(data.UsageError, match="answers of another decoding"):
-        infer.read_answered(path, {"model": "m", "decoding": {"temperature": 1}})
-    path.write_text("one\ntwo")
-    with pytest.raises(data.UsageError):
-        infer.read_answered(path, {"model": "m"})
-    assert path.read_text() == "one\ntwo"
-    path.write_text("hello")
-    with pytest.raises(data.UsageError, match="ends in what is no answer"):
-        infer.read_answered(path, {"model": "m"})
-    assert path.read_text() == "hello"
-    path.write_text("hello\n")
-    with pytest.raises(data.UsageError, match=r"a\.jsonl:1 is no answer"):
-        infer.read_answered(path, {"model": "m"})
-    assert path.read_text() == "hello\n"
+ASKED = [infer.QuestionRow("q:1", "q?"), infer.QuestionRow("q:2", ""), infer.QuestionRow("q:3", "r?")]
+
+
+def test_lines_of_an_earlier_start_are_kept_and_a_cut_one_is_removed(tmp_path):
+    answer = {"question": "q?", "model": "m", "verdict": "sound", "finish_reason": "stop"}
+    path = write_rows(tmp_path / "a.jsonl", [answer, {"question": "", "error": "empty"}])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"question": "r?", "te\xc3')
+    assert infer.read_answered(path, ASKED, {"model": "m"}) == [answer, {"question": "", "error": "empty"}]
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("one\ntwo", "ends in what is no answer"),
+        ("hello", "ends in what is no answer"),
+        ("hello\n", r"a\.jsonl:1 is no answer"),
+        ('{"question": "q?", "n": 1}\n', r"a\.jsonl:1 is no answer"),
+        ('{"question": "q?", "model": "n", "verdict": "sound", "finish_reason": "stop"}\n', "answers of another model"),
+        ('{"question": "x?", "model": "m", "verdict": "sound", "finish_reason": "stop"}\n', "answers another question"),
+        ('{"question": "x?", "error": "e"}\n', "answers another question"),
+    ],
+)
+def test_other_files_are_not_continued(tmp_path, content, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(data.UsageError, match=message):
+        infer.read_answered(path, ASKED, {"model": "m"})
+    assert path.read_text() == content
 
 
 CONFIG = {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "peft_type": "LORA", "task_type": "CAUSAL_LM"}
@@ -228,6 +240,29 @@ def test_an_adapter_of_other_makers_is_known_by_peft_alone(tmp_path):
     assert infer.check_adapter(adapter) == infer.AdapterRecord(infer.SMALL_MODEL, "cpu")
     llama = {"base_model_name_or_path": "unsloth/llama-3.2-3b-instruct-unsloth-bnb-4bit"}
     assert infer.read_adapter_record(make_adapter(tmp_path / "b", llama)).profile == "t4"
+
+
+def test_metadata_of_other_programs_is_ignored(tmp_path):
+    config = {"unsloth_training_method": "qlora", "unsloth_load_in_4bit": True, "something_new": {"path": "../x"}}
+    config |= {"base_model_name_or_path": "unsloth/SmolLM2-135M-Instruct", "rank_pattern": {}, "modules_to_save": []}
+    adapter = make_adapter(tmp_path / "a", config)
+    assert infer.check_adapter(adapter) == infer.AdapterRecord(infer.SMALL_MODEL, "cpu")
+    assert infer.read_lora_shape(adapter) == infer.LoraShape(2, 4, False)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "kit.json"])
+def test_a_file_that_may_not_be_read_is_reported_as_such(tmp_path, monkeypatch, name):
+    adapter = make_adapter(tmp_path / "a b", record={})
+    real = Path.open
+
+    def open_unless_forbidden(path, *given, **named):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", open_unless_forbidden)
+    with pytest.raises(data.UsageError, match=rf"{name} cannot be read \(Permission denied\).*chmod a\+r '"):
+        infer.check_adapter(adapter)
 
 
 def test_the_record_of_an_adapter_comes_back_as_it_was_written(tmp_path):
@@ -261,13 +296,14 @@ def test_a_broken_record_is_one_message(tmp_path, content):
         ({"config": {"r": 4}}, "has the shape .2, 576., and .4, 576. is wanted"),
         ({"config": {"r": "2"}}, "adapter_config.json is broken .r '2'"),
         ({"config": {"lora_alpha": None}}, "adapter_config.json is broken"),
-        ({"config": {"use_dora": True}}, "asks for what this kit does not do: use_dora 'True'"),
-        ({"config": {"peft_type": "IA3"}}, "does not do: peft_type 'IA3'"),
-        ({"config": {"megatron_config": {"a": 1}, "megatron_core": "os"}}, "does not do: megatron_config"),
-        ({"config": {"corda_config": {"cache_file": "/etc/passwd"}}}, "does not do: corda_config"),
-        ({"config": {"init_lora_weights": "pissa"}}, "does not do: init_lora_weights 'pissa'"),
-        ({"config": {"modules_to_save": ["lm_head"]}}, "does not do: modules_to_save"),
-        ({"config": {"something_new": {"path": "../x"}}}, "does not do: something_new"),
+        ({"config": {"use_dora": True}}, "asks for more than plain LoRA: use_dora 'True'"),
+        ({"config": {"peft_type": "IA3"}}, "plain LoRA: peft_type 'IA3'"),
+        ({"config": {"megatron_config": {"a": 1}, "megatron_core": "os"}}, "plain LoRA: megatron_config"),
+        ({"config": {"corda_config": {"cache_file": "/etc/passwd"}}}, "plain LoRA: corda_config"),
+        ({"config": {"init_lora_weights": "pissa"}}, "plain LoRA: init_lora_weights 'pissa'"),
+        ({"config": {"modules_to_save": ["lm_head"]}}, "plain LoRA: modules_to_save"),
+        ({"config": {"trainable_token_indices": [1]}}, "plain LoRA: trainable_token_indices"),
+        ({"config": {"rank_pattern": {"q_proj": 4}}}, "plain LoRA: rank_pattern"),
         ({"config": "[1]"}, "adapter_config.json is broken .a JSON list and no object"),
         ({"config": "{"}, "adapter_config.json is broken"),
         ({"shapes": {f"{Q_PROJ}.lora_A.weight": (2, 3072)}}, r"has the shape \(2, 3072\), and \(2, 576\) is wanted"),

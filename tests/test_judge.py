@@ -1,6 +1,10 @@
-"""What is said of an answer: findings and facts, and how well they tell collapsed answers from sound ones."""
+"""The verdict on an answer and its facts, and how well they tell collapsed answers from sound ones."""
 
+import dataclasses
 import json
+import random
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -11,177 +15,219 @@ from infer import CHECKS, judge
 from tests import calibrate
 
 SOUND = (
-    "High blood pressure is usually treated with a change of diet, less salt and regular exercise. Where that is not enough, "
-    "a doctor adds a medicine: a thiazide, an ACE inhibitor or a calcium channel blocker. The dose is raised step by step "
-    "until the blood pressure is below 140/90."
+    "High blood pressure is usually treated with a change of diet, less salt and regular exercise. "
+    "Where that is not enough, a doctor adds a medicine: a thiazide, an ACE inhibitor or a calcium "
+    "channel blocker. The dose is raised step by step until the blood pressure is below 140/90."
 )
 
 
-def found(text, question="", finish_reason="stop", known_words=frozenset()):
-    return {finding.name for finding in judge(text, question, finish_reason, known_words).findings}
-
-
-def against(text, question=""):
-    return {finding.name for finding in judge(text, question).findings if finding.against}
+def found(text, question="", finish_reason="stop"):
+    return {finding.name for finding in judge(text, question, finish_reason).findings}
 
 
 # --- Findings
 
 
-def test_a_sound_answer_has_no_findings_and_spans_lie_in_the_text():
-    judgement = judge(SOUND, "What is the first-line treatment of hypertension in adults?")
-    assert judgement.sound and judgement.ended and judgement.findings == () and judgement.verdict == "sound"
-    assert judgement.evidence < 1 and set(judgement.scores) == set(CHECKS)
-    for text in ("", "pain " * 50, "Eye yawning, Eye yawns, Eye years", "\u00e9" * 3 + " \U0001f600 word " * 40):
-        for finding in judge(text).findings:
-            assert 0 <= finding.span[0] <= finding.span[1] <= len(text)
+def test_a_sound_answer_has_no_findings():
+    judged = judge(SOUND, "What is the first-line treatment of hypertension in adults?")
+    assert judged.sound and judged.ended and judged.verdict == "sound" and judged.score < 1
+    assert set(infer.measure_answer(SOUND)) == set(CHECKS) and len(CHECKS) <= 7
 
 
-def test_the_storys_strings_are_found():
-    assert "shared-beginning" in against("Eye yawning, Eye yawns, Eye years")
-    assert "shared-beginning" in against("Early symptoms are thirst.\nEye yawning, Eye yawns, Eye years, Eye yolks")
-    drifting = (
-        "The warning signs of a heart attack include chest pain, shortness of breath, nausea, sweating, jaw pain, neck pain, "
-        "sore throat, ear pain, sore throat, ear pain"
-    )
-    assert "repeated-items" in against(drifting, "What are the warning signs of a heart attack?")
-    assert "invented-medicine" in against("Malaria is treated with artuzofloxacin.")
-    assert "invented-word" in found("The first-linemodred treatment is a change of diet.")
+@pytest.mark.parametrize(
+    "text",
+    ["", "pain " * 50, "é" * 3 + " \U0001f600 word " * 40, "**a**  b\n" * 40, "1. x\n" * 30, "患者" * 200],
+)
+def test_spans_lie_in_the_text(text):
+    for score, (start, end) in infer.measure_answer(text).values():
+        assert score >= 0 and 0 <= start <= end <= len(text)
 
 
-def loop_of(period, times):
+def repeat(period, times):
     words = "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa".split()
     return "It helps. " + " ".join(" ".join(words[:period]) for _ in range(times))
 
 
 @pytest.mark.parametrize("period", [1, 2, 3, 5, 8, 13, 16])
 def test_a_loop_of_any_period_is_found_within_one_line(period):
-    assert "loop" in against(loop_of(period, 8))
-    # Said once more is no loop, unless that is a whole passage.
-    assert judge(loop_of(period, 2)).scores["loop"] == period
-    assert judge(loop_of(period, 1)).scores["loop"] == 0
+    assert "loop" in found(repeat(period, 30))
+    assert "loop" not in found(repeat(period, 2))
+    assert "loop" not in found(repeat(period, 1))
+
+
+@pytest.mark.parametrize("words", [72, 84, 120])
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_long_passage_that_comes_again_is_a_loop(words, changed):
+    passage = [f"word{chr(97 + n // 26)}{chr(97 + n % 26)}" for n in range(words)]
+    again = passage[: words // 2] + ["other"] * changed + passage[words // 2 + changed :]
+    assert "loop" in found(" ".join([*passage, *again]) + ".")
+    assert "loop" not in found(" ".join(passage) + ".")
 
 
 def test_the_span_of_a_loop_is_where_it_is():
-    text = "Rest and drink. " + "sore throat and ear pain " * 5 + "are signs."
+    text = "Rest and **drink**. " + "sore throat and ear pain " * 5 + "are signs."
     [finding] = [each for each in judge(text).findings if each.name == "loop"]
-    assert text[slice(*finding.span)] == ("sore throat and ear pain " * 5).strip()
-    assert finding.score == 20 and "sore throat" in finding.sentence
+    assert text[slice(*finding.span)] == ("sore throat and ear pain " * 4).strip()
+    assert finding.score == 20 and "sore throat" in finding.message
 
 
-def test_lists_are_told_apart():
-    bounded = "Signs are fever, a stiff neck, headache, vomiting, a rash and confusion."
-    assert against(bounded) == set()
-    runs_on = "Signs are fever, " + ", ".join(f"{word} pain" for word in "arm leg back neck jaw toe hip knee foot hand".split())
-    assert "similar-items" in against(runs_on)
-    numbered = "\n".join(f"{number}. {word.title()}" for number, word in enumerate("abcdefghijklmnop", 1))
-    assert "run-on-list" in against(numbered)
-    steps = "\n".join(f"{number}. {word} it well." for number, word in enumerate(("Wash", "Dry", "Cover", "Watch"), 1))
-    assert against(steps) == set()
-    # A list by a word of grammar, and three sentences that begin alike, are how people write.
-    assert "shared-beginning" not in found("The skin, the hair, the nails and the teeth")
-    assert "shared-beginning" not in found("Avoid salt. Avoid fat. Avoid sugar.")
-
-
-def test_words_are_explained_by_lexicon_slip_glue_and_parts_and_invented_otherwise():
-    lexicon = infer.load_lexicon()
-    for word in ("lumefantrine", "ciprofloxacin", "pericarditis", "hypertensions", "children's", "doctor’s"):
-        assert lexicon.knows(word), word
-    for word in ("knoweldge", "diarrheadiarrhea", "nonallergic"):
-        assert lexicon.explains(word) and not lexicon.knows(word), word
-    for word in ("artuzofloxacin", "linemodred", "thyrogloblinoma", "bedalpack"):
-        assert not lexicon.explains(word), word
-
-
-def test_words_of_the_question_and_known_words_are_excused():
-    text = "Bedalpack and thyrogloblinoma: bedalpack helps against thyrogloblinoma."
-    assert "invented-word" in against(text)
-    assert "invented-word" not in found(text, "What is bedalpack against a thyrogloblinoma?")
-    assert "invented-word" not in found(text, known_words=frozenset({"bedalpack", "thyrogloblinoma"}))
-    # One odd word alone may be a name that no lexicon has: it is told, and does not speak against the answer.
-    assert "invented-word" in found("Take bedalpack for a week.") and judge("Take bedalpack for a week.").sound
-
-
-def test_drift_is_found_and_a_long_sound_sentence_is_none():
-    drifted = (
-        "Iron deficiency is caused by inadequate dietary intake or lack thereof due to poor eating habits and diet quality are "
-        "major causes for this issue as it affects both men and women who have reproductive organs but do eat meat because "
-        "they consume red meats such as beef however some people may also get excess amounts from other sources like "
-        "processed foods that contain high amount of animal protein containing inhibitors so these types of food contains too "
-        "much vitamin when eaten at night during pregnancy with breast feeding mothers having babies born "
-        "underweight while sleeping"
+def test_numbers_are_kept_and_markdown_is_not_read():
+    doses = "Day 1: 300 mg once a day. Day 2: 300 mg twice a day. Then 300 mg three times a day.\n\n" + " ".join(
+        f"Week {week}: {dose} mg three times a day." for week, dose in ((2, 400), (3, 600), (4, 800))
     )
-    question = "What are the causes of iron deficiency anaemia?"
-    assert "drift" in against(drifted, question)
-    long_list = (
-        "Causes of iron deficiency are heavy periods, bleeding from the stomach or bowel, pregnancy, too little iron in the "
-        "diet, poor absorption as in coeliac disease, and frequent blood donation, all of which a doctor can "
-        "tell apart with a few "
-        "questions and blood tests."
+    assert found(doses) == set()
+    heading = "1. **Keep the wound clean and dry**: Keep the wound clean and dry for two days.\n2. **Rest**: Use a sling."
+    assert found(heading) == set()
+    assert found("#### Signs\n\nA barking cough.\n\n## Questions to ask\n\n* Which tablets (e.g., aspirin)?\n---\n> Rest.") == set()
+    assert infer.blank_markdown("# **a** [b](http://c) `d`").split() == ["a", "b", "d"]
+
+
+def test_what_is_nearly_the_same_is_repetition():
+    text = " ".join(
+        f"Hair loss in {who} is often caused by hair loss in {other}." for who, other in (("women", "men"), ("men", "women")) * 5
     )
-    assert "drift" not in found(long_list, question)
+    assert "repetition" in found(text)
+    assert "repetition" not in found(SOUND)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "Rest \U0001f600 and drink.",
-        "Drink water. 請多喝水",
-        "See https://example.org/page for more.",
-        "<div>Rest and drink.</div>",
-        "Fever [[File:x.png]] and cough.",
-        "It isnâ€™t known.",
-        "Take it twice \ufffd a day.",
+        "\n".join(f"{number}. Item{number}" for number in range(1, 25)),
+        "\n".join(f"- Item{number}" for number in range(24)),
+        "The symptoms are " + ", ".join(f"{n}. sign{chr(97 + n)}" for n in range(1, 25)),
+        "The symptoms are " + ", ".join(f"sign{chr(97 + n)}" for n in range(24)),
     ],
 )
-def test_what_is_no_prose_is_found(text):
-    assert "symbols" in against(text)
+def test_a_list_that_does_not_end_is_found(text):
+    assert "list" in found(text)
 
 
-def test_ordinary_marks_and_markdown_are_prose():
-    text = "**Signs** of fever (38 °C – 40 °C), e.g. Ménière’s: “hot” skin; ≥ 2 µg of β-blocker.\n\n# Care\n- Rest\n- Drink"
-    assert "symbols" not in found(text)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n\n".join(f"**Part {part}**\n\n" + "\n".join(f"{n}. Step {part}{n}." for n in range(1, 8)) for part in "abcd"),
+        "\n".join(f"{n}. Step{n}\n   - do\n   - look\n   - rest" for n in range(1, 8)),
+        "\n".join(f"{number}. Item{number}" for number in range(1, 17)),
+        "Causes are angina, infarction, pericarditis, dissection, embolism, pneumonia, reflux, spasm, and anxiety.",
+    ],
+)
+def test_several_lists_and_nested_ones_are_not_added_up(text):
+    assert "list" not in found(text)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "It is a virus.\nUser: and how long does it last?",
-        "It is a virus.\n\nQuestion: What is croup?",
+        "It is a virus.\n\nQuestion: What is croup?\nAnswer: A cough.\nQuestion: And then?",
         "It is a virus.<|im_end|>",
+        "Rest.<|eot_id|><|start_header_id|>assistant<|end_header_id|>",
+        "Hold your breath for ten seconds.assistant\n\nHiccups stop.assistant",
+        "Sip cold water.user\n\nAnd in a baby?assistant\n\nFeed the baby.",
+        "system\n\nCutting Knowledge Date: December 2023\n\nuser\n\nHow?assistant",
+        "Hold your breath. User: And in a baby? Assistant: Feed the baby.",
         "I am a 32 year old woman and have a cough.",
+        "Under the tongue.\n\nimport numpy as np\n\ndef fever(values):\n    return values",
+        "Drink water. 請多喝水",
+        "These help against fatigue. user\n\nAnd in a baby?",
+        "<div>Rest and drink.</div>",
+        "Fever [[File:x.png]] and cough.",
+        "It isnâ€™t known.",
+        "Take it twice \ufffd a day.",
     ],
 )
-def test_another_speaker_is_found(text):
-    assert "other-speaker" in against(text)
+def test_what_is_no_part_of_an_answer_is_found(text):
+    assert "leak" in found(text)
 
 
-def test_empty_and_cut():
-    assert found("") == {"empty"} and found(" ... ") == {"empty"}
-    judgement = judge(SOUND[:100], finish_reason="length")
-    assert {finding.name for finding in judgement.findings} == {"cut"}
-    # What a cap cut may be sound as far as it goes, and has not ended.
-    assert judgement.sound and not judgement.ended
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("Signs of fever (38 °C – 40 °C), e.g. Ménière’s: “hot” skin; ≥ 2 µg of β-blocker.", ""),
+        ("The World Health Organization explains them at https://www.who.int/health-topics.", ""),
+        ("多喝水，多休息。", "感冒怎么办？"),
+        ("Acupuncture (针灸) may help.", "What helps against pain?"),
+        ("頭が痛いです means: my head hurts.", "Translate 'my head hurts' into Japanese."),
+        ("Dear Doctor,\n\nI have a cough.", "Write a letter to my doctor."),
+        ("\U0001f44d", "Is that right?"),
+        ("It's usually hepatitis A", "Which one?"),
+        ("The nervous system\nand the filesystem\nare systems.", ""),
+        ("Ask your assistant or the user of the device.", ""),
+        ("Question: is it contagious? It is.", ""),
+        ("Yes", "Is croup a virus?"),
+        ("yes it is", "Is croup a virus?"),
+        ("Eat food with vitamin A", "What helps?"),
+        ("```\nTake 2 tablets\n```", ""),
+    ],
+)
+def test_ordinary_answers_are_sound(text, question):
+    assert found(text, question) == set()
 
 
-def test_scores_do_not_depend_on_length():
-    """Every sample answer is short and sound; ten different ones, one after the other, are long, and no loop or list."""
+def test_a_list_of_as_many_items_as_are_asked_for_ends():
+    text = "\n".join(f"{number}. Item{number}" for number in range(1, 31))
+    assert "list" in found(text, "Name antibiotics.") and "list" not in found(text, "Name 30 antibiotics.")
+
+
+def test_a_medicine_is_invented_unless_it_or_nearly_it_exists():
+    assert "invented-medicine" in found("Malaria is treated with artuzofloxacin.")
+    known = "Take ciprofloxacin, amlodipine, propronolol, statins or semaglutide in April; examine histamine."
+    assert found(known) == set()
+    assert found("Bedaprazole helps.", "What is bedaprazole?") == set()
+
+
+def test_empty_and_cut_answers():
+    assert found("") == {"empty"} == found(" ... ")
+    assert found("of the nose and the") == {"empty"} and found("of the nose and the", finish_reason="length") == set()
+    judged = judge(SOUND[:100], finish_reason="length")
+    assert judged.sound and not judged.ended
+
+
+def test_surprisal_is_counted_against_its_reference():
+    assert judge(SOUND, surprisal=(2.4, (0, 5))).sound
+    judged = judge(SOUND, surprisal=(5.0, (0, 4)))
+    assert judged.verdict == "surprisal" and judged.score == 2 and '"High"' in judged.findings[0].message
+
+
+def test_the_largest_surprisal_is_the_worst_160_bytes(monkeypatch):
+    class Tokenizer:
+        all_special_ids = (0,)
+
+        def convert_ids_to_tokens(self, ids):
+            return ["<|end|>" if id_ == 0 else "x" * 8 for id_ in ids]
+
+    calm, wild = [0.8] * 40, [8.0] * 20
+    largest, where = infer.largest_surprisal(Tokenizer(), [1] * 100, calm + wild + calm)
+    assert largest == pytest.approx(1.0) and where == (40, 60)
+    # A single token counts at most 12 nats, and few bytes count as 80.
+    largest, _ = infer.largest_surprisal(Tokenizer(), [1], [100.0])
+    assert largest == pytest.approx(12 / 80)
+    assert infer.largest_surprisal(Tokenizer(), [], []) == (0.0, (0, 0))
+
+
+def test_findings_do_not_grow_with_length():
+    """Ten different sound answers, one after the other, are no loop and no list."""
     rows = [json.loads(line)["output"] for line in (ROOT / "samples" / "conversational.jsonl").open(encoding="utf-8")]
-    short = sum(not judge(row).sound for row in rows) / len(rows)
-    long = [" ".join(rows[at : at + 10]) for at in range(0, 270, 10)]
-    form = {"loop", "repetition", "repeated-items", "similar-items", "run-on-list", "shared-beginning"}
-    assert short <= 0.03 and sum(bool(against(text) & form) for text in long) <= 1
+    assert sum(not judge(row).sound for row in rows) <= 0.01 * len(rows)
+    assert all(judge(" ".join(rows[at : at + 10])).sound for at in range(0, 270, 10))
 
 
-def test_half_of_the_labelled_answers_that_decided_nothing_is_judged_as_people_did():
-    labelled = calibrate.read_labelled()
-    assert len(labelled) >= 400
-    held_back = [each for each in labelled if calibrate.is_held_back(each["question"])]
-    evidence = {kind: [] for kind in ("sound", "borderline", "collapsed")}
-    for each in held_back:
-        evidence[each["verdict"]].append(judge(each["text"], each["question"], each["finish_reason"]).evidence)
-    assert calibrate.auroc(evidence["collapsed"], evidence["sound"]) >= 0.95
-    assert sum(score >= 1 for score in evidence["collapsed"]) >= 0.9 * len(evidence["collapsed"])
+def test_the_half_of_the_labelled_answers_that_decided_nothing_is_judged_as_people_did():
+    pairs = calibrate.judge_labelled(calibrate.read_labelled())
+    held_back = [pair for pair in pairs if calibrate.is_held_back(pair[0]["question"])]
+    assert len(held_back) >= 250
+    scores = calibrate.scores_of(held_back, list(CHECKS))
+    assert calibrate.auroc(scores["collapsed"], scores["sound"]) >= 0.98
+    assert sum(score >= 1 for score in scores["sound"]) <= 0.02 * len(scores["sound"])
+
+
+@pytest.mark.slow
+def test_recorded_surprisals_are_those_of_the_small_model(small_model):
+    recorded = json.loads(calibrate.SURPRISALS.read_text())
+    assert infer.surprisal_reference(small_model) == pytest.approx(recorded["reference"], rel=0.02)
+    for record in calibrate.read_labelled()[::60]:
+        assert calibrate.read_surprisal(small_model, record) == pytest.approx(recorded[calibrate.key_of(record)], rel=0.02)
 
 
 def test_measures_of_calibration_by_hand():
@@ -189,6 +235,81 @@ def test_measures_of_calibration_by_hand():
     assert calibrate.auroc([2, 3], [1, 2]) == pytest.approx((2 + 1 + 0.5) / 4)
     low, high = calibrate.wilson(0, 100)
     assert low == 0 and high == pytest.approx(0.037, abs=5e-4)
+
+
+# --- Answers of other programs
+
+
+def run_judge(*arguments, stdin=None):
+    command = [sys.executable, "infer.py", "--judge", *arguments]
+    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, check=False, timeout=300)
+
+
+ANSWERS = [
+    {"id": 7, "question": "What is croup?", "text": SOUND},
+    {"question": "What is croup?", "text": "cough " * 40, "finish_reason": "length"},
+]
+
+
+def test_answers_of_other_programs_are_judged_by_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\ufeff" + "".join(json.dumps(each) + "\n" for each in ANSWERS), encoding="utf-8")
+    for process in (run_judge(str(path), "--no-surprisal"), run_judge("-", "--no-surprisal", stdin=path.read_text())):
+        assert process.returncode == 0, process.stderr
+        judged = [json.loads(line) for line in process.stdout.splitlines()]
+        assert [each | given == each for each, given in zip(judged, ANSWERS, strict=True)] == [True, True]
+        assert [each["sound"] for each in judged] == [True, False] and "loop" in judged[1]["verdict"]
+        assert judged[1]["score"] >= 1 > judged[0]["score"] and judged[1]["findings"][0]["name"] == "loop"
+        assert "sound 1 of 2; loop 1" in process.stderr
+
+
+def test_half_of_a_character_is_no_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "q", "text": "a \\ud800 b"}\n' + json.dumps(ANSWERS[0]) + "\n")
+    process = run_judge(str(path), "--no-surprisal")
+    assert process.returncode == 1 and "surrogate" in process.stderr and "sound 1 of 1" in process.stderr
+    assert judge("a \ud800 b").score >= 0
+
+
+def test_records_that_cannot_be_judged_are_named_and_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ANSWERS[0]) + '\n{"text": "x", "n": 1}\nbroken\n' + json.dumps(ANSWERS[1]))
+    process = run_judge(str(path), "--no-surprisal")
+    lines = [json.loads(line) for line in process.stdout.splitlines()]
+    assert process.returncode == 1 and len(lines) == 4 and lines[1]["n"] == 1
+    assert [("error" in line) for line in lines] == [False, True, True, False]
+    assert f"{path}:2: has no question" in process.stderr and f"{path}:3: broken JSON" in process.stderr
+    assert "sound 1 of 2" in process.stderr and "2 could not be judged" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.jsonl"], "'missing.jsonl' does not exist"),
+        (["a.jsonl", "--verify"], "asks nothing"),
+    ],
+)
+def test_other_uses_of_judge_are_refused(arguments, message):
+    process = run_judge(*arguments, "--no-surprisal")
+    assert process.returncode == 2 and message in process.stderr and not process.stdout
+
+
+@pytest.mark.slow
+def test_the_base_model_reads_what_it_wrote_and_compares_what_it_did_not(tmp_path, small_model):
+    words = "bed coughing winter the until mouth which fever people drop week tired muscle old child ache water vaccine lung".split()
+    salad = " ".join(random.Random(0).choices(words, k=30)).capitalize() + "."
+    plain = infer.answer_requests(small_model, [infer.Request("What is croup?", infer.Decoding(max_new_tokens=40))])[0].text
+    own = [{"question": "What is croup?", "text": text, "model": infer.SMALL_MODEL} for text in (plain, salad)]
+    rows = [json.loads(line) for line in (ROOT / "samples" / "conversational.jsonl").open(encoding="utf-8")][:24]
+    others = [{"question": row["input"], "text": row["output"]} for row in rows]
+    others.append({"question": "What is croup?", "text": salad})
+    for rows, expected in ((own, [True, False]), (others, [True] * 24 + [False]), (others[-3:], [True] * 3)):
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(json.dumps(row | {"finish_reason": "length"}) + "\n" for row in rows))
+        process = run_judge(str(path), "--profile", "cpu")
+        judged = [json.loads(line) for line in process.stdout.splitlines()]
+        assert process.returncode == 0 and [each["sound"] for each in judged] == expected, process.stderr
+    assert "3 answers of unknown writers are too few" in process.stderr
 
 
 # --- Facts
@@ -257,7 +378,7 @@ def test_a_line_that_is_no_probe_is_one_message(tmp_path):
 def test_quality_counts():
     def judged(text, finish_reason, facts=None):
         answer = infer.Answer("?", text, [1], finish_reason, 1, 1, 0, infer.Decoding(), "m", None, 0.0)
-        return infer.Judged(answer, judge(text, "?", finish_reason), facts)
+        return dataclasses.replace(judge(text, "?", finish_reason, answer=answer), facts=facts)
 
     facts = infer.Facts(("a",), ("b", "c"), ("d",))
     quality = infer.measure_quality([judged(SOUND, "stop", facts), judged(SOUND, "length"), judged("pain " * 30, "stop")])

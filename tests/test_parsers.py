@@ -131,8 +131,9 @@ def test_any_bytes_as_a_file_of_questions(tmp_path, suffix, content):
     path = tmp_path / f"questions{suffix}"
     path.write_bytes(content)
     with read_or_refused():
-        for question in infer.read_questions(path):
-            infer.check_question(question)
+        for row in infer.read_questions(str(path)):
+            if not row.problem:
+                infer.check_question(row.question)
 
 
 @EXAMPLES
@@ -140,7 +141,9 @@ def test_any_bytes_as_a_file_of_questions(tmp_path, suffix, content):
 def test_any_json_as_questions(tmp_path, records):
     (tmp_path / "q.jsonl").write_text("".join(dumps(record) + "\n" for record in records))
     with read_or_refused():
-        assert all(isinstance(question, str) for question in infer.read_questions(tmp_path / "q.jsonl"))
+        rows = infer.read_questions(str(tmp_path / "q.jsonl"))
+        assert len(rows) == len(records)
+        assert all(row.problem or isinstance(row.question, str) for row in rows)
 
 
 @EXAMPLES
@@ -207,7 +210,8 @@ def test_any_record_of_a_checkpoint(tmp_path, draw):
 def make_answer():
     question = infer.read_probes()[0].question
     answer = infer.Answer(question, "Rest.", [5, 2], "stop", 9, 2, 0, infer.DECODINGS["kit"], "model", None, 0.0)
-    return json.loads(json.dumps(infer.judge_answer(answer, probe=infer.read_probes()[0]).to_record()))
+    judged = infer.judge(answer.text, question, answer=answer, probe=infer.read_probes()[0])
+    return json.loads(json.dumps(judged.to_record()))
 
 
 ANSWER = make_answer()
@@ -221,7 +225,7 @@ def test_any_answers_of_an_earlier_start(tmp_path, draw):
     content = (line + "\n").encode() + draw.draw(st.just(line[: len(line) // 2].encode()) | st.binary(max_size=20))
     path.write_bytes(content)
     try:
-        answers = infer.read_answered(path, {"model": "model"})
+        answers = infer.read_answered(path, [infer.QuestionRow("q:1", ANSWER["question"])], {"model": "model"})
     except UsageError:
         assert path.read_bytes() == content
     else:
