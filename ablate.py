@@ -1147,22 +1147,22 @@ DRIFTS = frozenset({"surprisal", "leak", "invented-medicine"})
 
 
 def speaks_against(finding: Mapping[str, Any]) -> bool:
-    """Whether a recorded finding speaks against its answer, and is not only told."""
+    """Whether a recorded finding is at or above its threshold."""
     return finding["score"] >= infer.CHECKS[finding["name"]].threshold
 
 
 def counts_against(record: Record, names: frozenset[str]) -> bool:
-    """Whether one of these findings speaks against the answer."""
+    """Whether the answer has one of these findings."""
     return any(finding["name"] in names and speaks_against(finding) for finding in record["findings"])
 
 
 def is_sound(record: Record) -> bool:
-    """Whether nothing speaks against the answer."""
+    """Whether the answer has no findings."""
     return record["verdict"] == "sound"
 
 
 def is_unsound(record: Record) -> bool:
-    """Whether something speaks against the answer: it has collapsed."""
+    """Whether the answer has a finding."""
     return not is_sound(record)
 
 
@@ -1788,7 +1788,8 @@ NOTES = " ".join(
     f"""*Sound and ended*: nothing in the form speaks against the answer, and the stop token ended it before the cap; in bold
     where the best row and the next lie outside each other's interval (Wilson). *Against base*: the same questions to the base
     model under the same decoding, the base model's own against its `plain`: better in so many, worse in so many, p of a sign
-    test. *Loops, lists, drift*: answers with such a finding (`python infer.py`); drift is surprisal, leak or invented medicine. *Points, wrong claims*: by
+    test. *Loops, lists, drift*: answers with such a finding (`python infer.py`); drift is surprisal, leak or an invented
+    medicine. *Points, wrong claims*: by
     the lists of samples/probes.jsonl. *Overruled*: tokens at which penalty or ban took the model's first choice. *Same bytes
     twice*: the first question again in other company, up to {AGAIN_TOKENS} tokens. *Eval loss*: of the weights that were
     kept, on the same held-out rows for all models. Answers to one question are no independent draws: p of pooled pairs is for

@@ -1098,7 +1098,7 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not is_complete():
-            print(f"unpacking {name} into {folder.parent}, once", file=sys.stderr)
+            print(f"preparing {name} in {folder.parent}, once", file=sys.stderr)
             part = folder.with_name(f"{name}.part")
             shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             part.mkdir()

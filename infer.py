@@ -616,7 +616,7 @@ class Check:
     """`{}` is the place in the text."""
 
 
-# The thresholds were chosen on the tuning half of tests/labelled: python -m tests.calibrate.
+# How each threshold was chosen: docs/judge.md.
 CHECKS: dict[FindingName, Check] = {
     "empty": Check(
         "1 if the answer has no words, or its stop token follows an article or a conjunction",
@@ -1359,7 +1359,7 @@ def find_adapter(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
             raise UsageError(
-                f"{name} is no folder here, and no adapter of that name could be had from the hub. "
+                f"{name} is not a folder, and no adapter of that name could be downloaded from the hub. "
                 "Give the folder of an adapter, such as runs/train/NAME/adapter."
             ) from None
     if not folder.is_dir():
@@ -1391,7 +1391,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class LoraShape:
-    """What of PEFT's config has a say in how an adapter's tensors act. The tensors name the modules themselves."""
+    """The fields of PEFT's config that determine the product; the tensors' names determine the modules."""
 
     r: int
     lora_alpha: float
@@ -1588,7 +1588,7 @@ def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     import torch
 
     tokenizer.add_special_tokens({"pad_token": ADDED_PAD_TOKEN})
-    # The new row is drawn, and as a row of the head it has a say in the loss: a run that goes on needs the same one again.
+    # The new row is drawn at random and, as a row of the head, affects the loss: a resumed run needs the same one.
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -1922,7 +1922,7 @@ def answer_requests(
     and stop at the same tokens, share forward passes; a batch has at least `min_rows` rows. So an answer does not depend on
     what it was asked with. Requests that differ only in cap or stop are cut from one row.
 
-    `progress` is told of tokens as they are written, or as an early end makes them needless: in all `count_new_tokens`.
+    `progress` is called with the number of tokens written, or not needed after an early end: in all `count_new_tokens`.
     `on_text` is handed the text of the first request piece by piece; the pieces are together its `Answer.text`.
 
     Raises:
@@ -1961,7 +1961,7 @@ def answer_requests(
 
 
 def padded_width(prompt_tokens: int) -> int:
-    """Tokens of a prompt with its padding, of which there is always some: without any, attention may go another way."""
+    """Tokens of a prompt with its padding, which is never empty: without a mask, attention may use another kernel."""
     return (prompt_tokens // PROMPT_MULTIPLE + 1) * PROMPT_MULTIPLE
 
 
@@ -2158,11 +2158,14 @@ def read_surprisals(loaded: LoadedModel, prompt: Sequence[int], ids: Sequence[in
 
 
 def encode_answer(
-    tokenizer: PreTrainedTokenizerBase, text: str, finish_reason: str = "stop"
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    finish_reason: str = "stop",
+    max_tokens: int = data.MAX_SEQ_LENGTH,
 ) -> list[int]:
-    """Token ids of an answer that another program wrote, as far as a row can have them."""
-    ids = data.encode_text(tokenizer, text)[: data.MAX_SEQ_LENGTH]
-    return ids + [tokenizer.eos_token_id] * (finish_reason == "stop")
+    """At most `max_tokens` first token ids of an answer that another program wrote."""
+    ids = data.encode_text(tokenizer, text)
+    return (ids + [tokenizer.eos_token_id] * (finish_reason == "stop"))[:max_tokens]
 
 
 def largest_surprisal(
@@ -2220,11 +2223,16 @@ def _build_reference(loaded: LoadedModel, probes: Sequence[str], folder: Path) -
 
     decoding = Decoding(max_new_tokens=REFERENCE_TOKENS)
     requests = [Request(question, decoding) for question in probes]
-    total = count_new_tokens(requests)
-    bar = tqdm(total=total, unit="token", desc="reference", leave=False, disable=not needs_bar())
+    total, hidden = count_new_tokens(requests), not sys.stderr.isatty()
+    bar = tqdm(total=total, unit="token", desc="reference", leave=False, disable=hidden)
+
+    def progress(tokens: int) -> None:
+        bar.update(tokens)
+        INTERRUPTION.raise_if_any()
+
     with loaded.without_adapter() as base, bar:
         base = dataclasses.replace(base, system_prompt=data.SYSTEM_PROMPT)
-        answers = answer_requests(base, requests, bar.update)
+        answers = answer_requests(base, requests, progress)
         values = []
         for answer in answers:
             prompt = data.encode_prompt(loaded.tokenizer, answer.question)
@@ -2425,7 +2433,7 @@ def read_answered(path: Path, rows: Sequence[QuestionRow], expected: dict[str, A
         if found != expected:
             different = ", ".join(name for name in expected if found[name] != expected[name])
             raise UsageError(f"{path} holds answers of another {different}. {other}")
-        if number > len(rows) or record["question"] != rows[number - 1].question:
+        if number > len(rows) or record.get("question") != rows[number - 1].question:
             raise UsageError(f"{path}:{number} answers another question than that row of the file. {other}")
         answered.append(record)
     if cut:
@@ -2587,11 +2595,14 @@ def compare_surprisals(
     prepare_environment(profile, offline=profile == "cpu")
     loaded = load_for_asking(profile, None, config.system_prompt)
     nats: dict[str, Measure] = {}
-    for place, record in tqdm(pairs, unit="answer", desc="reading", disable=not needs_bar()):
-        # What does not fit into the model's context is judged by its beginning.
+    bar = tqdm(pairs, unit="answer", desc="reading", disable=not sys.stderr.isatty())
+    for place, record in bar:
+        # Of what does not fit into the model's context: the end of the prompt, the answer's start.
         prompt = data.encode_prompt(loaded.tokenizer, record["question"], (), loaded.system_prompt)
-        ids = encode_answer(loaded.tokenizer, record["text"], record.get("finish_reason") or "stop")
-        nats[place] = measure_surprisal(loaded, prompt[-data.MAX_SEQ_LENGTH :], ids, 1.0)
+        prompt = prompt[-data.MAX_SEQ_LENGTH // 2 :]
+        finish_reason, room = record.get("finish_reason") or "stop", data.MAX_SEQ_LENGTH - len(prompt)
+        ids = encode_answer(loaded.tokenizer, record["text"], finish_reason, room)
+        nats[place] = measure_surprisal(loaded, prompt, ids, 1.0)
         INTERRUPTION.raise_if_any()
     own = {place for place, record in pairs if resolve_base_model(str(record.get("model"))) == profile}
     others = [nats[place][0] for place, _ in pairs if place not in own]

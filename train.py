@@ -1626,7 +1626,7 @@ def save_adapter(
 
 
 def describe_source(source: str) -> str:
-    """A source of rows as a card names it, with its licence: of a file only the name, for its folder is nobody's business."""
+    """A source of rows for the model card, with its licence. Only the name of a file, since its folder is private."""
     path = Path(source)
     name, key = (path.name, str(path.resolve())) if path.is_file() else (source, source.partition("@")[0])
     return f"{infer.escape_markdown(name)} (licence: {LICENCES.get(key, 'not known to the kit')})"
@@ -2056,7 +2056,7 @@ def push_adapter(adapter: Path, repo_id: str) -> str:
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise UsageError(
             f"{adapter} is whole, but could not be uploaded to {repo_id} ({data.first_line(error)}). "
-            "Once that is mended, the same line uploads it without training again."
+            "Fix that, then run the same command again: it uploads without training."
         ) from None
     return str(url)
 
@@ -2170,7 +2170,7 @@ def main(config: TrainConfig) -> None:
     infer.prepare_environment(recipe.profile, offline=not needs_hub or not data.reaches_hub())
     if config.dry_run:
         with infer.quiet_libraries():
-            dtype = training_dtype(recipe)  # before the rows' tokenizer: Unsloth wants to be imported first
+            dtype = training_dtype(recipe)  # before the rows' tokenizer: Unsloth has to be imported first
             counts = count_rows(config, recipe)
             plan = make_plan(recipe, dtype, counts)
         if counts.audit:

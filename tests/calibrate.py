@@ -5,8 +5,8 @@
     python -m tests.calibrate --cases CASES        and which labelled cases it gets right, by text alone
     python -m tests.calibrate --record             let the small model read all answers again (3 minutes)
 
-The answers to one question are in one half, by a digest of the question. Which findings there are and their thresholds were
-chosen on the tuning half alone. AUROC is of collapsed against sound answers, by the score.
+The answers to one question are in one half, by a digest of the question. docs/judge.md says what each half was used for. AUROC
+is of collapsed against sound answers, by the score.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def read_labelled():
 
 
 def is_held_back(question):
-    """Whether the question's answers are in the half that decided nothing."""
+    """Whether the question's answers are in the held-back half."""
     return int(hashlib.sha256(question.encode()).hexdigest(), 16) % 2 == 1
 
 
@@ -135,7 +135,7 @@ def main():
     held_back = [pair for pair in pairs if is_held_back(pair[0]["question"])]
     names = list(infer.CHECKS)
     text_only = [name for name in names if name != "surprisal"]
-    print(f"The half that decided nothing ({len(held_back)} answers):\n\n{HEADER}")
+    print(f"The held-back half ({len(held_back)} answers):\n\n{HEADER}")
     print(format_row("all findings", scores_of(held_back, names)))
     print(format_row("text alone", scores_of(held_back, text_only)))
     print(f"\nThe tuning half ({len(tuning)} answers), and without one finding:\n\n{HEADER}")

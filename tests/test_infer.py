@@ -203,6 +203,7 @@ def test_lines_of_an_earlier_start_are_kept_and_a_cut_one_is_removed(tmp_path):
         ('{"question": "q?", "model": "n", "verdict": "sound", "finish_reason": "stop"}\n', "answers of another model"),
         ('{"question": "x?", "model": "m", "verdict": "sound", "finish_reason": "stop"}\n', "answers another question"),
         ('{"question": "x?", "error": "e"}\n', "answers another question"),
+        ('{"error": "e"}\n', "answers another question"),
     ],
 )
 def test_other_files_are_not_continued(tmp_path, content, message):

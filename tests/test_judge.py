@@ -213,13 +213,14 @@ def test_findings_do_not_grow_with_length():
     assert all(judge(" ".join(rows[at : at + 10])).sound for at in range(0, 270, 10))
 
 
-def test_the_half_of_the_labelled_answers_that_decided_nothing_is_judged_as_people_did():
+def test_the_held_back_half_of_the_labelled_answers_is_judged_as_readers_did():
     pairs = calibrate.judge_labelled(calibrate.read_labelled())
     held_back = [pair for pair in pairs if calibrate.is_held_back(pair[0]["question"])]
     assert len(held_back) >= 250
     scores = calibrate.scores_of(held_back, list(CHECKS))
     assert calibrate.auroc(scores["collapsed"], scores["sound"]) >= 0.98
     assert sum(score >= 1 for score in scores["sound"]) <= 0.02 * len(scores["sound"])
+    assert sum(score >= 1 for score in scores["collapsed"]) >= 0.7 * len(scores["collapsed"])
 
 
 @pytest.mark.slow

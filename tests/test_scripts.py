@@ -182,7 +182,7 @@ REFUSED = {
     "adapter that is a file": (["infer.py", "q?", "--adapter", "q.txt"], "'q.txt' is no adapter: it is a file"),
     "empty adapter": (["infer.py", "q?", "--adapter", "folder.txt"], "adapter_config.json is missing"),
     "adapter in a pickle": (["infer.py", "q?", "--adapter", "pickled"], "adapter_model.bin is a pickle, which can run code"),
-    "hub adapter offline": (["infer.py", "q?", "--adapter", "nobody/nothing"], "nobody/nothing is no folder here"),
+    "hub adapter offline": (["infer.py", "q?", "--adapter", "nobody/nothing"], "nobody/nothing is not a folder"),
     # ablate.py
     "nothing to compare": (["ablate.py", "--study", "decoding"], "Train one: python train.py"),
     "no records": (["ablate.py", "--table"], "is not there. Make records first"),
