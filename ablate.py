@@ -161,56 +161,6 @@ FIRST_PROBES = (
 AGAIN_TOKENS = 64
 
 
-@dataclass(frozen=True)
-class AblationValues:
-    """The values in which the two profiles differ, for ablations."""
-
-    num_rows: int
-    """Training rows of a run."""
-    num_probes: int
-    eval_every: float | None
-    """None: as `train.py` does it."""
-    workers: int
-    """Models that are trained or asked at a time, each with its share of the cores: measured on two cores, two processes of
-    one thread train 1.2 times and answer 1.4 times as fast as one of two threads."""
-    start_seconds: float
-    """Until a process trains or answers, for the plan, as all that follows."""
-    evaluation_seconds: float
-    tokens_per_second: float
-    """Of one worker's training."""
-    step_seconds: float
-    """Of one worker's answers: of a step of a batch, whatever its rows; and for each of its rows."""
-    row_seconds: float
-
-
-ABLATION: dict[ProfileName, AblationValues] = {
-    "t4": AblationValues(
-        # All runs of the story in one session of a free T4; the story's own took four hours each.
-        num_rows=1200,
-        num_probes=26,
-        eval_every=None,
-        workers=1,
-        start_seconds=90,
-        evaluation_seconds=80,
-        tokens_per_second=train.TRAINING["t4"].tokens_per_second,
-        step_seconds=0.1,
-        row_seconds=0,
-    ),
-    "cpu": AblationValues(
-        num_rows=64,
-        num_probes=10,
-        # Before the first step and after the last.
-        eval_every=0.99,
-        workers=2,
-        start_seconds=10,
-        evaluation_seconds=9,
-        tokens_per_second=480,
-        step_seconds=0.05,
-        row_seconds=0.0055,
-    ),
-}
-
-
 MAX_SEEDS = 100
 MAX_WORKERS = 64
 
@@ -234,7 +184,9 @@ class AblateConfig(data.RowsFlags):
     workers: int | None = None
     """Models that are trained or asked at a time, on one GPU each, or sharing the cores. Unset: the profile's."""
     profile: data.ProfileChoice = "auto"
-    """Which base model is trained and asked: `t4`, `cpu`, or `auto`."""
+    """Set of values: `t4` for a GPU, `cpu`, or `auto`."""
+    base_model: str | None = None
+    """Hub id or folder of another chat model of the Llama architecture. Unset: the profile's."""
     dry_run: bool = False
     """Print the grid, the commands and the expected time, and stop; nothing is written."""
     table: bool = False
@@ -326,6 +278,11 @@ class Grid:
     local_world_size: int = 1
 
     @property
+    def values(self) -> data.Profile:
+        """The profile's values, with the study's base model."""
+        return data.load_profile(self.profile, self.base_model)
+
+    @property
     def num_together(self) -> int:
         """Workers on this machine, of all processes that a launcher started."""
         return self.local_world_size * self.workers
@@ -357,7 +314,11 @@ class Grid:
             return None
         rows = {
             name: hashlib.sha256(Path(source).read_bytes()).hexdigest() if Path(source).is_file() else source
-            for name, source in ({"rows": self.rows} if self.rows else data.SOURCES[self.profile]).items()
+            for name, source in (
+                {"rows": self.rows}
+                if self.rows
+                else {n: getattr(self.values, n) for n in ("conversational", "encyclopedic")}
+            ).items()
         }
         return {"flags": list(model.flags), "rows": rows}
 
@@ -398,7 +359,7 @@ def training_flags(
         flags["--num-rows"] = num_rows
     if arm.best == "eval_loss":
         flags |= {"--best": arm.best, "--num-probes": 0}
-        if every := ABLATION[profile].eval_every:
+        if every := data.PROFILES[profile].ablation_eval_every:
             flags["--eval-every"] = every
     return tuple(str(part) for item in flags.items() for part in item)
 
@@ -412,12 +373,13 @@ def make_grid(config: AblateConfig) -> Grid:
     adapter = record = digest = None
     if config.study == "decoding":
         adapter = infer.find_adapter(config.adapter) if config.adapter else infer.latest_adapter()
-        record, digest = infer.check_adapter(adapter), infer.adapter_digest(adapter)
-    profile = infer.resolve_asked_profile(config.profile, record)
-    values = ABLATION[profile]
+        checked = infer.check_adapter(adapter, config.profile, config.base_model)
+        record, digest, values = checked.record, checked.sha256, checked.profile
+    else:
+        values = data.resolve_profile(config.profile, config.base_model)
     system_prompt = config.system_prompt or (record.system_prompt if record else data.SYSTEM_PROMPT)
     if config.rows is not None:
-        system_prompt = data.RowsConfig(**config.rows_flags).load(profile).system_prompt
+        system_prompt = data.RowsConfig(**config.rows_flags).load(values).system_prompt
     models: list[Model] = []
     for arm, decodings in STUDIES[config.study].items():
         for seed in range(config.seeds):
@@ -427,23 +389,24 @@ def make_grid(config: AblateConfig) -> Grid:
                 given = (None, adapter, digest) if arm == "adapter" else ()
                 models.append(Model(arm, seed, names, *given))
             else:
-                num_rows = config.num_rows or values.num_rows
-                flags = training_flags(TRAINING_ARMS[arm], profile, seed, num_rows, config.rows_flags)
+                num_rows = config.num_rows or values.ablation_rows
+                arm_flags = config.rows_flags | ({"base_model": config.base_model} if config.base_model else {})
+                flags = training_flags(TRAINING_ARMS[arm], values.name, seed, num_rows, arm_flags)
                 if any(flags == model.flags for model in models):
                     continue  # it differs only in the mix, which the user's own rows replace
                 model = Model(arm, seed, decodings, flags)
                 models.append(dataclasses.replace(model, adapter=config.folder / "runs" / model.id / "adapter"))
     return Grid(
         folder=config.folder,
-        profile=profile,
-        base_model=infer.PROFILES[profile].base_model,
+        profile=values.name,
+        base_model=values.base_model,
         models=tuple(model for model in models if model.decodings),
-        probes=tuple(order_probes()[: config.num_probes or values.num_probes]),
+        probes=tuple(order_probes()[: config.num_probes or values.ablation_probes]),
         workers=config.workers or values.workers,
         system_prompt=system_prompt,
         rows=config.rows,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_world_size=infer.local_world_size(),
+        local_world_size=train.local_world_size(),
     )
 
 
@@ -486,40 +449,38 @@ def plan_training(grid: Grid, model: Model, counted: dict[Any, tuple[int, int]])
         counted[mix] = (counts.rows, counts.tokens)
     rows, tokens = counted[mix]
     steps = recipe.count_steps(rows)
-    values = ABLATION[grid.profile]
+    values = grid.values
     evaluations = recipe.count_evaluations(steps)
-    answers = evaluations * recipe.gate_max_new_tokens * train.TRAINING[grid.profile].seconds_per_new_token
+    answers = evaluations * recipe.gate_max_new_tokens * values.seconds_per_new_token
     seconds = (
         values.start_seconds
         + evaluations * values.evaluation_seconds
         + (answers if recipe.num_probes else 0)
-        + steps * train.EFFECTIVE_BATCH_SIZE * tokens / rows / values.tokens_per_second
+        + steps * train.EFFECTIVE_BATCH_SIZE * tokens / rows / values.worker_tokens_per_second
     )
     return seconds, steps
 
 
 def plan_answers(grid: Grid, model: Model, decodings: Sequence[str], lengths: Mapping[str, int]) -> tuple[float, int]:
     """`(seconds, tokens)` of asking the model, where prompts of one padded length share passes; `lengths` are theirs."""
-    values = ABLATION[grid.profile]
+    values = grid.values
     rows: dict[int, list[int]] = {}
     requests = make_requests(model, decodings, grid.questions)
-    for places in infer.merge_requests(requests).values():
+    for places in infer.merge_requests(requests):
         cap = max(requests[place].decoding.max_new_tokens for place in places)
         rows.setdefault(infer.padded_width(lengths[requests[places[0]].question]), []).append(cap)
     seconds = values.start_seconds
-    for width, caps in rows.items():
-        size = infer.rows_in_batch(infer.PROFILES[grid.profile], width + max(caps))
-        for start in range(0, len(caps), size):
-            batch = caps[start : start + size]
-            seconds += max(batch) * (values.step_seconds + len(batch) * values.row_seconds)
-    again = values.step_seconds + len(decodings) * values.row_seconds
+    for caps in rows.values():
+        for start in range(0, len(caps), infer.ROWS):
+            seconds += max(caps[start : start + infer.ROWS]) * values.step_seconds
+    again = values.step_seconds
     return seconds + AGAIN_TOKENS * again, infer.count_new_tokens(requests)
 
 
 def measure_prompts(grid: Grid) -> dict[str, int]:
     """Tokens of each question's prompt; where the tokenizer cannot be had, its words, for an estimate."""
     try:
-        tokenizer = data.load_tokenizer(grid.profile)
+        tokenizer = data.load_tokenizer(grid.values)
     except UsageError:
         return {question: len(question.split()) for question in grid.questions}
     return {
@@ -701,13 +662,13 @@ def write_cell(study: Path, model_id: str, result: Mapping[str, Any], answers: S
     """Writes the cell's folder, whole or not at all, in place of an older one."""
     folder = cell_folder(study, model_id, result["settings"]["decoding"])
     part = folder.with_name(f".{folder.name}.part")
-    with infer.writing(folder, part):
+    with data.writing(folder, part):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         (part / "generations.jsonl").write_text(lines, encoding="utf-8")
         (part / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        infer.put_folder(part, folder)
+        train.put_folder(part, folder)
         failed_file(study, model_id, result["settings"]["decoding"]).unlink(missing_ok=True)
 
 
@@ -731,7 +692,7 @@ class Progress:
             smoothing=0,
             dynamic_ncols=True,
             mininterval=0.5 if watched else 30,
-            disable=not infer.is_main_process(),
+            disable=not train.is_main_process(),
         )
 
     def show(self, model_id: str, seconds: float, says: str) -> None:
@@ -746,7 +707,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Prints a line above the bar; of several processes of a launcher the first alone does."""
         with self._lock:
-            if infer.is_main_process():
+            if train.is_main_process():
                 self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
@@ -872,13 +833,13 @@ class Workshop:
     def _try_each(self, number: int) -> bool:
         """Does the first model that nobody has claimed; False where there is none."""
         for model in list(self.todo):
-            with infer.claim(self.grid.folder / "claims" / model.id) as descriptor:
+            with train.claim(self.grid.folder / "claims" / model.id) as descriptor:
                 if descriptor is None:
                     continue
                 # What another process had claimed may be done by now.
                 names = [name for name in model.decodings if not is_done(self.grid, model, name)]
                 if names and model in self.todo and list_failures(self.grid, model) <= self._old_failures[model.id]:
-                    infer.clear_leftovers(self.grid.folder / "cells", f".{model.id}.*")
+                    train.clear_leftovers(self.grid.folder / "cells", f".{model.id}.*")
                     self._own.add(model.id)
                     self._do(model, names, number, descriptor)
                 if self._stopped:
@@ -902,7 +863,7 @@ class Workshop:
             if self._stopped:
                 return
             known = isinstance(error, FailedRunError | UsageError)
-            said = infer.redact(str(error) if known else "".join(traceback.format_exception(error)))
+            said = train.redact(str(error) if known else "".join(traceback.format_exception(error)))
             self.progress.note(f"{model.id} failed, and the rest goes on: {last_line(said)}")
             for name in names:
                 failed = {"settings": self.grid.settings(model, name), "error": said}
@@ -973,6 +934,7 @@ class Workshop:
         times, told, report = self.times[model.id], 0, None
         job = {
             "profile": self.grid.profile,
+            "base_model": self.grid.base_model,
             "adapter": model.adapter and str(model.adapter),
             "system_prompt": self.grid.system_prompt,
             "questions": self.grid.questions,
@@ -1065,9 +1027,10 @@ def answer_job() -> None:
         out.flush()
 
     adapter = Path(job["adapter"]) if job["adapter"] else None
-    infer.prepare_cublas()
-    infer.prepare_environment(job["profile"], offline=job["profile"] == "cpu")
-    loaded = infer.load_for_asking(job["profile"], adapter, job["system_prompt"])
+    values = data.load_profile(job["profile"], job["base_model"])
+    infer.prepare_environment(values)
+    checked = infer.check_adapter(adapter, values.name, values.base_model) if adapter else None
+    loaded = infer.load_for_inference(values, checked, job["system_prompt"])
     decodings = {name: Decoding(**fields) for name, fields in job["decodings"].items()}
     requests = [infer.Request(question, decoding) for decoding in decodings.values() for question in job["questions"]]
     answers = infer.answer_requests(loaded, requests, lambda tokens: send({"tokens": tokens}))
@@ -1310,7 +1273,7 @@ def distinct_decodings(names: Iterable[str]) -> list[str]:
     """The decodings that are no other's but for cap and stop; of each such group the first."""
     asked = list(names)
     requests = [infer.Request("", DECODING_ARMS[name]) for name in asked]
-    return [asked[places[0]] for places in infer.merge_requests(requests).values()]
+    return [asked[places[0]] for places in infer.merge_requests(requests)]
 
 
 def read_records(study: Path) -> Records:
@@ -1761,9 +1724,9 @@ def mark_findings(record: Record) -> str:
             spans.append((start, end))
     text, at, parts = record["text"], 0, []
     for start, end in spans:
-        parts += [infer.escape_markdown(text[at:start]), "⟦", infer.escape_markdown(text[start:end]), "⟧"]
+        parts += [train.escape_markdown(text[at:start]), "⟦", train.escape_markdown(text[start:end]), "⟧"]
         at = end
-    return "".join([*parts, infer.escape_markdown(text[at:])]) or "(nothing)"
+    return "".join([*parts, train.escape_markdown(text[at:])]) or "(nothing)"
 
 
 def sort_rows(records: Records) -> list[Row]:
@@ -1816,7 +1779,7 @@ def format_row(records: Records, row: Row, best: Row | None) -> list[str]:
     ]
     if not row.answers:
         last = row.errors[0].strip().splitlines()[-1] if row.errors else "no answers"
-        return [row.arm, row.decoding, *trained, f"failed: {infer.escape_markdown(last)}", *[""] * (len(COLUMNS) - 7)]
+        return [row.arm, row.decoding, *trained, f"failed: {train.escape_markdown(last)}", *[""] * (len(COLUMNS) - 7)]
     size, good = len(row.answers), int(row.count(is_good))
     low, high = row.good_interval
     reference, paired = find_reference(records, row), ""
@@ -1867,7 +1830,7 @@ def describe_makers(records: Records) -> list[str]:
             if training
         ],
     }
-    return [f"- {name}: {infer.escape_markdown('; '.join(dict.fromkeys(values)))}" for name, values in makers.items() if values]
+    return [f"- {name}: {train.escape_markdown('; '.join(dict.fromkeys(values)))}" for name, values in makers.items() if values]
 
 
 def make_page(records: Records) -> str:
@@ -1882,7 +1845,7 @@ def make_page(records: Records) -> str:
         *format_table(COLUMNS, (format_row(records, row, find_best(rows)) for row in rows)),
         "",
         f"- command: `{records.study['command']}`",
-        f"- questions: {size}, the probes {infer.escape_markdown(', '.join(records.study['probes']))}",
+        f"- questions: {size}, the probes {train.escape_markdown(', '.join(records.study['probes']))}",
         *describe_makers(records),
         "",
         NOTES,
@@ -1894,10 +1857,10 @@ def make_page(records: Records) -> str:
             (
                 (
                     claim.id,
-                    infer.escape_markdown(claim.says),
+                    train.escape_markdown(claim.says),
                     verdict,
-                    infer.escape_markdown(measured),
-                    infer.escape_markdown(claim.rule),
+                    train.escape_markdown(measured),
+                    train.escape_markdown(claim.rule),
                 )
                 for claim in CLAIMS
                 for verdict, measured in (claim.check(records),)
@@ -1922,19 +1885,19 @@ def format_answers(row: Row, written: dict[tuple[str, int, str, str], Row]) -> l
     that are cut from one run, leads there.
     """
     lines = ["", f'<a name="{row.name}"></a>', "<details>", f"<summary>{row.arm}, {row.decoding}</summary>", ""]
-    lines += [infer.format_verbatim(error) for error in row.errors]
+    lines += [train.format_verbatim(error) for error in row.errors]
     for (seed, question), record in row.answers.items():
         of_seed = f", seed {seed}" if len(row.cells) > 1 else ""
         facts = infer.Facts(**{name: tuple(record["facts"][name]) for name in ("named", "missing", "wrong")})
-        ended = infer.escape_markdown(f"{record['finish_reason']}{of_seed}; {record['verdict']}")
+        ended = train.escape_markdown(f"{record['finish_reason']}{of_seed}; {record['verdict']}")
         how = f"{record['answer_tokens']} tokens, {ended}; {facts}"
         first = written.setdefault((row.arm, seed, question, record["sha256"]), row)
         text = (
-            infer.format_verbatim(record["text"])
+            train.format_verbatim(record["text"])
             if first is row
             else f"The same answer as under [{first.decoding}](#{first.name})."
         )
-        lines += [f"{infer.escape_markdown(question)} ({how})", "", text, ""]
+        lines += [f"{train.escape_markdown(question)} ({how})", "", text, ""]
     return [*lines, "</details>"]
 
 
@@ -1949,13 +1912,13 @@ def format_side_by_side(records: Records) -> list[str]:
         return []
     return [
         "",
-        f"## One question, three answers: {infer.escape_markdown(question)}",
+        f"## One question, three answers: {train.escape_markdown(question)}",
         "",
         "What speaks against an answer stands in ⟦ ⟧.",
         "",
         *format_table(
             [
-                f"{row.arm}, {row.decoding}: " + infer.escape_markdown(f"{record['verdict']}, {record['finish_reason']}")
+                f"{row.arm}, {row.decoding}: " + train.escape_markdown(f"{record['verdict']}, {record['finish_reason']}")
                 for row, record in zip(rows, answers, strict=True)
             ],
             [[mark_findings(record) for record in answers]],
@@ -2077,7 +2040,7 @@ def save_best_decoding(records: Records, adapters: Mapping[str, Path]) -> str:
         raise UsageError("--save-best writes into an adapter, and no adapter's answers are recorded.")
     ranked = sorted(rows, key=lambda row: row.rank, reverse=True)
     best, adapter, decoding = ranked[0], adapters[ranked[0].arm], DECODING_ARMS[ranked[0].decoding]
-    if infer.adapter_digest(adapter) not in best.adapters:
+    if infer.hash_weights(adapter) not in best.adapters:
         raise UsageError(
             f"{adapter} is not the adapter that was asked ({', '.join(best.adapters)}). Name that one with --adapter, or ask "
             "this one: leave --table away."
@@ -2096,7 +2059,7 @@ def save_best_decoding(records: Records, adapters: Mapping[str, Path]) -> str:
         config.pop(name, None)
         if decoding.temperature:
             config[name] = getattr(decoding, name)
-    ours = dataclasses.replace(infer.read_adapter_record(adapter), decoding=decoding).to_json()
+    ours = dataclasses.asdict(dataclasses.replace(infer.read_adapter_record(adapter), decoding=decoding))
     data.write_atomic(adapter / "generation_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     data.write_atomic(adapter / infer.ADAPTER_RECORD, json.dumps(ours, indent=2) + "\n")
     said = f"{adapter} is asked under {best.decoding} from now on: sound and ended {best.count(is_good):.0f} of "
@@ -2112,7 +2075,7 @@ def hold_page(study: Path) -> Iterator[None]:
     """Of several processes one at a time writes what belongs to the whole study."""
     with (study / "page.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        infer.clear_leftovers(study)
+        train.clear_leftovers(study)
         yield
 
 
@@ -2145,7 +2108,7 @@ def write_page(study: Path) -> Records:
 
 def describe_study(config: AblateConfig, grid: Grid) -> dict[str, Any]:
     """study.json: what the page is made from, beside the cells, each of which it names with the digest of its settings."""
-    flags = [infer.redact(flag) for flag in sys.argv[1:] if flag not in ("--table", "--save-best")]
+    flags = [train.redact(flag) for flag in sys.argv[1:] if flag not in ("--table", "--save-best")]
     return {
         "study": config.study,
         "command": shlex.join(["python", "ablate.py", *flags]),
@@ -2174,10 +2137,10 @@ def print_result(study: Path, records: Records) -> None:
 
 def main(config: AblateConfig) -> int:
     """Does what is missing, then writes page and picture. Returns the exit code: 1 if a cell failed."""
-    infer.INTERRUPTION.listen()
+    train.INTERRUPTION.listen()
     study = config.folder
     adapters: dict[str, Path] = {}
-    if not infer.is_main_process():
+    if not train.is_main_process():
         sys.stdout = io.StringIO()  # of several processes of a launcher the first alone prints
     if not config.table or config.save_best:
         grid = make_grid(config)
@@ -2188,7 +2151,7 @@ def main(config: AblateConfig) -> int:
         return 0
     records = write_page(study)
     print_result(study, records)
-    if config.save_best and infer.is_main_process():
+    if config.save_best and train.is_main_process():
         print(save_best_decoding(records, adapters))
     failed = [row.name for row in records.rows.values() if row.errors]
     if failed:
@@ -2206,8 +2169,7 @@ def do_missing(config: AblateConfig, grid: Grid) -> None:
     if missing or config.dry_run:
         # What a launcher tells its processes is not for the runs that are planned here.
         told = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
-        offline = grid.profile == "cpu" or not data.reaches_hub()
-        infer.prepare_environment(grid.profile, offline=offline)
+        infer.prepare_environment(grid.values)
         times = plan_times(grid, missing)
         os.environ.update(told)
         print(format_plan(grid, missing, times), flush=True)

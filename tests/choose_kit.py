@@ -12,6 +12,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import data
 import infer
 from infer import DECODINGS, Decoding, Request
 
@@ -28,8 +29,8 @@ def ask(adapter, output):
     """Writes every candidate's answers, base model first, without verdicts."""
     from tqdm import tqdm
 
-    infer.prepare_environment("cpu", offline=True)
-    loaded = infer.load_for_asking("cpu", adapter)
+    infer.prepare_environment(data.PROFILES["cpu"])
+    loaded = infer.load_for_inference(data.PROFILES["cpu"], adapter and infer.check_adapter(adapter))
     questions = [probe.question for probe in infer.read_probes()]
     named = [(name, Request(question, decoding)) for name, decoding in CANDIDATES.items() for question in questions]
     total = 2 * sum(request.decoding.max_new_tokens for _, request in named)

@@ -127,7 +127,7 @@ def trained(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("trained")
     flags = faults.tiny_flags(cwd)
     # Unpacked by a process of its own, so that the run's peak of memory is that of training.
-    unpack = [sys.executable, "-c", "import infer; infer.base_model_path(infer.SMALL_MODEL)"]
+    unpack = [sys.executable, "-c", "import data, infer; infer.base_model_path(data.SMALL_MODEL)"]
     subprocess.run(unpack, cwd=ROOT, env={**ENVIRONMENT, "HF_HUB_OFFLINE": "1"}, capture_output=True, check=True)
     return TrainedRun(cwd, flags, run_script("train.py", *flags, cwd=cwd))
 
@@ -151,10 +151,11 @@ def gpu_process(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_model():
     """The small base model, loaded as infer.py loads it for asking."""
+    import data
     import infer
 
-    infer.prepare_environment("cpu", offline=True)
-    return infer.load_for_asking("cpu", None)
+    infer.prepare_environment(data.PROFILES["cpu"])
+    return infer.load_for_inference(data.PROFILES["cpu"])
 
 
 def start_study(cwd, *flags):

@@ -10,11 +10,9 @@ as they are; only the base model in their table is another.
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 import types
-from pathlib import Path
 
 import data
 import infer
@@ -125,12 +123,8 @@ def use_t4_values(profile, base_model):
     The interpreter takes a millisecond for what a GPU's block does in a microsecond: steps of 4 rows, answers of 3 tokens.
     """
 
-    config = json.loads((Path(base_model) / "config.json").read_text())
-    sizes = {each.name: config[each.name] for each in dataclasses.fields(infer.Architecture)}
-    infer.PROFILES[profile] = dataclasses.replace(
-        infer.PROFILES["t4"], base_model=base_model, architecture=infer.Architecture(**sizes)
-    )
-    train.TRAINING[profile] = train.TRAINING["t4"]
+    t4 = dataclasses.replace(data.PROFILES["t4"], name=profile, base_model=base_model)
+    data.PROFILES[profile] = dataclasses.replace(t4, architecture=data.read_architecture(base_model))
     train.EFFECTIVE_BATCH_SIZE = 4
     infer.DECODINGS["kit"] = dataclasses.replace(infer.DECODINGS["kit"], max_new_tokens=3)
     infer.REFERENCE_PROBES, infer.REFERENCE_TOKENS = 1, 3
@@ -153,7 +147,7 @@ def main(backend, base_model, script, *flags):
     os.environ["HF_HUB_OFFLINE"] = "1"
     profile = "t4" if backend == "gpu" else "cpu"
     use_t4_values(profile, base_model)
-    infer.prepare_environment(profile, offline=True)
+    infer.prepare_environment(data.PROFILES[profile], offline=True)
     if backend == "gpu":
         import_gpu_unsloth()
     else:

@@ -12,6 +12,7 @@ import json
 import os
 from pathlib import Path
 
+import data
 import infer
 import train
 from tests import gpu_path
@@ -54,7 +55,7 @@ def call_in_place(holder, name, call):
 
 def examine():
     os.environ["HF_HUB_OFFLINE"] = "1"
-    infer.prepare_environment("t4", offline=True)
+    infer.prepare_environment(data.PROFILES["t4"], offline=True)
     gpu_path.import_gpu_unsloth(host_device_map=False)
     import trl
     import unsloth
@@ -81,7 +82,7 @@ def examine():
     }
     return {
         "unknown": {
-            "from_pretrained": call_in_place(loader, "from_pretrained", lambda: infer.load_base("t4", dtype="float16")),
+            "from_pretrained": call_in_place(loader, "from_pretrained", lambda: infer.load_base(data.PROFILES["t4"], dtype="float16")),
             "get_peft_model": call_in_place(loader, "get_peft_model", lambda: train.add_lora(object(), recipe)),
             # train.py makes a subclass, whose calls go through to this one.
             "SFTTrainer": unknown_to(

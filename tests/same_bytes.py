@@ -42,7 +42,7 @@ class Config:
 
 def make_requests(cap):
     """Every question under every preset."""
-    samples, _ = data.load_source("encyclopedic", data.SOURCES["cpu"]["encyclopedic"], data.RowsFlags())
+    samples, _ = data.load_source("encyclopedic", data.PROFILES["cpu"].encyclopedic, data.RowsFlags())
     questions = [*(probe.question for probe in infer.read_probes()), *(row.question for row in samples)][:NUM_QUESTIONS]
     presets = [replace(decoding, max_new_tokens=cap) for decoding in infer.DECODINGS.values()]
     return [infer.Request(question, decoding) for question in questions for decoding in presets]
@@ -52,9 +52,10 @@ def ask(config):
     """The digests of all answers, base model first, asked in one way."""
     import torch
 
-    infer.prepare_environment("cpu", offline=True)
+    adapter = infer.check_adapter(config.adapter)
+    infer.prepare_environment(adapter.profile)
     torch.set_num_threads(config.threads)
-    loaded = infer.load_for_asking("cpu", config.adapter)
+    loaded = infer.load_for_inference(adapter.profile, adapter)
     requests = make_requests(config.max_new_tokens)
     order = list(range(len(requests)))
     if config.way == "shuffled":

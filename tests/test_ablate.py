@@ -47,7 +47,7 @@ def test_each_decoding_between_collapse_and_fix_is_a_single_change():
     assert changed(ablate.DECODING_ARMS["fix-answer-only"], infer.DECODINGS["story-fix"]) == {"count_prompt"}
 
 
-@pytest.mark.parametrize("profile", infer.PROFILES)
+@pytest.mark.parametrize("profile", data.PROFILES)
 def test_wide_attention_has_as_many_parameters_as_all_linear(profile):
     counts = []
     for modules, r in (("attention", ablate.WIDE_R), ("all-linear", 16)):
@@ -58,7 +58,7 @@ def test_wide_attention_has_as_many_parameters_as_all_linear(profile):
 
 
 def test_every_arm_of_a_study_is_a_line_that_train_understands():
-    for profile in infer.PROFILES:
+    for profile in data.PROFILES:
         for arm in ablate.TRAINING_ARMS.values():
             ran = ablate.tyro.cli(train.TrainConfig, args=ablate.training_flags(arm, profile, 2, 32))
             assert (ran.mix, ran.target_modules, ran.epochs, ran.pad, ran.r) == (
@@ -67,7 +67,7 @@ def test_every_arm_of_a_study_is_a_line_that_train_understands():
             assert ran.lora_alpha == 2 * arm.r and ran.seed == train.TrainConfig.seed + 2 and ran.num_rows == 32
 
 
-@pytest.mark.parametrize("profile", infer.PROFILES)
+@pytest.mark.parametrize("profile", data.PROFILES)
 def test_a_dry_run_prints_grid_commands_and_time_and_touches_nothing(tmp_path, profile):
     ran = run_script("ablate.py", "--dry-run", "--profile", profile, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
@@ -95,16 +95,16 @@ def test_under_a_launcher_every_worker_has_its_own_gpu_and_trains_on_its_own(tmp
 
 def test_a_claim_is_held_until_the_last_process_that_was_given_it_ends(tmp_path):
     path = tmp_path / "claims" / "week4"
-    with infer.claim(path) as descriptor:
+    with train.claim(path) as descriptor:
         assert descriptor is not None
-        with infer.claim(path) as second:
+        with train.claim(path) as second:
             assert second is None
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[descriptor])
-    with infer.claim(path) as while_the_child_lives:
+    with train.claim(path) as while_the_child_lives:
         assert while_the_child_lives is None
     child.kill()
     child.wait()
-    with infer.claim(path) as descriptor:
+    with train.claim(path) as descriptor:
         assert descriptor is not None
 
 
@@ -293,7 +293,7 @@ def test_an_answer_that_two_decodings_share_is_written_once(tmp_path):
 
 @pytest.mark.parametrize("text", [NASTY, "- a", "1. a", "   # a", "a_b*c|d", "&lt;", "+ a", "=== a", "10) a", "a\n- b"])
 def test_a_cell_reads_as_the_answer_was_written(text):
-    tokens = render(f"| a | b |\n|---|---|\n| {infer.escape_markdown(text)} | c |\n")
+    tokens = render(f"| a | b |\n|---|---|\n| {train.escape_markdown(text)} | c |\n")
     cells = [tokens[at + 1] for at, token in enumerate(tokens) if token.type == "td_open"]
     assert len(cells) == 2
     shown = "".join("\n" if child.type in ("html_inline", "softbreak") else child.content for child in cells[0].children)

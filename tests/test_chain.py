@@ -120,7 +120,7 @@ def test_the_card_tells_recipe_data_loss_and_the_answer_whatever_it_is(trained):
     assert "conversational: conversational.jsonl (licence: not known to the kit)" in card
     assert len(answers) == 2
     for answer in answers:
-        assert infer.format_verbatim(answer["text"]) in card and f"; {answer['verdict']}; points " in card
+        assert train.format_verbatim(answer["text"]) in card and f"; {answer['verdict']}; points " in card
     assert f"unsloth {record['versions']['unsloth']}" in card
     everything = "".join(path.read_text() for path in (trained.folder / "adapter").glob("*.json"))
     assert str(trained.cwd) not in card and str(ROOT) not in everything and str(Path.home()) not in everything
@@ -163,7 +163,7 @@ def test_infer_answers_from_the_latest_adapter_with_the_answer_alone_on_stdout(t
     assert ran.stdout == answer["text"] + "\n"
     assert answer["question"] == QUESTION and answer["finish_reason"] == "length" and len(answer["token_ids"]) == 24
     told = ran.stderr.splitlines()
-    assert "adapter" in told[0] and told[-1].startswith("No medical advice")
+    assert "adapter" in told[0] and told[-1].startswith("Not medical advice")
     assert told[1] in ("sound", "not sound") and "  cut off at 24 tokens (--max-new-tokens)" in told
     assert told[-2].startswith("  points ") and told[-2].endswith("of the lists in samples/probes.jsonl")
     assert answer["sound"] == (answer["verdict"] == "sound") == (answer["score"] < 1) == (not answer["findings"])
@@ -180,7 +180,7 @@ def test_the_decoding_travels_with_the_adapter(trained, tmp_path):
     (adapter / "kit.json").write_text(json.dumps(record))
     ran = run_script("infer.py", QUESTION, "--adapter", adapter, "--json", cwd=tmp_path)
     assert len(json.loads(ran.stdout)["token_ids"]) == 5
-    assert "decoding kit max_new_tokens=5 repetition_penalty=1.5" in ran.stderr
+    assert "decoding plain max_new_tokens=5 repetition_penalty=1.5" in ran.stderr
 
 
 def test_verify_finds_the_same_bytes_in_fresh_processes_and_in_company(trained):
@@ -188,7 +188,7 @@ def test_verify_finds_the_same_bytes_in_fresh_processes_and_in_company(trained):
     assert ran.returncode == 0, ran.stderr
     *lines, verdict = ran.stdout.splitlines()
     assert verdict == "the same bytes"
-    assert [line.split("  ")[2] for line in lines] == ["a fresh process", "another fresh process", "in a batch", "alone"]
+    assert [line.split("  ")[2] for line in lines] == ["a new process", "another new process", "in a batch", "alone"]
     assert len({line.split()[0] for line in lines}) == 1
 
 
@@ -208,7 +208,7 @@ def test_a_file_of_questions_is_gone_on_with_where_it_was_cut(trained, tmp_path)
     whole = output.read_text()
     output.write_text(whole[: whole.index("\n") + 20])  # killed while it wrote the second line
     again = run_script(*flags, cwd=trained.cwd)
-    assert "4 rows now, 1 before" in again.stderr and "sound and ended, 0 of 4" in again.stderr
+    assert "4 rows now, 1 before" in again.stderr and "sound and ended: 0 of 4" in again.stderr
     kept = [{**record, "seconds": 0} for record in read_lines(output)]
     assert kept == [{**record, "seconds": 0} for record in records]
 
@@ -228,6 +228,8 @@ def test_compare_shows_base_and_adapter(trained):
         run_script("infer.py", QUESTION, "--base", "--max-new-tokens", "6", "--json", cwd=trained.cwd).stdout.splitlines(),
     )
     assert alone["token_ids"] == base["token_ids"]
+    shown = run_script("infer.py", QUESTION, "--compare", "models", "--max-new-tokens", "6", cwd=trained.cwd)
+    assert re.search("base: 6 tokens.*adapter: 6 tokens", shown.stdout) and base["text"].split()[0] in shown.stdout
 
 
 def test_a_chat_on_a_terminal(trained):
@@ -253,9 +255,9 @@ def test_a_chat_on_a_terminal(trained):
                 stopped = True
     assert process.wait() == 0
     text = shown.decode()
-    assert "Ask, or /decoding NAME" in text and "The base answers now" in text
+    assert "Ask, or /help" in text and "The base model answers now" in text
     assert text.count("cut off at 6 tokens") == 2 and "Traceback" not in text
-    assert "The answer was stopped, and is not part of the conversation." in text
+    assert "Stopped. This answer is not part of the conversation." in text
 
 
 def test_an_adapter_of_another_prompt_is_refused(trained, tmp_path):
@@ -265,7 +267,7 @@ def test_an_adapter_of_another_prompt_is_refused(trained, tmp_path):
     (adapter / "kit.json").write_text(json.dumps(record | {"prompt_fingerprint": "0" * 12}))
     ran = run_script("infer.py", QUESTION, "--adapter", adapter, cwd=tmp_path)
     assert ran.returncode == 2
-    assert "trained under the prompt 000000000000" in ran.stderr and "Traceback" not in ran.stderr
+    assert "trained with the prompt 000000000000" in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(tmp_path):

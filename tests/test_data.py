@@ -1,7 +1,5 @@
 """Rows: reading, cleaning, mixing, splitting, rendering and the audit."""
 
-import gc
-import importlib
 import itertools
 import json
 import os
@@ -12,7 +10,7 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import ROOT, load_llama_tokenizer, make_row, write_rows
+from conftest import ROOT, load_llama_tokenizer, make_row, run_script, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +41,7 @@ def load(path, content=None, name="rows", **flags):
 
 
 def prepare(path, **flags):
-    return data.RowsConfig(rows=str(path), **flags).load("cpu")
+    return data.RowsConfig(rows=str(path), **flags).load(data.PROFILES["cpu"])
 
 
 def counted(report):
@@ -461,7 +459,7 @@ needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="the inputs are not 
 @pytest.mark.parametrize("entry", ["rows", "conversational"])
 def test_no_row_of_a_case_is_lost(name, num_rows, num_answers, rules, entry):
     mix = "rebalanced" if entry == "rows" else "chatdoctor"
-    mixed = data.RowsConfig(mix=mix, **{entry: str(CASES / name)}).load("cpu")
+    mixed = data.RowsConfig(mix=mix, **{entry: str(CASES / name)}).load(data.PROFILES["cpu"])
     rows = mixed.train + mixed.eval
     assert len(rows) == num_rows and len(mixed.eval) == 2
     assert {row.source for row in rows} == {entry} == set(mixed.reports)
@@ -479,7 +477,7 @@ def test_no_row_of_a_case_is_lost(name, num_rows, num_answers, rules, entry):
 
 @needs_cases
 def test_the_system_prompt_of_a_case_is_trained_and_asked_under(small_tokenizer):
-    mix = data.RowsConfig(rows=str(CASES / "multi_turn.jsonl")).load("cpu")
+    mix = data.RowsConfig(rows=str(CASES / "multi_turn.jsonl")).load(data.PROFILES["cpu"])
     assert mix.system_prompt.startswith("You are the telephone service of an animal clinic.")
     shown = data.show_rows(mix.train[:1], small_tokenizer)
     assert shown.count("[[") == 2 and mix.system_prompt in shown
@@ -488,7 +486,9 @@ def test_the_system_prompt_of_a_case_is_trained_and_asked_under(small_tokenizer)
 @needs_cases
 def test_the_rules_of_chatdoctor_on_a_case_stop_the_run():
     with pytest.raises(UsageError, match=r"23 of 24(.|\n)*wiki mark-up: 23(.|\n)*--clean none"):
-        data.RowsConfig(rows=str(CASES / "think.jsonl"), clean="chatdoctor").load("cpu")
+        data.RowsConfig(rows=str(CASES / "think.jsonl"), clean="chatdoctor").load(
+            data.PROFILES["cpu"]
+        )
 
 
 # --- Nothing is lost without being counted
@@ -511,7 +511,7 @@ RECORDS = st.one_of(
 
 @pytest.fixture(scope="module")
 def small_tokenizer():
-    return data.load_tokenizer("cpu")
+    return data.load_tokenizer(data.PROFILES["cpu"])
 
 
 @settings(
@@ -693,7 +693,8 @@ def test_cleaning_looks_at_every_turn():
 
 
 def test_no_shipped_row_is_changed_by_cleaning():
-    for name, path in data.SOURCES["cpu"].items():
+    for name in ("conversational", "encyclopedic"):
+        path = getattr(data.PROFILES["cpu"], name)
         rows, report = load(path, name=name)
         assert report.cleaning == {"conversational": "chatdoctor", "encyclopedic": "wikidoc"}[name]
         assert data.clean_rows(rows, report) == rows
@@ -831,7 +832,9 @@ def test_the_draw_depends_on_rows_and_seed_alone():
 
 
 def test_the_fingerprint_is_the_same_in_every_process():
-    program = "import data; print(data.RowsConfig(mix='week4').load('cpu').fingerprint)"
+    program = (
+        "import data; print(data.RowsConfig(mix='week4').load(data.PROFILES['cpu']).fingerprint)"
+    )
     shown = {
         subprocess.run(
             [sys.executable, "-c", program],
@@ -855,7 +858,7 @@ def test_the_fingerprint_of_given_rows_is_this_one_on_every_machine():
 
 
 def test_held_out_rows_come_from_the_training_data_and_are_never_trained_on():
-    mixes = {name: data.RowsConfig(mix=name).load("cpu") for name in data.MIXES}
+    mixes = {name: data.RowsConfig(mix=name).load(data.PROFILES["cpu"]) for name in data.MIXES}
     for name, mix in mixes.items():
         contributing = {source for source, count in data.MIXES[name].items() if count}
         assert {row.source for row in mix.eval} == contributing == set(mix.reports)
@@ -883,9 +886,13 @@ def test_a_source_that_contributes_no_rows_is_not_read(tmp_path):
 
 
 def test_a_custom_mix_draws_its_counts_or_their_ratio():
-    mix = data.RowsConfig(mix="custom", num_conversational=20, num_encyclopedic=10).load("cpu")
+    mix = data.RowsConfig(mix="custom", num_conversational=20, num_encyclopedic=10).load(
+        data.PROFILES["cpu"]
+    )
     assert Counter(row.source for row in mix.train) == {"conversational": 20, "encyclopedic": 10}
-    short = data.RowsConfig(mix="custom", num_conversational=1000, num_encyclopedic=100).load("cpu")
+    short = data.RowsConfig(mix="custom", num_conversational=1000, num_encyclopedic=100).load(
+        data.PROFILES["cpu"]
+    )
     counts = Counter(row.source for row in short.train)
     assert counts["conversational"] == 270 - 27 and short.not_drawn["conversational"] == 0
     assert counts["encyclopedic"] == counts["conversational"] // 10
@@ -994,7 +1001,11 @@ def test_the_story_s_probes_come_first(shipped):
 
 @pytest.fixture(scope="module", params=["small", "llama"])
 def tokenizer(request):
-    return data.load_tokenizer("cpu") if request.param == "small" else load_llama_tokenizer()
+    return (
+        data.load_tokenizer(data.PROFILES["cpu"])
+        if request.param == "small"
+        else load_llama_tokenizer()
+    )
 
 
 EXPECTED_PROMPTS = {
@@ -1046,7 +1057,8 @@ def test_a_row_is_rendered_as_the_chat_template_renders_it(tokenizer):
 
 def test_the_shipped_rows_encode_as_the_whole_template_would(tokenizer):
     """Texts are encoded apart from the template; no token may come out differently for it."""
-    for name, path in data.SOURCES["cpu"].items():
+    for name in ("conversational", "encyclopedic"):
+        path = getattr(data.PROFILES["cpu"], name)
         for row in load(path, name=name)[0][::10]:
             text = expected_prompt(tokenizer, row.question) + row.answer + tokenizer.eos_token
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -1167,7 +1179,7 @@ def test_long_rows_are_dropped_and_long_conversations_keep_their_first_turns(tok
 
 
 def test_the_audit_tells_shares_by_rows_and_by_answer_tokens(small_tokenizer):
-    audit = data.audit_mix(data.RowsConfig(mix="week4").load("cpu"), small_tokenizer)
+    audit = data.audit_mix(data.RowsConfig(mix="week4").load(data.PROFILES["cpu"]), small_tokenizer)
     sources = audit["sources"]
     assert audit["train_rows"] == sum(of["train_rows"] for of in sources.values())
     for key in ("row_share", "answer_token_share"):
@@ -1242,6 +1254,149 @@ def test_the_probe_questions_are_those_of_infer():
     assert questions == [probe.question for probe in infer.read_probes()]
 
 
+# --- Base models
+
+
+def make_hub_model(home, name, tokenizer=None, **sizes):
+    """A model of the hub in the cache below `home`: its config.json, and a tokenizer if one is given."""
+    folder = home / "hub" / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "llama"} | sizes))
+    if tokenizer:
+        tokenizer.save_pretrained(snapshot)
+
+
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+}
+LLAMA_1B |= {
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128_256,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["meta-llama/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit"]
+)
+def test_a_run_on_llama_1b_is_planned_from_its_config(tmp_path, name):
+    make_hub_model(
+        tmp_path,
+        name,
+        load_llama_tokenizer(),
+        **LLAMA_1B,
+        quantization_config={"load_in_4bit": True},
+    )
+    flags = [
+        "--profile",
+        "t4",
+        "--base-model",
+        name,
+        "--conversational",
+        "own.jsonl",
+        "--mix",
+        "chatdoctor",
+        "--dry-run",
+    ]
+    rows = [{"question": f"What is {n}?", "answer": f"It is the number {n}."} for n in range(40)]
+    write_rows(tmp_path / "own.jsonl", rows)
+    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    ran = run_script("train.py", *flags, cwd=tmp_path, env=env)
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"(?m)^trainable parameters +11,272,192$", ran.stdout)
+    assert (
+        re.search(rf"(?m)^base_model +{re.escape(name)}$", ran.stdout)
+        and f"t4-{name.split('/')[1]}-" in ran.stdout
+    )
+    assert re.search(r"(?m)^rows +36 of [\d,]+ tokens$", ran.stdout)
+    audit = run_script("data.py", *flags[:-1], "--json", cwd=tmp_path, env=env)
+    assert audit.returncode == 0 and json.loads(audit.stdout)["train_rows"] == 36
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("unsloth/Llama-3.2-3B-Instruct", "meta-llama/llama-3.2-3b-instruct", True),
+        (
+            "unsloth/Llama-3.2-3B-Instruct-bnb-4bit",
+            "unsloth/Llama-3.2-3B-Instruct-unsloth-bnb-4bit",
+            True,
+        ),
+        ("unsloth/Llama-3.2-3B-Instruct", "unsloth/Llama-3.2-3B", False),
+        ("unsloth/Llama-3.2-3B-Instruct", "unsloth/Llama-3.2-1B-Instruct", False),
+        ("someone/Llama-3.2-3B-Instruct", "unsloth/Llama-3.2-3B-Instruct", False),
+        ("smollm2-135m-instruct", "unsloth/SmolLM2-135M-Instruct-bnb-4bit", True),
+    ],
+)
+def test_names_of_the_same_base_weights(one, other, same):
+    assert data.is_same_base(one, other) == data.is_same_base(other, one) == same
+
+
+def test_a_base_model_in_a_folder(tmp_path):
+    assert data.load_profile("cpu") == data.PROFILES["cpu"]
+    (tmp_path / "model").mkdir()
+    sizes = LLAMA_1B | {"head_dim": None, "num_key_value_heads": None, "tie_word_embeddings": None}
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    profile = data.load_profile("cpu", str(tmp_path / "model"))
+    assert (
+        profile.base_model == profile.hub_id == str(tmp_path / "model")
+        and profile.licence == "other"
+    )
+    arch = profile.architecture
+    assert (arch.head_dim, arch.num_key_value_heads, arch.tie_word_embeddings) == (64, 32, False)
+    small = data.load_profile("t4", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert small.architecture == data.PROFILES["cpu"].architecture and small.load_in_4bit
+
+
+ZEPHYR = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "special", "message"),
+    [
+        (ZEPHYR, ["</s>", "<unk>"], ("</s>", "<unk>"), None),
+        (
+            ZEPHYR,
+            ["</s>", "<|reserved_special_token_0|>", "<unk>"],
+            ("</s>", "<|reserved_special_token_0|>"),
+            None,
+        ),
+        (ZEPHYR, ["</s>"], None, "no pad token, and none of"),
+        (ZEPHYR, [], None, "ends an answer with .*; expected a special token"),
+        (
+            NO_SYSTEM,
+            ["</s>"],
+            None,
+            "cannot render a system, a user and an assistant message .*no system",
+        ),
+        (None, ["</s>"], None, "cannot render"),
+    ],
+)
+def test_special_tokens_come_from_the_chat_template(template, tokens, special, message):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    own = Tokenizer(models.BPE({chr(n): n for n in range(32, 127)} | {"\n": 127}, []))
+    own.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, chat_template=template)
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    if message:
+        with pytest.raises(UsageError, match=message):
+            data.set_special_tokens(tokenizer, "some/model")
+        return
+    data.set_special_tokens(tokenizer, "some/model")
+    assert (tokenizer.eos_token, tokenizer.pad_token) == special
+    assert tokenizer.eos_token_id == data.end_of_turn_id(tokenizer) != tokenizer.pad_token_id
+
+
 # --- The shared helpers
 
 
@@ -1253,24 +1408,3 @@ def test_the_cache_needs_no_home_directory(monkeypatch, tmp_path):
         data.cache_home()
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert data.cache_home() == tmp_path / "llama-medical-answers"
-
-
-def test_after_imports_garbage_is_collected_again_and_a_model_that_was_there_can_go(
-    tmp_path, monkeypatch
-):
-    (tmp_path / "library_of_a_test.py").write_text("")
-    (tmp_path / "broken_library_of_a_test.py").write_text("1 / 0")
-    monkeypatch.syspath_prepend(tmp_path)
-    with infer.importing():
-        assert not gc.isenabled()
-        importlib.import_module("library_of_a_test")
-    assert gc.isenabled()
-    frozen = gc.get_freeze_count()
-    assert frozen > 10_000
-    model = [[] for _ in range(1000)]
-    with infer.importing():
-        importlib.import_module("library_of_a_test")
-    assert gc.isenabled() and gc.get_freeze_count() <= frozen, len(model)
-    with pytest.raises(ZeroDivisionError), infer.importing():
-        importlib.import_module("broken_library_of_a_test")
-    assert gc.isenabled()

@@ -35,8 +35,8 @@ def fill(folder, text):
 def test_a_folder_is_put_whole_in_the_place_of_another(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
         monkeypatch.setattr(infer.ctypes, "CDLL", lambda *_, **__: object())
-    infer.put_folder(fill(tmp_path / ".part", "new"), tmp_path / "there")
-    infer.put_folder(fill(tmp_path / ".part", "newer"), tmp_path / "there")
+    train.put_folder(fill(tmp_path / ".part", "new"), tmp_path / "there")
+    train.put_folder(fill(tmp_path / ".part", "newer"), tmp_path / "there")
     assert (tmp_path / "there" / "file").read_text() == "newer"
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
@@ -49,7 +49,7 @@ for number in range(300):
     part = pathlib.Path({str(tmp_path)!r}) / ".part"
     part.mkdir()
     (part / "file").write_text("x" * 1000)
-    infer.put_folder(part, part.with_name("there"))
+    train.put_folder(part, part.with_name("there"))
 """
     fill(tmp_path / "there", "x" * 1000)
     writer = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
@@ -75,21 +75,21 @@ def test_what_cannot_be_written_is_one_message_and_nothing_else_is_touched(tmp_p
 
 
 def test_errors_of_other_kinds_are_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(RuntimeError, match="other"), infer.writing(tmp_path / "x"):
+    with pytest.raises(RuntimeError, match="other"), data.writing(tmp_path / "x"):
         raise RuntimeError("other")
-    assert infer.storage_problem(RuntimeError("I/O error: No space left on device (os error 28)")) == os.strerror(errno.ENOSPC)
-    assert "disk is full" in infer.storage_problem(
+    assert data.storage_problem(RuntimeError("I/O error: No space left on device (os error 28)")) == os.strerror(errno.ENOSPC)
+    assert "disk is full" in data.storage_problem(
         RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
     )
 
 
 def test_a_line_is_appended_whole_or_an_error_is_raised(tmp_path):
     path = tmp_path / "lines.jsonl"
-    infer.append_line(path, "é" * 50_000)
-    infer.append_line(path, "two")
+    train.append_line(path, "é" * 50_000)
+    train.append_line(path, "two")
     assert path.read_text(encoding="utf-8").split("\n") == ["é" * 50_000, "two", ""]
     with pytest.raises(UsageError, match="full could not be written"):
-        infer.append_line(tmp_path.__class__("/dev/full"), "three")
+        train.append_line(tmp_path.__class__("/dev/full"), "three")
 
 
 def test_a_cache_folder_with_a_file_of_another_size_is_made_again(tmp_path, monkeypatch):
@@ -310,7 +310,7 @@ def test_a_file_of_questions_is_asked_by_one_process_and_a_signal_keeps_what_is_
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     said = (tmp_path / "words.txt").read_text()
-    assert f"Interrupted. {output} keeps the answers so far; run the same command again to continue." in said and "Traceback" not in said
+    assert f"Interrupted. {output} contains the answers so far; run the same command again to continue." in said and "Traceback" not in said
 
 
 # --- Kills -------------------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def test_tokens_are_taken_out_of_what_is_told(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("HF_TOKEN", "hf_short")
     text = "key 0123456789abcdef, hub hf_AbCdEfGhIjKlMnOpQr, short hf_short"
-    assert infer.redact(text) == "key ***, hub ***, short ***"
+    assert train.redact(text) == "key ***, hub ***, short ***"
     monkeypatch.setattr(sys, "argv", ["train.py", "--push-to-hub", "hf_AbCdEfGhIjKlMnOpQr/x"])
     record = train.make_record(train.resolve_recipe(train.TrainConfig(profile="cpu")), data.Mix([], [], {}, {}))
     assert record["argv"] == ["train.py", "--push-to-hub", "***/x"]

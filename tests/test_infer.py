@@ -1,8 +1,6 @@
 """Measures, noise and decoding. What needs the small model is marked slow."""
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import logging
@@ -27,39 +25,29 @@ QUESTIONS = ["What causes a cold?", "What causes hiccups?", "How is gout treated
 # --- Noise
 
 
-def test_known_noise_is_dropped_and_everything_else_reaches_stderr():
-    stdout, stderr = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), infer.quiet_libraries():
-        print("Unsloth 2026.10.9: no GPU found, training on CPU (x86_64, 2 threads, bfloat16 = False).")
-        print("Unsloth (CPU): bitsandbytes 4-bit does not work on this CPU, loading 16-bit weights instead.")
-        logging.StreamHandler().emit(logging.makeLogRecord({"msg": "a real warning"}))
-        print("no line end", end="")
-    assert stdout.getvalue() == ""
-    assert "no GPU found" not in stderr.getvalue()
-    assert "loading 16-bit weights instead.\n" in stderr.getvalue()
-    assert "a real warning" in stderr.getvalue()
-    assert stderr.getvalue().endswith("no line end\n")
+def test_libraries_print_no_banner_and_log_errors_only(capfd, caplog):
+    with infer.quiet_libraries():
+        print("==((====))==  Unsloth")
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("no kernels")
+        logging.getLogger("transformers.modeling_utils").error("a real error")
+        print("a message of ours", file=sys.stderr)
+    stdout, stderr = capfd.readouterr()
+    assert stdout == "" and stderr == "a message of ours\n"
+    assert [record.message for record in caplog.records] == ["a real error"]
 
 
-def test_an_error_passes_through_the_noise_filter():
+def test_an_error_passes_through_quiet_libraries():
     with pytest.raises(RuntimeError, match="real"), infer.quiet_libraries():
         raise RuntimeError("real")
 
 
-def test_cublas_is_told_before_torch_is_imported():
+def test_the_environment_is_prepared_before_torch_is_imported():
     program = (
-        "import infer, os, sys; infer.prepare_cublas(); print('torch' in sys.modules, os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+        "import data, infer, os, sys; infer.prepare_environment(data.PROFILES['cpu']); "
+        "print('torch' in sys.modules, os.environ['CUBLAS_WORKSPACE_CONFIG'], os.environ['HF_HUB_OFFLINE'])"
     )
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ran.stdout == "False :4096:8\n"
-    # ablate.py asks in a process of its own.
-    for script, begins, loads in (
-        ("infer", "main", "resolve_"),
-        ("train", "main", "resolve_"),
-        ("ablate", "answer_job", "load_for_asking"),
-    ):
-        program = (ROOT / f"{script}.py").read_text().split(f"\ndef {begins}(")[1]
-        assert program.index("prepare_cublas()") < program.index(loads)
+    assert ran.stdout == "False :4096:8 1\n"
 
 
 # --- Decodings
@@ -106,9 +94,9 @@ def test_flags_change_single_fields_of_a_preset():
 
 
 def test_a_decoding_is_told_by_the_nearest_preset():
-    assert [infer.describe_decoding(decoding) for decoding in DECODINGS.values()] == list(DECODINGS)
+    assert [str(decoding) for decoding in DECODINGS.values()] == list(DECODINGS)
     changed = dataclasses.replace(DECODINGS["week3"], top_p=0.5)
-    assert infer.describe_decoding(changed) == "week3 top_p=0.5"
+    assert str(changed) == "week3 top_p=0.5"
 
 
 @pytest.mark.parametrize(
@@ -167,11 +155,11 @@ def test_rows_that_cannot_be_asked_keep_their_place_and_their_reason(tmp_path):
     ("name", "content", "message"),
     [
         ("q.md", b"one?", "has another suffix"),
-        ("q.txt", b"\n \n", "holds no questions"),
+        ("q.txt", b"\n \n", "contains no questions"),
         ("q.txt", b"\xff", "not UTF-8 text"),
         ("q.csv", b"id\n1\n", "q.csv:2: It has no question"),
         ("q.jsonl", b'{"question": ""}', "q.jsonl:1: The question is empty"),
-        ("q.jsonl", b"[]", "holds no questions"),
+        ("q.jsonl", b"[]", "contains no questions"),
         ("q.jsonl", b"{", "q.jsonl:1: broken JSON"),
     ],
 )
@@ -196,14 +184,14 @@ def test_lines_of_an_earlier_start_are_kept_and_a_cut_one_is_removed(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("one\ntwo", "ends in what is no answer"),
-        ("hello", "ends in what is no answer"),
-        ("hello\n", r"a\.jsonl:1 is no answer"),
-        ('{"question": "q?", "n": 1}\n', r"a\.jsonl:1 is no answer"),
-        ('{"question": "q?", "model": "n", "verdict": "sound", "finish_reason": "stop"}\n', "answers of another model"),
-        ('{"question": "x?", "model": "m", "verdict": "sound", "finish_reason": "stop"}\n', "answers another question"),
-        ('{"question": "x?", "error": "e"}\n', "answers another question"),
-        ('{"error": "e"}\n', "answers another question"),
+        ("one\ntwo", "ends in something that infer.py did not write"),
+        ("hello", "ends in something that infer.py did not write"),
+        ("hello\n", r"a\.jsonl:1 is not an answer"),
+        ('{"question": "q?", "n": 1}\n', r"a\.jsonl:1 is not an answer"),
+        ('{"question": "q?", "model": "n", "verdict": "sound", "finish_reason": "stop"}\n', "answers with another model"),
+        ('{"question": "x?", "model": "m", "verdict": "sound", "finish_reason": "stop"}\n', "is the answer to another question"),
+        ('{"question": "x?", "error": "e"}\n', "is the answer to another question"),
+        ('{"error": "e"}\n', "is the answer to another question"),
     ],
 )
 def test_other_files_are_not_continued(tmp_path, content, message):
@@ -216,7 +204,7 @@ def test_other_files_are_not_continued(tmp_path, content, message):
 
 CONFIG = {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "peft_type": "LORA", "task_type": "CAUSAL_LM"}
 CONFIG |= {"r": 2, "lora_alpha": 4, "bias": "none", "init_lora_weights": True, "target_modules": ["q_proj"]}
-RECORD = infer.AdapterRecord(infer.SMALL_MODEL, "cpu", "0" * 12, DECODINGS["week3"])
+RECORD = infer.AdapterRecord(data.SMALL_MODEL, "cpu", "0" * 12, DECODINGS["week3"])
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -228,7 +216,7 @@ def make_adapter(folder, config=None, record=None, **changes):
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(CONFIG | (config or {})))
     if record is not None:
-        (folder / "kit.json").write_text(record if isinstance(record, str) else json.dumps(RECORD.to_json() | record))
+        (folder / "kit.json").write_text(record if isinstance(record, str) else json.dumps(dataclasses.asdict(RECORD) | record))
     shapes = {f"{Q_PROJ}.lora_A.weight": (2, 576), f"{Q_PROJ}.lora_B.weight": (576, 2)} | changes.pop("shapes", {})
     tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if shape}
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
@@ -238,17 +226,17 @@ def make_adapter(folder, config=None, record=None, **changes):
 def test_an_adapter_of_other_makers_is_known_by_peft_alone(tmp_path):
     adapter = make_adapter(tmp_path / "a")
     assert infer.find_adapter(str(adapter)) == adapter
-    assert infer.check_adapter(adapter) == infer.AdapterRecord(infer.SMALL_MODEL, "cpu")
-    llama = {"base_model_name_or_path": "unsloth/llama-3.2-3b-instruct-unsloth-bnb-4bit"}
-    assert infer.read_adapter_record(make_adapter(tmp_path / "b", llama)).profile == "t4"
+    checked = infer.check_adapter(adapter)
+    assert checked.record == infer.AdapterRecord("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert checked.profile == data.PROFILES["cpu"] and checked.target_modules == ("q_proj",)
+    assert (checked.r, checked.lora_alpha, checked.use_rslora) == (2, 4, False)
 
 
 def test_metadata_of_other_programs_is_ignored(tmp_path):
     config = {"unsloth_training_method": "qlora", "unsloth_load_in_4bit": True, "something_new": {"path": "../x"}}
     config |= {"base_model_name_or_path": "unsloth/SmolLM2-135M-Instruct", "rank_pattern": {}, "modules_to_save": []}
     adapter = make_adapter(tmp_path / "a", config)
-    assert infer.check_adapter(adapter) == infer.AdapterRecord(infer.SMALL_MODEL, "cpu")
-    assert infer.read_lora_shape(adapter) == infer.LoraShape(2, 4, False)
+    assert infer.check_adapter(adapter).profile == data.PROFILES["cpu"]
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "kit.json"])
@@ -267,14 +255,14 @@ def test_a_file_that_may_not_be_read_is_reported_as_such(tmp_path, monkeypatch, 
 
 
 def test_the_record_of_an_adapter_comes_back_as_it_was_written(tmp_path):
-    assert infer.check_adapter(make_adapter(tmp_path / "a", record={})) == RECORD
+    assert infer.check_adapter(make_adapter(tmp_path / "a", record={})).record == RECORD
 
 
 @pytest.mark.parametrize(
     "content",
     [
         *("", "[]", "{}", "null", '{"base_model": 3}', "[" * 10_000),
-        *({"decoding": {"speed": 1}}, {"decoding": 1}, {"pad": "odd"}, {"profile": "t4"}, {"prompt_fingerprint": 7}),
+        *({"decoding": {"speed": 1}}, {"decoding": 1}, {"pad": "odd"}, {"profile": "tpu"}, {"prompt_fingerprint": 7}),
         {"decoding": dataclasses.asdict(DECODINGS["week3"]) | {"max_new_tokens": 1.5}},
         {"decoding": dataclasses.asdict(DECODINGS["week3"]) | {"stop": "soon"}},
         {"decoding": dataclasses.asdict(DECODINGS["week3"]) | {"temperature": 1e-30}},
@@ -291,26 +279,26 @@ def test_a_broken_record_is_one_message(tmp_path, content):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": {"base_model_name_or_path": "some/base"}}, "made for 'some/base', and this kit asks unsloth/Llama-3.2-3B"),
-        ({"config": {"base_model_name_or_path": "../../etc"}}, "made for '../../etc', and this kit asks"),
-        ({"record": {"base_model": "/some/folder"}}, "made for '/some/folder', and this kit asks"),
-        ({"config": {"r": 4}}, "has the shape .2, 576., and .4, 576. is wanted"),
+        ({"config": {"base_model_name_or_path": "some/base"}}, "some/base: its config.json could not be read"),
+        ({"config": {"base_model_name_or_path": "../../etc"}}, "which is a local path"),
+        ({"record": {"base_model": "/some/folder"}}, "which is a local path"),
+        ({"config": {"r": 4}}, "expected the shape .4, 576., found .2, 576."),
         ({"config": {"r": "2"}}, "adapter_config.json is broken .r '2'"),
         ({"config": {"lora_alpha": None}}, "adapter_config.json is broken"),
-        ({"config": {"use_dora": True}}, "asks for more than plain LoRA: use_dora 'True'"),
-        ({"config": {"peft_type": "IA3"}}, "plain LoRA: peft_type 'IA3'"),
-        ({"config": {"megatron_config": {"a": 1}, "megatron_core": "os"}}, "plain LoRA: megatron_config"),
-        ({"config": {"corda_config": {"cache_file": "/etc/passwd"}}}, "plain LoRA: corda_config"),
-        ({"config": {"init_lora_weights": "pissa"}}, "plain LoRA: init_lora_weights 'pissa'"),
-        ({"config": {"modules_to_save": ["lm_head"]}}, "plain LoRA: modules_to_save"),
-        ({"config": {"trainable_token_indices": [1]}}, "plain LoRA: trainable_token_indices"),
-        ({"config": {"rank_pattern": {"q_proj": 4}}}, "plain LoRA: rank_pattern"),
-        ({"config": "[1]"}, "adapter_config.json is broken .a JSON list and no object"),
+        ({"config": {"use_dora": True}}, "expected plain LoRA, found use_dora 'True'"),
+        ({"config": {"peft_type": "IA3"}}, "plain LoRA, found peft_type 'IA3'"),
+        ({"config": {"megatron_config": {"a": 1}, "megatron_core": "os"}}, "plain LoRA, found megatron_config"),
+        ({"config": {"corda_config": {"cache_file": "/etc/passwd"}}}, "plain LoRA, found corda_config"),
+        ({"config": {"init_lora_weights": "pissa"}}, "plain LoRA, found init_lora_weights 'pissa'"),
+        ({"config": {"modules_to_save": ["lm_head"]}}, "plain LoRA, found modules_to_save"),
+        ({"config": {"trainable_token_indices": [1]}}, "plain LoRA, found trainable_token_indices"),
+        ({"config": {"rank_pattern": {"q_proj": 4}}}, "plain LoRA, found rank_pattern"),
+        ({"config": "[1]"}, "adapter_config.json is broken .expected a JSON object, found a list"),
         ({"config": "{"}, "adapter_config.json is broken"),
-        ({"shapes": {f"{Q_PROJ}.lora_A.weight": (2, 3072)}}, r"has the shape \(2, 3072\), and \(2, 576\) is wanted"),
-        ({"shapes": {Q_PROJ.replace(".0.", ".30.") + ".lora_A.weight": (2, 576)}}, "30.self_attn.q_proj.*is no LoRA tensor"),
+        ({"shapes": {f"{Q_PROJ}.lora_A.weight": (2, 3072)}}, r"expected the shape \(2, 576\), found \(2, 3072\)"),
+        ({"shapes": {Q_PROJ.replace(".0.", ".30.") + ".lora_A.weight": (2, 576)}}, "30.self_attn.q_proj.*is not a LoRA tensor"),
         ({"shapes": {"base_model.model.lm_head.weight": (49_153, 576)}}, "an embedding of 49,153 tokens, and .* has 49,152"),
-        ({"shapes": {f"{Q_PROJ}.lora_A.weight": None, f"{Q_PROJ}.lora_B.weight": None}}, "holds no LoRA tensors"),
+        ({"shapes": {f"{Q_PROJ}.lora_A.weight": None, f"{Q_PROJ}.lora_B.weight": None}}, "contains no LoRA tensors"),
     ],
 )
 def test_an_adapter_that_cannot_be_asked_is_refused_with_what_is_wrong(tmp_path, changes, message):
@@ -349,7 +337,7 @@ def test_the_note_of_the_latest_run_cannot_name_another_folder(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     infer.LATEST.parent.mkdir(parents=True)
     infer.LATEST.write_text(content)
-    with pytest.raises(data.UsageError, match="names no run"):
+    with pytest.raises(data.UsageError, match="does not name a run"):
         infer.latest_adapter()
 
 
@@ -371,40 +359,91 @@ def test_of_an_adapters_folder_nothing_but_weights_and_plain_numbers_is_followed
     (adapter / "adapter_model.bin").write_bytes(b"cbomb\nnothing\n.")
     answers = []
     for folder in (trained.folder / "adapter", adapter):
-        loaded = infer.load_for_asking("cpu", folder)
+        loaded = infer.load_for_inference(data.PROFILES["cpu"], infer.check_adapter(folder))
         [answer] = infer.answer_requests(loaded, [request])
         answers.append(answer.token_ids)
     assert answers[0] == answers[1] and not (tmp_path / "exploded").exists()
 
 
-def test_an_adapter_is_not_asked_on_another_base():
-    record = infer.AdapterRecord("smollm2-135m-instruct", "cpu", "0" * 12)
-    assert infer.resolve_asked_profile("auto", record) == infer.resolve_asked_profile("cpu", record) == "cpu"
-    with pytest.raises(data.UsageError, match=r"trained on smollm2-135m-instruct .* asks unsloth/Llama-3\.2-3B-Instruct"):
-        infer.resolve_asked_profile("t4", record)
+@pytest.mark.parametrize(
+    ("names", "flags", "base"),
+    [
+        (("unsloth/Llama-3.2-3B-Instruct", None), {}, "unsloth/Llama-3.2-3B-Instruct"),
+        (("meta-llama/Llama-3.2-3B-Instruct", None), {}, "unsloth/Llama-3.2-3B-Instruct"),
+        (("unsloth/llama-3.2-3b-instruct-unsloth-bnb-4bit", None), {}, "unsloth/Llama-3.2-3B-Instruct"),
+        (("unsloth/Llama-3.2-3B-Instruct-bnb-4bit", "t4"), {"choice": "t4"}, "unsloth/Llama-3.2-3B-Instruct"),
+        (("unsloth/SmolLM2-135M-Instruct", None), {}, "smollm2-135m-instruct"),
+        (("smollm2-135m-instruct", "cpu"), {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}, "smollm2-135m-instruct"),
+        (("FOLDER", "cpu"), {}, "FOLDER"),
+        (("/elsewhere/model", None), {"choice": "cpu", "base_model": "FOLDER"}, "FOLDER"),
+    ],
+    ids=str,
+)
+def test_an_adapter_runs_on_its_own_base_model_by_any_of_its_names(tmp_path, names, flags, base):
+    make_base(tmp_path / "base")
+    own, *others = (str(tmp_path / "base") if each == "FOLDER" else each for each in (names[0], base))
+    flags = {name: str(tmp_path / "base") if each == "FOLDER" else each for name, each in flags.items()}
+    record = infer.AdapterRecord(own, names[1])
+    profile = infer.resolve_adapter_profile(Path("a"), record, flags.get("choice", "auto"), flags.get("base_model"))
+    assert profile.base_model == others[0]
+    assert profile.name == ("t4" if "Llama-3" in base else "cpu")
 
 
-def test_chat_commands():
-    chat = infer.Chat(infer.LoadedModel(None, None, infer.PROFILES["cpu"], 4, Path("a"), "0"), DECODINGS["kit"])
+@pytest.mark.parametrize(
+    ("own", "choice", "base_model", "message"),
+    [
+        ("unsloth/Llama-3.2-3B-Instruct", "cpu", None, r"trained on unsloth/Llama-3.2-3B.*--profile cpu is smollm2"),
+        ("smollm2-135m-instruct", "t4", None, r"trained on smollm2-135m-instruct .*--profile t4 is unsloth/Llama"),
+        ("smollm2-135m-instruct", "auto", "unsloth/Llama-3.2-1B-Instruct", r"--base-model is unsloth/Llama-3.2-1B"),
+        ("/elsewhere/model", "cpu", None, r"which is a local path.*--base-model HUB_ID_OR_FOLDER"),
+        ("../../etc", "cpu", None, r"which is a local path"),
+        ("some/base", "cpu", None, r"some/base: its config.json could not be read"),
+    ],
+)
+def test_an_adapter_does_not_run_on_another_base_model(monkeypatch, own, choice, base_model, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(data.UsageError, match=message):
+        infer.resolve_adapter_profile(Path("a"), infer.AdapterRecord(own), choice, base_model)
+
+
+def make_base(folder, **changes):
+    """The config.json of a small Llama."""
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100} | changes
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({name: each for name, each in config.items() if each is not None}))
+    return str(folder)
+
+
+def test_an_adapter_for_a_folder_has_to_have_its_shapes(tmp_path):
+    base = make_base(tmp_path / "base")
+    fitting = {"q_proj.lora_A": (2, 64), "q_proj.lora_B": (64, 2)}
+    shapes = {f"base_model.model.model.layers.0.self_attn.{name}.weight": shape for name, shape in fitting.items()}
+    config = {"base_model_name_or_path": "/kaggle/input/model"}
+    adapter = make_adapter(tmp_path / "a", config, shapes=shapes)
+    assert infer.check_adapter(adapter, "cpu", base).profile.architecture.head_dim == 16
+    with pytest.raises(data.UsageError, match=r"does not fit .*base with r 2: .* expected the shape \(2, 64\), found \(2, 576\)"):
+        infer.check_adapter(make_adapter(tmp_path / "b", config), "cpu", base)
+
+
+def test_chat_commands(capsys):
+    chat = infer.Chat(infer.LoadedModel(None, None, data.PROFILES["cpu"], "0"), DECODINGS["kit"])
     chat.history.append(("q?", "a."))
-    assert not chat.on_base
-    assert chat.command("/decoding plain") == "Decoding plain." and chat.decoding == DECODINGS["plain"]
-    assert "plain, story-collapse" in chat.command("/decoding best") and chat.decoding == DECODINGS["plain"]
-    assert "base answers now" in chat.command("/base") and chat.on_base
-    assert "adapter answers now" in chat.command("/adapter") and not chat.on_base
-    assert chat.history and chat.command("/reset") and not chat.history
-    assert "/dance is none of" in chat.command("/dance")
-    assert chat.command("/quit") is None
-    assert "no adapter here" in infer.Chat(infer.LoadedModel(None, None, infer.PROFILES["cpu"], 4), DECODINGS["kit"]).command(
-        "/adapter"
-    )
 
+    def say(line):
+        assert not chat.onecmd(line)
+        return capsys.readouterr().err
 
-def test_answers_stand_side_by_side_where_there_is_room():
-    texts = {"base": "one two three " * 5, "adapter": "short\x1b[2J"}
-    wide = infer.format_columns(texts, width=100).splitlines()
-    assert wide[0].split() == ["base", "adapter"] and wide[2].endswith("short\\x1b[2J") and max(map(len, wide)) <= 100
-    assert infer.format_columns(texts, width=60).startswith("== base ==\none two")
+    assert not chat.use_base and "Decoding plain" in say("/decoding plain") and chat.decoding == DECODINGS["plain"]
+    assert "plain, story-collapse" in say("/decoding best") and chat.decoding == DECODINGS["plain"]
+    assert "base model answers now" in say("/base") and chat.use_base
+    assert "adapter answers now" in say("/adapter") and not chat.use_base
+    assert chat.history and "new conversation" in say("/reset") and not chat.history
+    assert "/dance is not a command" in say("/dance now") and "decoding" in say("/help")
+    assert say("") == say("  ") == "" and chat.onecmd("/quit") and chat.onecmd("EOF")
+    base = infer.Chat(infer.LoadedModel(None, None, data.PROFILES["cpu"]), DECODINGS["kit"])
+    base.onecmd("/adapter")
+    assert "no adapter" in capsys.readouterr().err and base.use_base
 
 
 # --- The small model
@@ -425,8 +464,8 @@ def test_the_converted_model_gives_the_logits_of_the_gguf_model(small_model):
 def test_special_tokens_agree_in_tokenizer_config_and_generation_config(small_model):
     for holder in (small_model.tokenizer, small_model.model.config, small_model.model.generation_config):
         assert (holder.eos_token_id, holder.pad_token_id) == (2, 0)
-    assert infer.end_of_turn_id(small_model.tokenizer) == small_model.tokenizer.eos_token_id
-    files = {path.name for path in Path(infer.base_model_path(infer.SMALL_MODEL)).iterdir()}
+    assert data.end_of_turn_id(small_model.tokenizer) == small_model.tokenizer.eos_token_id
+    files = {path.name for path in Path(infer.base_model_path(data.SMALL_MODEL)).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
     assert not any(name.endswith((".bin", ".pt")) for name in files)
 
@@ -435,20 +474,20 @@ def test_special_tokens_agree_in_tokenizer_config_and_generation_config(small_mo
 def test_the_small_model_is_made_once_and_whole_by_two_processes_after_one_was_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    program = [sys.executable, "-c", "import infer; print(infer.base_model_path(infer.SMALL_MODEL))"]
+    program = [sys.executable, "-c", "import data, infer; print(infer.base_model_path(data.SMALL_MODEL))"]
 
     def start():
         return subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     killed = start()
-    while killed.poll() is None and not (data.cache_home() / f"{infer.SMALL_MODEL}.part").exists():
+    while killed.poll() is None and not (data.cache_home() / f"{data.SMALL_MODEL}.part").exists():
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert not (data.cache_home() / infer.SMALL_MODEL).exists()
+    assert not (data.cache_home() / data.SMALL_MODEL).exists()
     paths = {process.communicate()[0] for process in [start(), start()]}
-    assert paths == {f"{data.cache_home() / infer.SMALL_MODEL}\n"}
-    assert (data.cache_home() / infer.SMALL_MODEL / "model.safetensors").stat().st_size > 500e6
+    assert paths == {f"{data.cache_home() / data.SMALL_MODEL}\n"}
+    assert (data.cache_home() / data.SMALL_MODEL / "model.safetensors").stat().st_size > 500e6
     assert not list(data.cache_home().glob("*.part"))
 
 
@@ -479,7 +518,7 @@ def test_every_preset_gives_the_ids_of_the_librarys_own_generate(small_model, na
     )
 
     decoding = dataclasses.replace(DECODINGS[name], max_new_tokens=32)
-    ids = torch.tensor([data.encode_prompt(small_model.tokenizer, QUESTIONS[0])] * small_model.min_rows)
+    ids = torch.tensor([data.encode_prompt(small_model.tokenizer, QUESTIONS[0])] * infer.ROWS)
     keywords = {
         "plain": {},
         "story-collapse": {"no_repeat_ngram_size": 3},
@@ -566,49 +605,6 @@ def test_an_answer_is_the_same_alone_in_any_company_and_on_one_thread_or_two(sma
 
 
 @pytest.mark.slow
-def test_fewest_rows_are_those_from_which_on_bits_do_not_change(small_model):
-    import torch
-
-    ids = torch.tensor([data.encode_prompt(small_model.tokenizer, QUESTIONS[0])])
-    assert 1 <= small_model.min_rows <= small_model.profile.max_rows
-    with torch.inference_mode():
-        logits = [
-            small_model.model(input_ids=ids.repeat(rows, 1)).logits[0, -1]
-            for rows in (small_model.min_rows, small_model.min_rows + 1, small_model.profile.max_rows)
-        ]
-    assert all(torch.equal(logits[0], other) for other in logits[1:])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("needs", "fewest"),
-    [((1, 1, 1), 1), ((12, 4, 1), 12), ((4, 12, 9), 12), ((4, 4, 9), 9), ((1, 1, 16), 16), ((40, 4, 4), 48), ((4, 4, 50), 64)],
-)
-def test_the_layer_that_needs_the_most_rows_decides_how_many_there_are(needs, fewest):
-    """Layers of different shapes, the head last, whose bits change below so many rows."""
-    import torch
-
-    class Layer(torch.nn.Linear):
-        def __init__(self, width, need):
-            super().__init__(width, 4, bias=False)
-            self.need = need
-
-        def forward(self, rows):
-            return super().forward(rows) + (len(rows) < self.need)
-
-    class Model(torch.nn.ModuleList):
-        dtype = torch.float32
-
-        def get_output_embeddings(self):
-            return self[-1]
-
-    layers = Model(Layer(8 + place, need) for place, need in enumerate(needs))
-    for layer in layers:  # whose own sums are the same at any number of rows
-        torch.nn.init.eye_(layer.weight)
-    assert infer.find_min_rows(layers, max_rows=64) == fewest
-
-
-@pytest.mark.slow
 def test_padding_is_no_part_of_what_a_penalty_counts():
     import torch
 
@@ -671,15 +667,6 @@ def test_the_pieces_of_a_streamed_answer_are_together_its_text(small_model):
 
 
 @pytest.mark.slow
-def test_a_chat_remembers_its_turns(small_model):
-    chat = infer.Chat(small_model, Decoding(max_new_tokens=8))
-    first = chat.ask("What causes a cold?", lambda piece: None)
-    second = chat.ask("And hiccups?", lambda piece: None)
-    prompt = data.encode_prompt(small_model.tokenizer, "And hiccups?", [("What causes a cold?", first.text)])
-    assert second.prompt_tokens == len(prompt) > first.prompt_tokens
-
-
-@pytest.mark.slow
 def test_answers_that_differ_only_in_cap_or_stop_may_be_cut_from_one_run(small_model):
     penalty = Decoding(24, repetition_penalty=1.3, count_prompt=True)
     sampled = Decoding(24, temperature=0.7, top_p=0.9)
@@ -728,14 +715,6 @@ def test_overruled_tokens_are_those_where_the_model_would_have_gone_elsewhere(sm
 
 
 @pytest.mark.slow
-def test_the_margin_between_the_two_best_candidates_is_that_of_the_first_token(small_model):
-    request = Request(QUESTIONS[0], Decoding(max_new_tokens=4))
-    [answer] = infer.answer_requests(small_model, [request])
-    (best, second), margin = infer.measure_margin(small_model, request, answer.token_ids[:2])
-    assert best == small_model.tokenizer.decode(answer.token_ids[2:3]) != second and margin > 0
-
-
-@pytest.mark.slow
 def test_progress_reaches_requests_times_cap_also_when_answers_end_early(small_model):
     told = []
     infer.answer_requests(small_model, [Request(question, Decoding(max_new_tokens=8)) for question in QUESTIONS], told.append)
@@ -744,7 +723,7 @@ def test_progress_reaches_requests_times_cap_also_when_answers_end_early(small_m
 
 @pytest.mark.slow
 def test_a_question_that_leaves_no_room_for_its_answer_is_refused_with_numbers(small_model):
-    with pytest.raises(data.UsageError, match=r"makes a prompt of \d{4} tokens; with an answer of up to 256 .* 1024"):
+    with pytest.raises(data.UsageError, match=r"has a prompt of \d{4} tokens; with an answer of up to 256, .* 1024"):
         infer.answer_requests(small_model, [Request("Why? " * 1000, Decoding())])
 
 
@@ -752,11 +731,11 @@ def test_a_question_that_leaves_no_room_for_its_answer_is_refused_with_numbers(s
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        ("a very long question " * 4762, r"makes a prompt of \d+ tokens; with an answer of up to 8 that is more than the 1024"),
+        ("a very long question " * 4762, r"has a prompt of \d+ tokens; with an answer of up to 8, this exceeds the maximum of 1024"),
         ("?", "question is empty"),
         ("\x00" * 100_000, "question is empty"),
-        ("Is it \x00 or \x9b31m?", r"holds \\x00 at character 7"),
-        ("half \ud800 a pair?", r"holds \\ud800 at character 6"),
+        ("Is it \x00 or \x9b31m?", r"contains \\x00 at character 7"),
+        ("half \ud800 a pair?", r"contains \\ud800 at character 6"),
     ],
     ids=["100,000 characters", "no words", "100,000 controls", "a control", "half a character"],
 )
@@ -764,3 +743,18 @@ def test_a_question_that_cannot_be_asked_is_one_short_message(small_model, quest
     with pytest.raises(data.UsageError, match=message) as caught:
         infer.answer_requests(small_model, [Request(question, Decoding(max_new_tokens=8))])
     assert len(str(caught.value)) < 400 and data.escape_controls(str(caught.value)) == str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_chat_remembers_its_turns(small_model, capsys):
+    chat = infer.Chat(small_model, Decoding(max_new_tokens=8))
+    chat.onecmd("What causes a cold?")
+    chat.onecmd("And hiccups?")
+    chat.onecmd("Why? " * 500)
+    captured = capsys.readouterr()
+    assert [question for question, _ in chat.history] == ["What causes a cold?", "And hiccups?"]
+    assert captured.out.split("\n")[0] == chat.history[0][1] and "/reset" in captured.err
+    [again] = infer.answer_requests(
+        small_model, [Request("And hiccups?", chat.decoding, tuple(chat.history[:1]))]
+    )
+    assert again.text == chat.history[1][1]

@@ -268,7 +268,7 @@ def test_half_of_a_character_is_no_text(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "q", "text": "a \\ud800 b"}\n' + json.dumps(ANSWERS[0]) + "\n")
     process = run_judge(str(path), "--no-surprisal")
-    assert process.returncode == 1 and "surrogate" in process.stderr and "sound 1 of 1" in process.stderr
+    assert process.returncode == 1 and "text: expected text" in process.stderr and "sound 1 of 1" in process.stderr
     assert judge("a \ud800 b").score >= 0
 
 
@@ -279,7 +279,7 @@ def test_records_that_cannot_be_judged_are_named_and_kept(tmp_path):
     lines = [json.loads(line) for line in process.stdout.splitlines()]
     assert process.returncode == 1 and len(lines) == 4 and lines[1]["n"] == 1
     assert [("error" in line) for line in lines] == [False, True, True, False]
-    assert f"{path}:2: has no question" in process.stderr and f"{path}:3: broken JSON" in process.stderr
+    assert f"{path}:2: question: expected text" in process.stderr and f"{path}:3: broken JSON" in process.stderr
     assert "sound 1 of 2" in process.stderr and "2 could not be judged" in process.stderr
 
 
@@ -300,7 +300,7 @@ def test_the_base_model_reads_what_it_wrote_and_compares_what_it_did_not(tmp_pat
     words = "bed coughing winter the until mouth which fever people drop week tired muscle old child ache water vaccine lung".split()
     salad = " ".join(random.Random(0).choices(words, k=30)).capitalize() + "."
     plain = infer.answer_requests(small_model, [infer.Request("What is croup?", infer.Decoding(max_new_tokens=40))])[0].text
-    own = [{"question": "What is croup?", "text": text, "model": infer.SMALL_MODEL} for text in (plain, salad)]
+    own = [{"question": "What is croup?", "text": text, "model": data.SMALL_MODEL} for text in (plain, salad)]
     rows = [json.loads(line) for line in (ROOT / "samples" / "conversational.jsonl").open(encoding="utf-8")][:24]
     others = [{"question": row["input"], "text": row["output"]} for row in rows]
     others.append({"question": "What is croup?", "text": salad})
@@ -372,7 +372,7 @@ def test_mentions(text, phrase, there):
 def test_a_line_that_is_no_probe_is_one_message(tmp_path):
     path = tmp_path / "probes.jsonl"
     path.write_text('{"id": "a", "question": "b?", "points": [{"name": "c"}], "wrong_claims": []}\n')
-    with pytest.raises(data.UsageError, match=r"probes\.jsonl:1: is no probe .*points and wrong_claims"):
+    with pytest.raises(data.UsageError, match=r"probes\.jsonl:1: not a probe .*points and wrong_claims"):
         infer.read_probes(path)
 
 

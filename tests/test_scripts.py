@@ -140,49 +140,58 @@ REFUSED = {
     "long name": (["train.py", "--name", LONG], "up to 100 letters"),
     "output into a file": (["train.py", "--profile", "cpu", "--output-dir", "q.txt"], "--output-dir q.txt: q.txt is a file"),
     # infer.py
-    "no question": (["infer.py"], "stdin holds no question"),
+    "no question": (["infer.py"], "stdin contains no question"),
     "empty question": (["infer.py", " "], "question is empty"),
     "question of marks": (["infer.py", "?!"], 'question is empty: "?!"'),
     "question of controls": (["infer.py", "\x1b\x07"], 'question is empty: "\\x1b\\x07"'),
-    "control in a question": (["infer.py", "What is\x1b[31m croup?"], "holds \\x1b at character 8, which is no text"),
-    "question that is no UTF-8": (["infer.py", b"What is \xff croup?"], "holds \\udcff at character 9, which is no text"),
-    "question and file": (["infer.py", "q?", "--questions", "q.txt"], "give one of the two"),
+    "control in a question": (["infer.py", "What is\x1b[31m croup?"], "contains \\x1b at character 8, which is not text"),
+    "question that is no UTF-8": (["infer.py", b"What is \xff croup?"], "contains \\udcff at character 9, which is not text"),
+    "question and file": (["infer.py", "q?", "--questions", "q.txt"], "Give one of the two"),
     "questions missing": (["infer.py", "--questions", "none.txt"], "none.txt cannot be read"),
     "questions that are none": (["infer.py", "--questions", "dots.txt"], 'dots.txt:1: The question is empty: "..."'),
     "empty system prompt of a question": (["infer.py", "q?", "--system-prompt", ""], "--system-prompt is empty"),
-    "no questions": (["infer.py", "--questions", "empty.txt"], "empty.txt holds no questions"),
+    "no questions": (["infer.py", "--questions", "empty.txt"], "empty.txt contains no questions"),
     "questions in Latin-1": (["infer.py", "--questions", "latin.txt"], "not UTF-8 text"),
     "questions without their column": (["infer.py", "--questions", "columns.jsonl"], "columns.jsonl:1: It has no question"),
     "questions in another file": (["infer.py", "--questions", "q.docx"], "'q.docx' has another suffix"),
     "questions in a folder": (["infer.py", "--questions", "folder.txt"], "folder.txt cannot be read"),
     "verify without a question": (["infer.py", "--verify"], "--verify takes one question"),
     "compare without a question": (["infer.py", "-", "--compare", "decodings"], "--compare takes one question"),
-    "verify as JSON": (["infer.py", "q?", "--verify", "--json"], "--verify has a form of its own"),
-    "a file as JSON": (["infer.py", "--questions", "q.txt", "--json"], "--questions has a form of its own"),
+    "verify as JSON": (["infer.py", "q?", "--verify", "--json"], "--json and --verify, which has its own format"),
+    "a file as JSON": (["infer.py", "--questions", "q.txt", "--json"], "--json and --questions, which has its own format"),
     "compare and verify": (["infer.py", "q?", "--verify", "--compare", "models"], "--verify and --compare"),
-    "compare models without adapter": (["infer.py", "q?", "--base", "--compare", "models"], "leave --base away"),
-    "output without questions": (["infer.py", "q?", "--output", "a.jsonl"], "is for the answers of --questions"),
-    "output nowhere": (["infer.py", "--questions", "q.txt", "--output", "no/where.jsonl"], "a file in a folder that exists"),
+    "compare models without adapter": (["infer.py", "q?", "--base", "--compare", "models"], "--base asks without an adapter, --compare models with one"),
+    "output without questions": (["infer.py", "q?", "--output", "a.jsonl"], "--output a.jsonl belongs to --questions FILE"),
+    "output nowhere": (["infer.py", "--questions", "q.txt", "--output", "no/where.jsonl"], "expected a file in an existing folder"),
     "decoding": (["infer.py", "q?", "--decoding", "best"], "story-fix"),
-    "penalty": (["infer.py", "q?", "--repetition-penalty", "0"], "--repetition-penalty 0.0: a number from 0.1 to 10"),
-    "temperature": (["infer.py", "q?", "--temperature", "-1"], "--temperature -1.0: 0 (greedy), or a number from 0.01"),
+    "penalty": (["infer.py", "q?", "--repetition-penalty", "0"], "--repetition-penalty 0.0: expected a number from 0.1 to 10"),
+    "temperature": (["infer.py", "q?", "--temperature", "-1"], "--temperature -1.0: expected 0 (greedy), or a number from 0.01"),
     "temperature that is none": (["infer.py", "q?", "--temperature", "nan"], "--temperature nan"),
-    "top-p": (["infer.py", "q?", "--top-p", "2"], "--top-p 2.0: a share above 0"),
-    "n-grams": (["infer.py", "q?", "--no-repeat-ngram-size", "-3"], "--no-repeat-ngram-size -3: 0 (off) to 1024"),
-    "cap": (["infer.py", "q?", "--max-new-tokens", "0"], "--max-new-tokens 0: 1 to 1023"),
-    "large cap": (["infer.py", "q?", "--max-new-tokens", "5000"], "--max-new-tokens 5000: 1 to 1023"),
-    "sampling seed": (["infer.py", "q?", "--sampling-seed", "-1"], "--sampling-seed -1: a whole number"),
-    "threads": (["infer.py", "q?", "--threads", "0"], "--threads 0: 1 to"),
-    "many threads": (["infer.py", "q?", "--threads", "100000"], "the cores that this process may use"),
+    "top-p": (["infer.py", "q?", "--top-p", "2"], "--top-p 2.0: expected a number above 0"),
+    "n-grams": (["infer.py", "q?", "--no-repeat-ngram-size", "-3"], "--no-repeat-ngram-size -3: expected 0 (off) to 1024"),
+    "cap": (["infer.py", "q?", "--max-new-tokens", "0"], "--max-new-tokens 0: expected 1 to 1023"),
+    "large cap": (["infer.py", "q?", "--max-new-tokens", "5000"], "--max-new-tokens 5000: expected 1 to 1023"),
+    "sampling seed": (["infer.py", "q?", "--sampling-seed", "-1"], "--sampling-seed -1: expected a whole number"),
+    "threads": (["infer.py", "q?", "--threads", "0"], "--threads 0: expected 1 to"),
+    "many threads": (["infer.py", "q?", "--threads", "100000"], "the cores of this process"),
     "no GPU": (["infer.py", "q?", "--base", "--profile", "t4"], "The profile t4 needs a GPU"),
     "base and adapter": (["infer.py", "q?", "--base", "--adapter", "x"], "--base asks without an adapter"),
     "no adapter yet": (["infer.py", "q?"], "Train one: python train.py"),
-    "adapter missing": (["infer.py", "q?", "--adapter", "nowhere"], "'nowhere' is no adapter: it is not there"),
+    "adapter missing": (["infer.py", "q?", "--adapter", "nowhere"], "'nowhere' does not exist"),
     "adapter without a name": (["infer.py", "q?", "--adapter", ""], "--adapter is empty"),
-    "adapter that is a file": (["infer.py", "q?", "--adapter", "q.txt"], "'q.txt' is no adapter: it is a file"),
+    "adapter that is a file": (["infer.py", "q?", "--adapter", "q.txt"], "'q.txt' is a file"),
     "empty adapter": (["infer.py", "q?", "--adapter", "folder.txt"], "adapter_config.json is missing"),
     "adapter in a pickle": (["infer.py", "q?", "--adapter", "pickled"], "adapter_model.bin is a pickle, which can run code"),
     "hub adapter offline": (["infer.py", "q?", "--adapter", "nobody/nothing"], "nobody/nothing is not a folder"),
+    "other base model": (
+        ["infer.py", "q?", "--base", "--profile", "cpu", "--base-model", "bert"],
+        "bert: expected the model_type 'llama', found 'bert'",
+    ),
+    "base model that is not there": (
+        ["train.py", "--profile", "cpu", "--base-model", "none"],
+        "none: its config.json could not be read",
+    ),
+    "base model without sizes": (["data.py", "--profile", "cpu", "--base-model", "sizes"], "no valid num_hidden_layers"),
     # ablate.py
     "nothing to compare": (["ablate.py", "--study", "decoding"], "Train one: python train.py"),
     "no records": (["ablate.py", "--table"], "is not there. Make records first"),
@@ -195,7 +204,7 @@ REFUSED = {
     "no workers": (["ablate.py", "--workers", "0"], "--workers 0: 1 to 64"),
     "no rows of a study": (["ablate.py", "--num-rows", "-9"], "--num-rows -9: 1 or more"),
     "adapter of a study that trains": (["ablate.py", "--adapter", "x"], "is for --study decoding"),
-    "adapter of a study that is a file": (["ablate.py", "--study", "decoding", "--adapter", "q.txt"], "it is a file"),
+    "adapter of a study that is a file": (["ablate.py", "--study", "decoding", "--adapter", "q.txt"], "'q.txt' is a file"),
     "own rows of a study that asks": (["ablate.py", "--study", "decoding", "--rows", "q.jsonl"], "are for studies that train"),
     "rows of a study that asks": (["ablate.py", "--study", "decoding", "--num-rows", "9"], "is for studies that train"),
     "best of nothing": (["ablate.py", "--save-best", "--dry-run"], "--save-best writes into an adapter"),
@@ -221,8 +230,11 @@ def make_bad_files(folder):
         "object.json": b"{}",
     }.items():
         (folder / name).write_bytes(content)
-    for name in ("folder.txt", "folder.jsonl", "pickled"):
+    for name in ("folder.txt", "folder.jsonl", "pickled", "bert", "sizes"):
         (folder / name).mkdir()
+    (folder / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
+    (folder / "sizes" / "config.json").write_text(json.dumps({"model_type": "llama"} | sizes))
     (folder / "pickled" / "adapter_config.json").write_text("{}")
     (folder / "pickled" / "adapter_model.bin").write_bytes(b"\x80\x04.")
 
@@ -265,10 +277,10 @@ def test_the_t4_run_is_planned_anywhere_without_a_network(tmp_path):
     assert values["epochs"] == "2.0"
     assert "are estimates: lavita/ChatDoctor-HealthCareMagic-100k: could not be loaded from the hub" in ran.stdout
     assert values["rows"].startswith("about 10,000")
-    assert values["steps"].startswith("about 1,250 of 16 rows: 4 rows x 4 forward passes x 1 processes")
+    assert values["steps"].startswith("about 1,250 of 16 rows: 16 rows x 1 forward passes x 1 processes")
     assert values["trainable parameters"] == "24,313,856"
     assert values["adapter file"] == "97,307,544 bytes"
-    assert re.match(r"4\.\d\d GiB of 15\.0 GiB", values["device memory"]) and "MORE THAN" not in ran.stdout
+    assert re.match(r"7\.\d\d GiB of 15\.0 GiB", values["device memory"]) and "MORE THAN" not in ran.stdout
     assert list(tmp_path.iterdir()) == []
 
 

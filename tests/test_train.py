@@ -103,7 +103,7 @@ def test_the_planned_size_is_that_of_a_file_safetensors_writes(tmp_path):
 
 @pytest.mark.parametrize("profile", ["t4", "cpu"])
 def test_weights_are_those_of_the_architecture(profile):
-    arch = infer.PROFILES[profile].architecture
+    arch = data.PROFILES[profile].architecture
     recipe = make_recipe(profile=profile, load_in_4bit=False)
     model = train.build_meta_adapter(recipe, "float32")
     base = sum(tensor.numel() for name, tensor in model.named_parameters() if "lora_" not in name)
@@ -116,7 +116,7 @@ def test_the_small_models_architecture_is_that_of_its_file():
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(data.gguf_folder(), gguf_file=data.GGUF_FILE)
-    for name, value in dataclasses.asdict(infer.PROFILES["cpu"].architecture).items():
+    for name, value in dataclasses.asdict(data.PROFILES["cpu"].architecture).items():
         assert getattr(config, name) == value, name
 
 
@@ -131,13 +131,13 @@ def test_planned_activations_are_what_autograd_keeps_of_a_layer(profile, targets
     from transformers import LlamaConfig, LlamaForCausalLM
 
     recipe, dtype = make_recipe(profile=profile, target_modules=targets), getattr(torch, dtype)
-    sizes = dataclasses.asdict(infer.PROFILES[profile].architecture) | {"num_hidden_layers": 1, "vocab_size": 8}
+    sizes = dataclasses.asdict(data.PROFILES[profile].architecture) | {"num_hidden_layers": 1, "vocab_size": 8}
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype)
         lora = LoraConfig(r=recipe.r, target_modules=train.TARGET_MODULES[targets], task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
     model = model.to_empty(device="cpu")
-    train.quicken(model, profile)
+    train.quicken(model, data.PROFILES[profile])
     model = model.get_base_model().model
     kept = {}
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
@@ -191,22 +191,22 @@ def tiny():
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = infer.Architecture(64, 128, 2, 2, 1, 32, vocab_size=128_256)
-    profiles = dict(infer.PROFILES)
-    infer.PROFILES["t4"] = dataclasses.replace(profiles["t4"], architecture=sizes)
+    sizes = data.Architecture(64, 128, 2, 2, 1, 32, vocab_size=128_256)
+    profiles = dict(data.PROFILES)
+    data.PROFILES["t4"] = dataclasses.replace(profiles["t4"], architecture=sizes)
 
     def build(**lora):
         model = LlamaForCausalLM(LlamaConfig(**dataclasses.asdict(sizes), pad_token_id=128_004))
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **{"target_modules": ["q_proj"], **lora}))
 
     yield build
-    infer.PROFILES.update(profiles)
+    data.PROFILES.update(profiles)
 
 
 def test_a_native_pad_passes_the_guard_and_is_llamas_own(tiny):
     tokenizer = load_llama_tokenizer()
-    assert tokenizer.convert_tokens_to_ids(infer.LLAMA_PAD_TOKEN) == 128_004 == tokenizer.pad_token_id
-    assert (tokenizer.eos_token_id, infer.end_of_turn_id(tokenizer), len(tokenizer)) == (128_009, 128_009, 128_256)
+    assert tokenizer.convert_tokens_to_ids(data.PAD_TOKENS[0]) == 128_004 == tokenizer.pad_token_id
+    assert (tokenizer.eos_token_id, data.end_of_turn_id(tokenizer), len(tokenizer)) == (128_009, 128_009, 128_256)
     train.check_before_training(tiny(), tokenizer, make_recipe())
 
 

@@ -1,11 +1,12 @@
-"""How fast answers are written: the ablation's grid through the kit, against one `generate` call after the other.
+"""How fast answers are generated: the ablation's grid through the kit, and by transformers' `generate`.
 
     python -m tests.bench answer [--questions N] [--max-new-tokens N] [--rounds N]
 
-The grid is that of `ablate.py`: probe questions under all twelve decodings, caps scaled from 256 to --max-new-tokens. The usual
-loop asks transformers' own model, loaded without Unsloth, one question and one `generate` call at a time, under the same
-decodings (by the kit's processors, for the library's penalty cannot leave the prompt out). Both answer in float32 in the same
-process, by turns; medians are printed. That all answers are the same tokens is checked. Seconds count no loading.
+The grid is that of `ablate.py`: probe questions under all twelve decodings, caps scaled from 256 to --max-new-tokens.
+transformers' own model, loaded without Unsloth, answers one question per `generate` call, and then all questions of a decoding
+per call (padded on the left), under the same decodings: by the kit's processors, since the library's penalty cannot ignore the
+prompt and the end-of-turn token. All compute in float32 in the same process, by turns; medians are printed. Answers of single
+calls have to be the same tokens; in a batch of another shape the last bits differ, and a few answers may. Loading is not timed.
 
 Then the kit alone, once each: more questions, longer answers (none of which ends before its cap), fewer threads. The picture is
 docs/bench-answer.png.
@@ -17,6 +18,7 @@ import statistics
 import time
 
 import ablate
+import data
 import infer
 from tests.bench import Panel, draw
 
@@ -36,32 +38,41 @@ def make_requests(questions, cap):
     ]
 
 
-def answer_one_by_one(plain, loaded, requests):
-    """Token ids of each request's answer, by a `generate` call of its own."""
+def answer_plainly(plain, loaded, requests, questions_per_call):
+    """Token ids of each request's answer; a call answers so many questions under one decoding."""
     import torch
 
-    answers = []
-    for request in requests:
-        prompt = infer.check_room(loaded, request)
-        stop = infer.stop_ids(request.decoding, loaded.model, loaded.tokenizer)
-        input_ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            output = plain.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                generation_config=infer.make_generation_config(
-                    request.decoding.max_new_tokens, stop, loaded.tokenizer.pad_token_id
-                ),
-                logits_processor=[infer.make_row_processor([request.decoding], len(prompt))],
-            )
-        answers.append(output[0, len(prompt) :].tolist())
-    return answers
+    pad, answers = loaded.tokenizer.pad_token_id, {}
+    by_decoding = {}
+    for place, request in enumerate(requests):
+        by_decoding.setdefault(request.decoding, []).append(place)
+    for decoding, places in by_decoding.items():
+        for start in range(0, len(places), questions_per_call):
+            batch = places[start : start + questions_per_call]
+            prompts = [infer.encode_request(loaded, requests[place]) for place in batch]
+            width = max(map(len, prompts))
+            padding = [width - len(prompt) for prompt in prompts]
+            ids = [[pad] * missing + prompt for missing, prompt in zip(padding, prompts, strict=True)]
+            mask = [[0] * missing + [1] * (width - missing) for missing in padding]
+            stop = infer.stop_ids(decoding, loaded.model, loaded.tokenizer)
+            with torch.inference_mode():
+                output = plain.generate(
+                    input_ids=torch.tensor(ids),
+                    attention_mask=torch.tensor(mask),
+                    generation_config=infer.make_generation_config(
+                        decoding.max_new_tokens, stop or [len(loaded.tokenizer)], pad
+                    ),
+                    logits_processor=[infer.make_row_processor([decoding] * len(batch), width, padding)],
+                )
+            for place, row in zip(batch, output[:, width:].tolist(), strict=True):
+                answers[place], _ = infer.cut_answer(row, decoding.max_new_tokens, stop)
+    return [answers[place] for place in range(len(requests))]
 
 
 def load_both():
     """The kit's base model, and transformers' own of the same weights."""
-    infer.prepare_environment("cpu", offline=True)
-    loaded = infer.load_for_asking("cpu", None)
+    infer.prepare_environment(data.PROFILES["cpu"])
+    loaded = infer.load_for_inference(data.PROFILES["cpu"])
     from transformers import AutoModelForCausalLM
 
     with infer.quiet_libraries():
@@ -83,20 +94,25 @@ def rate(loaded, requests):
 
 
 def compare(loaded, plain, requests, rounds):
-    """Asks both ways by turns, checks that the answers are the same, and prints the medians."""
-    seconds = []
+    """Asks in three ways by turns, checks that the answers are the same, and prints the medians."""
+    seconds, equal = {"one by one": [], "stock batches": [], "kit": []}, []
     for _ in range(rounds):
-        alone_seconds, alone = timed(lambda: answer_one_by_one(plain, loaded, requests))
-        grid_seconds, answers = timed(lambda: infer.answer_requests(loaded, requests))
+        spent, alone = timed(lambda: answer_plainly(plain, loaded, requests, 1))
+        seconds["one by one"].append(spent)
+        spent, batched = timed(lambda: answer_plainly(plain, loaded, requests, len(requests)))
+        seconds["stock batches"].append(spent)
+        spent, answers = timed(lambda: infer.answer_requests(loaded, requests))
+        seconds["kit"].append(spent)
         differ = [place for place, answer in enumerate(answers) if answer.token_ids != alone[place]]
         assert not differ, [(requests[place].question, requests[place].decoding) for place in differ]
-        seconds.append((alone_seconds, grid_seconds))
-    one, grid = (statistics.median(each[part] for each in seconds) for part in (0, 1))
-    ratio = statistics.median(alone / kit for alone, kit in seconds)
+        equal.append(sum(answer.token_ids == ids for answer, ids in zip(answers, batched, strict=True)))
     tokens, rows = sum(map(len, alone)), len(infer.merge_requests(requests))
-    print(f"{len(requests)} answers of {tokens:,} tokens in all, in {rows} different rows; medians of {rounds} rounds")
-    print(f"one by one {one:6.1f} s, {tokens / one:4.0f} tokens/s")
-    print(f"kit        {grid:6.1f} s, {tokens / grid:4.0f} tokens/s: {ratio:.1f} times as fast, the same answers", flush=True)
+    print(f"{len(requests)} answers of {tokens:,} tokens in total, in {rows} different rows; medians of {rounds} rounds")
+    for name, each in seconds.items():
+        ratio = statistics.median(other / kit for other, kit in zip(each, seconds["kit"], strict=True))
+        spent = statistics.median(each)
+        print(f"{name:<14}{spent:6.1f} s, {tokens / spent:4.0f} tokens/s: {ratio:.1f} times the kit's time")
+    print(f"stock batches gave the kit's tokens in {min(equal)} of {len(requests)} answers", flush=True)
 
 
 def main(arguments):

@@ -39,7 +39,11 @@ def generate_rows(count):
     ones every time."""
     draw = random.Random(0)
     flags = data.RowsFlags()
-    samples = [row for name, path in data.SOURCES["cpu"].items() for row in data.load_source(name, path, flags)[0]]
+    samples = [
+        row
+        for name in ("conversational", "encyclopedic")
+        for row in data.load_source(name, getattr(data.PROFILES["cpu"], name), flags)[0]
+    ]
     asked, answered = (
         [sentence for text in texts for sentence in re.split(r"(?<=[.!?])\s+", text)]
         for texts in ([row.question for row in samples], [row.answer for row in samples])

@@ -6,8 +6,6 @@ ADAPTER is an adapter folder that `train.py` left, STUDY a folder of `ablate.py`
 from the start of the process to the first byte on stdout, of `infer.py` and of a script that imports transformers and PEFT,
 loads the same weights in float32 and generates: the least that anyone runs. Both print one token, the same one, which is
 checked. By turns; medians. The picture is docs/bench-start.png.
-
-Most of it is imports, so Unsloth's are timed as well: as Python does them, and with its garbage collector at rest, as the kit.
 """
 
 import argparse
@@ -72,18 +70,13 @@ def main(arguments):
         to_the_end(python + line, study_home)  # which brings the files into memory
         medians[name] = statistics.median(to_the_end(python + line, study_home) for _ in range(asked.rounds))
         print(f"{name:<22}{medians[name]:6.2f} s", flush=True)
-    tokenizer = data.load_tokenizer("cpu")
+    tokenizer = data.load_tokenizer(data.PROFILES["cpu"])
     prompt = tokenizer.decode(data.encode_prompt(tokenizer, QUESTION))
-    bare = [*python, "-c", BARE, infer.base_model_path(infer.SMALL_MODEL), str(asked.adapter), prompt]
+    bare = [*python, "-c", BARE, infer.base_model_path(data.SMALL_MODEL), str(asked.adapter), prompt]
     kit = [*python, str(ROOT / "infer.py"), QUESTION, "--adapter", str(asked.adapter), "--max-new-tokens", "1"]
     rounds = [(first_byte(bare), first_byte(kit)) for _ in range(asked.rounds)]
     assert len({output.strip() for each in rounds for _, output in each}) == 1, rounds
     plain, own = (statistics.median(each[place][0] for each in rounds) for place in (0, 1))
     ratio = statistics.median(kit_run[0] / bare_run[0] for bare_run, kit_run in rounds)
     print(f"first token, bare     {plain:6.2f} s\nfirst token, infer.py {own:6.2f} s: {ratio:.2f} times the bare script's")
-    imports = ("import unsloth", "import gc; gc.disable(); import unsloth")
-    usual, resting = (
-        statistics.median(to_the_end([*python, "-c", code], study_home) for _ in range(asked.rounds)) for code in imports
-    )
-    print(f"import unsloth        {usual:6.2f} s\nthe same, no collector{resting:6.2f} s")
     draw_bars("start", "s, median", medians | {"first token, bare script": plain, "first token, infer.py": own})

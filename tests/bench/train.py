@@ -53,7 +53,7 @@ MEASURES = {
 
 def take_rows(tokenizer, count):
     """The first rows of the default mix, and those held out, encoded: the same for every arm."""
-    mix = data.RowsConfig().load("cpu")
+    mix = data.RowsConfig().load(data.PROFILES["cpu"])
     return [data.encode_rows(tokenizer, rows)[0] for rows in (mix.train[:count], mix.eval)]
 
 
@@ -112,13 +112,13 @@ def measure_peak(size=2048, runs=20):
 
 def make_kit_trainer(recipe, count, folder):
     """The trainer of `train.py`, made as it makes it, without the gate's questions; and its rows."""
-    model, tokenizer = infer.load_base("cpu", dtype=None)
+    model, tokenizer = infer.load_base(data.PROFILES["cpu"], dtype=None)
     import datasets
 
     with infer.quiet_libraries():
         rows = take_rows(tokenizer, count)
         model = train.add_lora(model, recipe)
-        train.quicken(model, recipe.profile)
+        train.quicken(model, recipe.values)
         return train.make_trainer(model, tokenizer, recipe, *map(datasets.Dataset.from_list, rows), folder), *rows
 
 
@@ -233,8 +233,8 @@ def make_recipe():
 
 def run_once(arm, count, folder):
     """One training in this process, as numbers."""
-    infer.prepare_environment("cpu", offline=True)
-    train.TRAINING["cpu"] = dataclasses.replace(train.TRAINING["cpu"], **MEASURES.get(arm, {}))
+    infer.prepare_environment(data.PROFILES["cpu"])
+    data.PROFILES["cpu"] = dataclasses.replace(data.PROFILES["cpu"], **MEASURES.get(arm, {}))
     recipe = make_recipe()
     if arm == "kit" or arm in MEASURES:
         trainer, train_rows, held_out = make_kit_trainer(recipe, count, folder)
@@ -298,7 +298,7 @@ def check_equal(runs):
 
 def count_operations(tokens, answer_tokens):
     """The operations that training on so many tokens cannot leave away; see above."""
-    arch = infer.PROFILES["cpu"].architecture
+    arch = data.PROFILES["cpu"].architecture
     linear = arch.num_hidden_layers * sum(rows * columns for rows, columns in arch.linear_shapes.values())
     head = arch.hidden_size * arch.vocab_size
     return 4 * linear * tokens + 4 * head * answer_tokens
@@ -370,7 +370,7 @@ def main(arguments):
     parser.add_argument("--measures", action="store_true")
     asked = parser.parse_args(arguments)
     if asked.profile:
-        infer.prepare_environment("cpu", offline=True)
+        infer.prepare_environment(data.PROFILES["cpu"])
         profile_kit(max(asked.rows))
         return
     if asked.measures:
