@@ -1456,7 +1456,8 @@ def _canonical_name(name: str) -> str:
     owner, _, model = name.lower().rpartition("/")
     if owner in ("meta-llama", "unsloth", "huggingfacetb"):
         return model.removesuffix("-bnb-4bit").removesuffix("-unsloth")
-    return name.lower() if not Path(name).is_dir() else str(Path(name).resolve())
+    is_folder = name != SMALL_MODEL and Path(name).is_dir()
+    return str(Path(name).resolve()) if is_folder else name.lower()
 
 
 @functools.cache

@@ -1043,8 +1043,8 @@ def check_adapter(
 ) -> Adapter:
     """The adapter in a folder, after a check of every file that will be read. Loads no weights.
 
-    `choice` and `base_model` are the flags of these names; the adapter's base model has to be the
-    same weights, or a folder if `base_model` names the weights that it contained.
+    `choice` and `base_model` are the flags of these names. If `base_model` or the adapter's own is
+    a folder, their shapes are compared; otherwise they have to be names of the same weights.
 
     Raises:
         UsageError: a file is missing, unreadable or broken, the weights are a pickle, or the
@@ -1177,7 +1177,8 @@ def resolve_adapter_profile(
             f"{folder} was trained on {own} (profile {name}), and --profile {choice} is "
             f"{data.PROFILES[choice].base_model}. Remove --profile, or give another adapter."
         )
-    if base_model and not (is_folder or data.is_same_base(base_model, own)):
+    is_copy = is_folder or (base_model is not None and Path(base_model).is_dir())
+    if base_model and not (is_copy or data.is_same_base(base_model, own)):
         raise UsageError(
             f"{folder} was trained on {own}, and --base-model is {base_model}. Remove "
             "--base-model, or give another adapter."

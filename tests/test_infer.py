@@ -376,6 +376,7 @@ def test_of_an_adapters_folder_nothing_but_weights_and_plain_numbers_is_followed
         (("smollm2-135m-instruct", "cpu"), {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}, "smollm2-135m-instruct"),
         (("FOLDER", "cpu"), {}, "FOLDER"),
         (("/elsewhere/model", None), {"choice": "cpu", "base_model": "FOLDER"}, "FOLDER"),
+        (("smollm2-135m-instruct", "cpu"), {"base_model": "FOLDER"}, "FOLDER"),
     ],
     ids=str,
 )
