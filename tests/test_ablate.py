@@ -420,4 +420,4 @@ def test_the_best_decoding_is_saved(trained, tmp_path):
     name = re.search(r"is asked under (\S+) from now on", said)[1]
     assert record["decoding"] == dataclasses.asdict(dataclasses.replace(infer.DECODINGS[name], max_new_tokens=12))
     assert config["repetition_penalty"] == record["decoding"]["repetition_penalty"]
-    assert infer.check_adapter(adapter).decoding.max_new_tokens == 12
+    assert infer.check_adapter(adapter).record.decoding.max_new_tokens == 12
