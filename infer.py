@@ -2520,7 +2520,7 @@ def print_comparison(loaded: LoadedModel, request: Request, config: InferConfig)
 
     console = Console(highlight=False)
     panels = []
-    width = max(console.width // len(named) - 1, min(console.width, 40))
+    width = max(console.width // len(named) - 1, min(console.width, 39))
     for name, each in judged.items():
         title = f"{name}: {named[name].answer_tokens} tokens, {each.verdict}"
         text = Text(data.escape_controls(named[name].text))

@@ -34,7 +34,7 @@ def fill(folder, text):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_folder_is_put_whole_in_the_place_of_another(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
-        monkeypatch.setattr(infer.ctypes, "CDLL", lambda *_, **__: object())
+        monkeypatch.setattr(train.ctypes, "CDLL", lambda *_, **__: object())
     train.put_folder(fill(tmp_path / ".part", "new"), tmp_path / "there")
     train.put_folder(fill(tmp_path / ".part", "newer"), tmp_path / "there")
     assert (tmp_path / "there" / "file").read_text() == "newer"
@@ -44,7 +44,7 @@ def test_a_folder_is_put_whole_in_the_place_of_another(tmp_path, monkeypatch, ca
 def test_a_folder_that_is_exchanged_is_there_at_every_moment(tmp_path):
     """A reader looks as fast as it can while another process puts folder after folder in the place."""
     program = f"""
-import infer, pathlib
+import pathlib, train
 for number in range(300):
     part = pathlib.Path({str(tmp_path)!r}) / ".part"
     part.mkdir()
