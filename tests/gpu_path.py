@@ -151,10 +151,13 @@ def main(backend, base_model, script, *flags):
     infer.prepare_environment(data.PROFILES[profile], offline=True)
     if backend == "gpu":
         import_gpu_unsloth()
+        from transformers.utils import logging
+
+        logging.set_verbosity_error = lambda: None
     else:
         tell_instead_of_refusing()
     config, run = {"train": (train.TrainConfig, train.main), "infer": (infer.InferConfig, infer.main)}[script]
-    # The tests look for what Unsloth prints about its kernels.
+    # The tests look for what Unsloth prints and logs about its kernels.
     infer.quiet_libraries = lambda: contextlib.redirect_stdout(sys.stderr)
     sys.argv = [f"{script}.py", *flags, "--profile", profile]
     data.run_command(config, run, None)
