@@ -1528,7 +1528,7 @@ def encode_request(loaded: LoadedModel, request: Request) -> list[int]:
 
 
 def padded_width(prompt_tokens: int) -> int:
-    """Tokens of a prompt with its padding, of which there is at least one: a mask is needed."""
+    """Tokens of a prompt with its padding, at least one of them padding, so there is a mask."""
     return (prompt_tokens // PROMPT_MULTIPLE + 1) * PROMPT_MULTIPLE
 
 
