@@ -1570,8 +1570,9 @@ def answer_requests(
 ) -> list[Answer]:
     """One `Answer` per request, in their order, which depends on no other request.
 
-    Every forward pass has `ROWS` rows, padded on the left to a multiple of `PROMPT_MULTIPLE`;
-    unused rows are copies of the last prompt. `progress` gets the number of tokens generated, or
+    Every step of generation has `ROWS` rows, padded on the left to a multiple of
+    `PROMPT_MULTIPLE`; unused rows are copies of the last prompt. Prompts are read together, or one
+    per pass if the profile shares them, see `_read_prompts`. `progress` gets the number of tokens generated, or
     skipped after an early end: `count_new_tokens` in total. `on_text` gets the text of the first
     request piece by piece.
 
