@@ -15,10 +15,11 @@ work on one folder: start the same line in each.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
+import html
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -53,6 +55,119 @@ ABLATE_RUNS = infer.RUNS / "ablate"
 
 StudyName = Literal["all", "training", "decoding"]
 
+# --- Files and text ----------------------------------------------------------------------------------------------
+
+
+def sync(descriptor: int) -> None:
+    """Flushes a file to the disk, where the file system can."""
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def put_folder(part: Path, folder: Path) -> None:
+    """Replaces `folder` by the folder `part`: readers find the old one or the new one, complete.
+
+    Linux exchanges two folders in one step, if the file system supports it.
+    """
+    for file in part.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            sync(descriptor)
+            os.close(descriptor)
+    if not folder.exists():
+        part.rename(folder)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(part), os.fsencode(folder)
+    if not hasattr(libc, "renameat2") or libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
+        remove_folder(folder)
+        part.rename(folder)
+    else:
+        remove_folder(part)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, if it exists; a process killed meanwhile leaves no part under its name."""
+    if folder.exists():
+        gone = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.gone")
+        folder.rename(gone)
+        shutil.rmtree(gone)
+
+
+def clear_leftovers(folder: Path, pattern: str = ".*") -> None:
+    """Removes unfinished files of a killed process. The caller holds the lock of the folder."""
+    for leftover in folder.glob(pattern):
+        if leftover.suffix in (".part", ".gone"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[int | None]:
+    """A file descriptor that holds the lock `path`, or None if another process has it.
+
+    The lock ends with the last process that has the descriptor open, children included. The file
+    names its holder.
+
+    Raises:
+        UsageError: as `data.writing`.
+    """
+    with data.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+_SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.I)
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+
+
+def redact(text: str) -> str:
+    """The text without access tokens: values of secret variables, and hub tokens."""
+    secrets = {
+        value
+        for name, value in os.environ.items()
+        if _SECRET_NAMES.search(name) and len(value) >= 8
+    }
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _HUB_TOKEN.sub("***", text)
+
+
+def escape_markdown(text: str) -> str:
+    """The text in one line of markdown that shows it unchanged; newlines become `<br>`.
+
+    Punctuation becomes numeric entities, which markdown never interprets.
+    """
+    shown = data.escape_controls(text.replace("\r\n", "\n").replace("\t", " "))
+    # Also the colon and the dot of www., which some viewers turn into links.
+    escaped = re.sub(r"[^\w\s.,;()'?!%/-]|_|(?<=www)\.", lambda match: _entities(match.group()), shown)
+    # At the start of a cell even these would make a list or a heading.
+    return re.sub(r"^(\s*)([-.()]|\d+[.)])", lambda match: match[1] + _entities(match[2]), escaped).replace("\n", "<br>")
+
+
+def _entities(text: str) -> str:
+    return "".join(f"&#{ord(character)};" for character in text)
+
+
+def format_verbatim(text: str) -> str:
+    """The text as one line of HTML, so that no part of it is read as markdown."""
+    return f"<pre>{html.escape(data.escape_controls(text)).replace(chr(10), '&#10;')}</pre>"
+
+
 # --- The grid, as values -----------------------------------------------------------------------------------------
 
 
@@ -65,7 +180,7 @@ class TrainingArm:
     epochs: int = 1
     pad: infer.PadName = "native"
     r: int = 16
-    best: train.Best = "eval_loss"
+    best: train.Metric = "eval_loss"
     """`answers` chooses the weights by the gate, as the kit does; the story had only the loss."""
 
 
@@ -197,7 +312,7 @@ class AblateConfig(data.RowsFlags):
     def __post_init__(self) -> None:
         problems = []
         if self.name is not None and not infer.RUN_NAME.fullmatch(self.name):
-            problems.append(f"--name {self.name!r}: {infer.RUN_NAME_RULE}")
+            problems.append(f"--name {self.name!r}: expected {infer.RUN_NAME_RULE}")
         for flag, most in {"seeds": MAX_SEEDS, "num_rows": None, "num_probes": None, "workers": MAX_WORKERS}.items():
             value = getattr(self, flag)
             if value is not None and (value < 1 or (most and value > most)):
@@ -358,7 +473,7 @@ def training_flags(
     if num_rows:
         flags["--num-rows"] = num_rows
     if arm.best == "eval_loss":
-        flags |= {"--best": arm.best, "--num-probes": 0}
+        flags |= {"--metric-for-best-model": arm.best, "--num-probes": 0}
         if every := data.PROFILES[profile].ablation_eval_every:
             flags["--eval-every"] = every
     return tuple(str(part) for item in flags.items() for part in item)
@@ -406,8 +521,13 @@ def make_grid(config: AblateConfig) -> Grid:
         system_prompt=system_prompt,
         rows=config.rows,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_world_size=train.local_world_size(),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
+
+
+# Mean tokens of prompt and answer, for a plan without the rows: 1,494 published ChatDoctor-iCliniq and 1,497 WikiDoc rows after
+# cleaning, under Llama 3.2's tokenizer.
+MEAN_ROW_TOKENS: dict[data.SourceName, int] = {"conversational": 264, "encyclopedic": 169}
 
 
 # --- The time it will take ---------------------------------------------------------------------------------------
@@ -441,22 +561,25 @@ def plan_training(grid: Grid, model: Model, counted: dict[Any, tuple[int, int]])
     """
     if model.flags is None:
         return 0.0, 0
-    config = tyro.cli(train.TrainConfig, args=model.flags)
-    recipe = train.resolve_recipe(config)
+    config, profile, _ = train.resolve(tyro.cli(train.TrainConfig, args=model.flags))
     mix = (config.mix, config.num_rows, config.seed)
     if mix not in counted:
-        counts = train.count_rows(config, recipe)
-        counted[mix] = (counts.rows, counts.tokens)
+        if audit := train.count_rows(config, profile):
+            counted[mix] = (audit["train_rows"], audit["train_tokens"])
+        else:
+            counts = {name: count or 0 for name, count in config.wanted.items()}
+            tokens = sum(count * MEAN_ROW_TOKENS.get(name, 0) for name, count in counts.items())
+            counted[mix] = (sum(counts.values()), tokens)
     rows, tokens = counted[mix]
-    steps = recipe.count_steps(rows)
+    steps = config.count_steps(rows)
     values = grid.values
-    evaluations = recipe.count_evaluations(steps)
-    answers = evaluations * recipe.gate_max_new_tokens * values.seconds_per_new_token
+    evaluations = config.count_evaluations(steps)
+    answers = evaluations * profile.gate_max_new_tokens * values.seconds_per_new_token
     seconds = (
         values.start_seconds
         + evaluations * values.evaluation_seconds
-        + (answers if recipe.num_probes else 0)
-        + steps * train.EFFECTIVE_BATCH_SIZE * tokens / rows / values.worker_tokens_per_second
+        + (answers if config.num_probes else 0)
+        + steps * config.rows_per_step * tokens / rows / values.worker_tokens_per_second
     )
     return seconds, steps
 
@@ -668,7 +791,7 @@ def write_cell(study: Path, model_id: str, result: Mapping[str, Any], answers: S
         lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         (part / "generations.jsonl").write_text(lines, encoding="utf-8")
         (part / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        train.put_folder(part, folder)
+        put_folder(part, folder)
         failed_file(study, model_id, result["settings"]["decoding"]).unlink(missing_ok=True)
 
 
@@ -833,13 +956,13 @@ class Workshop:
     def _try_each(self, number: int) -> bool:
         """Does the first model that nobody has claimed; False where there is none."""
         for model in list(self.todo):
-            with train.claim(self.grid.folder / "claims" / model.id) as descriptor:
+            with claim(self.grid.folder / "claims" / model.id) as descriptor:
                 if descriptor is None:
                     continue
                 # What another process had claimed may be done by now.
                 names = [name for name in model.decodings if not is_done(self.grid, model, name)]
                 if names and model in self.todo and list_failures(self.grid, model) <= self._old_failures[model.id]:
-                    train.clear_leftovers(self.grid.folder / "cells", f".{model.id}.*")
+                    clear_leftovers(self.grid.folder / "cells", f".{model.id}.*")
                     self._own.add(model.id)
                     self._do(model, names, number, descriptor)
                 if self._stopped:
@@ -863,7 +986,7 @@ class Workshop:
             if self._stopped:
                 return
             known = isinstance(error, FailedRunError | UsageError)
-            said = train.redact(str(error) if known else "".join(traceback.format_exception(error)))
+            said = redact(str(error) if known else "".join(traceback.format_exception(error)))
             self.progress.note(f"{model.id} failed, and the rest goes on: {last_line(said)}")
             for name in names:
                 failed = {"settings": self.grid.settings(model, name), "error": said}
@@ -900,7 +1023,7 @@ class Workshop:
             self._watch_training(model, command, number, descriptor, log)
         except FailedRunError as error:
             # A run of other rows, flags or version of the kit is kept aside.
-            if train.HOLDS_OTHER_VALUES not in str(error):
+            if train.OTHER_VALUES not in str(error):
                 raise
             self._watch_training(model, [*command, "--restart"], number, descriptor, log)
 
@@ -917,7 +1040,7 @@ class Workshop:
                 with contextlib.suppress(FileNotFoundError):
                     # Lines of an earlier start are no progress until this one has taken them over.
                     if metrics.stat().st_mtime_ns != earlier:
-                        steps = metrics.read_bytes().count(b'"train_loss"')
+                        steps = metrics.read_bytes().count(b'"loss"')
                 share = min(1.0, steps / times.training_steps) if times.training_steps else 0.0
                 said = f"step {steps}/{times.training_steps}" if steps else "training begins"
                 self.progress.show(model.id, share * times.training_seconds, said)
@@ -999,13 +1122,13 @@ class Workshop:
 def summarise_training(record: Mapping[str, Any]) -> dict[str, Any]:
     """What of a run's record the table tells: losses of the evaluation whose weights were kept, size, time, rows."""
     numbers = record["numbers"]
-    before, chosen = numbers["evaluations"]
+    before, chosen = numbers["before"], numbers["chosen"]
     return {
         "eval_loss_before": before["eval_loss"],
         "eval_loss": chosen["eval_loss"],
-        "mean_token_accuracy": chosen["mean_token_accuracy"],
+        "mean_token_accuracy": chosen.get("eval_mean_token_accuracy"),
         "chosen_step": chosen["step"],
-        "data_fingerprint": record["data_fingerprint"],
+        "data_fingerprint": record["recipe"]["data_fingerprint"],
     } | {
         name: numbers[name]
         for name in ("steps", "training_seconds", "adapter_bytes", "trainable_parameters", "train_rows", "train_tokens")
@@ -1056,14 +1179,8 @@ def answer_job() -> None:
 def plan_pad_bytes() -> dict[str, int]:
     """Exact bytes of an attention-only adapter of Llama 3.2 3B by its pad token and the embedding's dtype, off its shapes."""
     planned = {}
-    for name, pad, dtype in (
-        ("native", "native", "float16"),
-        ("added, 16-bit embedding", "added", "float16"),
-        ("added, fp32 embedding", "added", "float32"),
-    ):
-        recipe = train.resolve_recipe(train.TrainConfig(profile="t4", target_modules="attention", pad=pad))
-        tensors = train.saved_tensors(train.build_meta_adapter(recipe, dtype), pad)
-        planned[name] = train.count_safetensors_bytes(tensors)
+    for name, dtype in (("native", None), ("added, 16-bit embedding", "float16"), ("added, fp32 embedding", "float32")):
+        planned[name] = train.count_adapter(data.PROFILES["t4"].architecture, "attention", 16, dtype)[1]
     return planned
 
 
@@ -1076,7 +1193,7 @@ def describe_machine(loaded: infer.LoadedModel) -> dict[str, Any]:
     else:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
         machine = f"{found.group(1) if found else platform.machine()}, {torch.get_num_threads()} threads"
-    versions = {name: importlib.metadata.version(name) for name in train.VERSIONS_OF} | {"python": platform.python_version()}
+    versions = train.list_versions()
     return {"machine": machine, "dtype": str(loaded.model.dtype).removeprefix("torch."), "versions": versions} | {
         "commit": train.commit_id()
     }
@@ -1724,9 +1841,9 @@ def mark_findings(record: Record) -> str:
             spans.append((start, end))
     text, at, parts = record["text"], 0, []
     for start, end in spans:
-        parts += [train.escape_markdown(text[at:start]), "⟦", train.escape_markdown(text[start:end]), "⟧"]
+        parts += [escape_markdown(text[at:start]), "⟦", escape_markdown(text[start:end]), "⟧"]
         at = end
-    return "".join([*parts, train.escape_markdown(text[at:])]) or "(nothing)"
+    return "".join([*parts, escape_markdown(text[at:])]) or "(nothing)"
 
 
 def sort_rows(records: Records) -> list[Row]:
@@ -1779,7 +1896,7 @@ def format_row(records: Records, row: Row, best: Row | None) -> list[str]:
     ]
     if not row.answers:
         last = row.errors[0].strip().splitlines()[-1] if row.errors else "no answers"
-        return [row.arm, row.decoding, *trained, f"failed: {train.escape_markdown(last)}", *[""] * (len(COLUMNS) - 7)]
+        return [row.arm, row.decoding, *trained, f"failed: {escape_markdown(last)}", *[""] * (len(COLUMNS) - 7)]
     size, good = len(row.answers), int(row.count(is_good))
     low, high = row.good_interval
     reference, paired = find_reference(records, row), ""
@@ -1830,7 +1947,7 @@ def describe_makers(records: Records) -> list[str]:
             if training
         ],
     }
-    return [f"- {name}: {train.escape_markdown('; '.join(dict.fromkeys(values)))}" for name, values in makers.items() if values]
+    return [f"- {name}: {escape_markdown('; '.join(dict.fromkeys(values)))}" for name, values in makers.items() if values]
 
 
 def make_page(records: Records) -> str:
@@ -1845,7 +1962,7 @@ def make_page(records: Records) -> str:
         *format_table(COLUMNS, (format_row(records, row, find_best(rows)) for row in rows)),
         "",
         f"- command: `{records.study['command']}`",
-        f"- questions: {size}, the probes {train.escape_markdown(', '.join(records.study['probes']))}",
+        f"- questions: {size}, the probes {escape_markdown(', '.join(records.study['probes']))}",
         *describe_makers(records),
         "",
         NOTES,
@@ -1857,10 +1974,10 @@ def make_page(records: Records) -> str:
             (
                 (
                     claim.id,
-                    train.escape_markdown(claim.says),
+                    escape_markdown(claim.says),
                     verdict,
-                    train.escape_markdown(measured),
-                    train.escape_markdown(claim.rule),
+                    escape_markdown(measured),
+                    escape_markdown(claim.rule),
                 )
                 for claim in CLAIMS
                 for verdict, measured in (claim.check(records),)
@@ -1885,19 +2002,19 @@ def format_answers(row: Row, written: dict[tuple[str, int, str, str], Row]) -> l
     that are cut from one run, leads there.
     """
     lines = ["", f'<a name="{row.name}"></a>', "<details>", f"<summary>{row.arm}, {row.decoding}</summary>", ""]
-    lines += [train.format_verbatim(error) for error in row.errors]
+    lines += [format_verbatim(error) for error in row.errors]
     for (seed, question), record in row.answers.items():
         of_seed = f", seed {seed}" if len(row.cells) > 1 else ""
         facts = infer.Facts(**{name: tuple(record["facts"][name]) for name in ("named", "missing", "wrong")})
-        ended = train.escape_markdown(f"{record['finish_reason']}{of_seed}; {record['verdict']}")
+        ended = escape_markdown(f"{record['finish_reason']}{of_seed}; {record['verdict']}")
         how = f"{record['answer_tokens']} tokens, {ended}; {facts}"
         first = written.setdefault((row.arm, seed, question, record["sha256"]), row)
         text = (
-            train.format_verbatim(record["text"])
+            format_verbatim(record["text"])
             if first is row
             else f"The same answer as under [{first.decoding}](#{first.name})."
         )
-        lines += [f"{train.escape_markdown(question)} ({how})", "", text, ""]
+        lines += [f"{escape_markdown(question)} ({how})", "", text, ""]
     return [*lines, "</details>"]
 
 
@@ -1912,13 +2029,13 @@ def format_side_by_side(records: Records) -> list[str]:
         return []
     return [
         "",
-        f"## One question, three answers: {train.escape_markdown(question)}",
+        f"## One question, three answers: {escape_markdown(question)}",
         "",
         "What speaks against an answer stands in ⟦ ⟧.",
         "",
         *format_table(
             [
-                f"{row.arm}, {row.decoding}: " + train.escape_markdown(f"{record['verdict']}, {record['finish_reason']}")
+                f"{row.arm}, {row.decoding}: " + escape_markdown(f"{record['verdict']}, {record['finish_reason']}")
                 for row, record in zip(rows, answers, strict=True)
             ],
             [[mark_findings(record) for record in answers]],
@@ -2075,7 +2192,7 @@ def hold_page(study: Path) -> Iterator[None]:
     """Of several processes one at a time writes what belongs to the whole study."""
     with (study / "page.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        train.clear_leftovers(study)
+        clear_leftovers(study)
         yield
 
 
@@ -2108,7 +2225,7 @@ def write_page(study: Path) -> Records:
 
 def describe_study(config: AblateConfig, grid: Grid) -> dict[str, Any]:
     """study.json: what the page is made from, beside the cells, each of which it names with the digest of its settings."""
-    flags = [train.redact(flag) for flag in sys.argv[1:] if flag not in ("--table", "--save-best")]
+    flags = [redact(flag) for flag in sys.argv[1:] if flag not in ("--table", "--save-best")]
     return {
         "study": config.study,
         "command": shlex.join(["python", "ablate.py", *flags]),
@@ -2137,7 +2254,7 @@ def print_result(study: Path, records: Records) -> None:
 
 def main(config: AblateConfig) -> int:
     """Does what is missing, then writes page and picture. Returns the exit code: 1 if a cell failed."""
-    train.INTERRUPTION.listen()
+    infer.raise_on_signals()
     study = config.folder
     adapters: dict[str, Path] = {}
     if not train.is_main_process():

@@ -74,9 +74,7 @@ LATEST = TRAIN_RUNS / "latest.txt"
 ADAPTER_RECORD = "kit.json"
 # A run's or a study's name becomes the name of a folder.
 RUN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
-RUN_NAME_RULE = (
-    "expected up to 100 letters, digits, '.', '_' and '-', starting with a letter or digit."
-)
+RUN_NAME_RULE = "up to 100 letters, digits, '.', '_' and '-', starting with a letter or digit."
 
 # Every forward pass of a generation has this many rows, and prompts are padded to a multiple of
 # this many tokens: equal shapes use equal kernels, so an answer's bits do not depend on others.
@@ -883,7 +881,7 @@ def base_model_path(base_model: str) -> str:
 
 
 def load_base(
-    profile: Profile, *, dtype: str | None
+    profile: Profile, *, dtype: str | None, max_seq_length: int = data.MAX_SEQ_LENGTH
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The profile's base model and its tokenizer, with the special tokens of `data`.
 
@@ -911,7 +909,7 @@ def load_base(
         try:
             model, tokenizer = FastLanguageModel.from_pretrained(
                 model_name=base_model_path(profile.base_model),
-                max_seq_length=data.MAX_SEQ_LENGTH,
+                max_seq_length=max_seq_length,
                 dtype=dtype and getattr(torch, dtype),
                 load_in_4bit=profile.load_in_4bit,
                 use_gradient_checkpointing=profile.use_gradient_checkpointing,
@@ -973,6 +971,9 @@ def find_adapter(name: str) -> Path:
     return folder
 
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
 @dataclass(frozen=True)
 class AdapterRecord:
     """What is known of an adapter: kit.json, or for other programs' adapters PEFT's config."""
@@ -988,6 +989,8 @@ class AdapterRecord:
     """That of most of its training rows."""
     surprisal_reference: float | None = None
     """Of the base model, in nats per byte, see `surprisal_reference`."""
+    load_in_4bit: bool | None = None
+    """How the base model was loaded in training. None: as the profile loads it."""
 
 
 @dataclass(frozen=True)
@@ -1013,11 +1016,10 @@ def hash_weights(adapter: Path) -> str:
     return hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
 
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LORA_TENSOR = re.compile(
     r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight"
 )
-_EMBEDDINGS = (
+EMBEDDINGS = (
     "base_model.model.model.embed_tokens.weight",
     "base_model.model.lm_head.weight",
 )
@@ -1038,6 +1040,41 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 }
 
 
+def check_adapter_files(folder: Path) -> None:
+    """Checks that an adapter's files are there and readable, and that its weights are safetensors.
+
+    Raises:
+        UsageError: they are not; the message names the file.
+    """
+    for name in (CONFIG, WEIGHTS, ADAPTER_RECORD):
+        try:
+            (folder / name).open("rb").close()
+        except PermissionError as error:
+            quoted = shlex.quote(str(folder / name))
+            raise UsageError(
+                f"{folder / name} cannot be read ({error.strerror}). Its owner has to allow it: "
+                f"chmod a+r {quoted}"
+            ) from None
+        except OSError:
+            if name == ADAPTER_RECORD:
+                continue  # other programs' adapters have none
+            problem = f"{name} is missing"
+            pickles = [
+                file.name
+                for file in folder.glob("*")
+                if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+            ]
+            if pickles and name == WEIGHTS:
+                problem += (
+                    f", and {pickles[0]} is a pickle, which can run code when it is loaded: only "
+                    "safetensors are accepted"
+                )
+            raise UsageError(
+                f"{folder} is not an adapter: {problem}. Give a folder such as "
+                "runs/train/NAME/adapter."
+            ) from None
+
+
 def check_adapter(
     folder: Path, choice: ProfileChoice = "auto", base_model: str | None = None
 ) -> Adapter:
@@ -1050,34 +1087,7 @@ def check_adapter(
         UsageError: a file is missing, unreadable or broken, the weights are a pickle, or the
             adapter is not plain LoRA on this base model.
     """
-    for name in (CONFIG, WEIGHTS, ADAPTER_RECORD):
-        try:
-            with (folder / name).open("rb"):
-                pass
-        except PermissionError as error:
-            quoted = shlex.quote(str(folder / name))
-            raise UsageError(
-                f"{folder / name} cannot be read ({error.strerror}). Its owner has to allow it: "
-                f"chmod a+r {quoted}"
-            ) from None
-        except OSError:
-            if name == ADAPTER_RECORD:
-                continue
-            problem = f"{name} is missing"
-            pickles = [
-                f.name
-                for f in folder.glob("*")
-                if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-            ]
-            if pickles and name == WEIGHTS:
-                problem += (
-                    f", and {pickles[0]} is a pickle, which can run code when it is loaded: only "
-                    "safetensors are accepted"
-                )
-            raise UsageError(
-                f"{folder} is not an adapter: {problem}. Give a folder such as "
-                "runs/train/NAME/adapter."
-            ) from None
+    check_adapter_files(folder)
     config, record = _read_object(folder / CONFIG), read_adapter_record(folder)
     profile = resolve_adapter_profile(folder, record, choice, base_model)
     # An empty list or mapping is equal to none.
@@ -1143,6 +1153,7 @@ def read_adapter_record(folder: Path) -> AdapterRecord:
             "system_prompt": isinstance(record.system_prompt, str) and record.system_prompt.strip(),
             "surprisal_reference": reference is None
             or (type(reference) is float and 0 < reference < math.inf),
+            "load_in_4bit": record.load_in_4bit in (None, True, False),
         }
         record.system_prompt.encode()
         wrong = [
@@ -1191,7 +1202,10 @@ def resolve_adapter_profile(
         )
     if base_model is None and not (default and default == name):
         base_model = own
-    return data.resolve_profile(name or choice, base_model)
+    profile = data.resolve_profile(name or choice, base_model)
+    if record.load_in_4bit is not None:
+        profile = dataclasses.replace(profile, load_in_4bit=record.load_in_4bit)
+    return profile
 
 
 def check_adapter_weights(
@@ -1218,7 +1232,7 @@ def check_adapter_weights(
             rows, columns = arch.linear_shapes[lora[2]]
             expected = (r, columns) if lora[3] == "A" else (rows, r)
             modules.add(lora[2])
-        elif name in _EMBEDDINGS:
+        elif name in EMBEDDINGS:
             expected = (arch.vocab_size + (record.pad == "added"), arch.hidden_size)
             if record.pad != "added":
                 problems.append(
@@ -1572,9 +1586,9 @@ def answer_requests(
 
     Every step of generation has `ROWS` rows, padded on the left to a multiple of
     `PROMPT_MULTIPLE`; unused rows are copies of the last prompt. Prompts are read together, or one
-    per pass if the profile shares them, see `_read_prompts`. `progress` gets the number of tokens generated, or
-    skipped after an early end: `count_new_tokens` in total. `on_text` gets the text of the first
-    request piece by piece.
+    per pass if the profile shares them, see `_read_prompts`. `progress` gets the number of tokens
+    generated, or skipped after an early end: `count_new_tokens` in total. `on_text` gets the text
+    of the first request piece by piece.
 
     Raises:
         UsageError: as `encode_request`.

@@ -177,7 +177,7 @@ def ablated(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("ablated")
     study = cwd / "runs" / "ablate" / "all"
     stopped = start_study(cwd)
-    while not list(study.glob("runs/*/checkpoint-1")):
+    while not list(study.glob("runs/*/checkpoint-1/trainer_state.json")):
         assert stopped.poll() is None, (cwd / "words.txt").read_text()
         time.sleep(0.1)
     stopped.terminate()
@@ -190,5 +190,5 @@ def ablated(tmp_path_factory):
     began = time.monotonic()
     code, said = run_study(cwd)
     assert code == 0, said
-    assert "going on with" in (study / "runs" / f"{tiny_study.ARM}.log").read_text()
+    assert "resuming" in (study / "runs" / f"{tiny_study.ARM}.log").read_text()
     return study, time.monotonic() - began

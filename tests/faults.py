@@ -32,7 +32,7 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs") / "train" / "tiny"
 STUDY = Path("runs") / "ablate" / "all"
-GROWING = ("metrics.jsonl", "samples.jsonl")
+WRITTEN = ("metrics.jsonl", "samples/0.jsonl", "samples/2.jsonl", "samples/4.jsonl")
 
 
 def write_rows(cwd):
@@ -47,7 +47,7 @@ def write_rows(cwd):
 
 def tiny_flags(cwd):
     """Flags of a train.py that takes four steps on a part of the sample rows."""
-    flags = ["--name", "tiny", "--max-steps", "4", "--num-probes", "2", "--best", "eval_loss", "--profile", "cpu"]
+    flags = ["--name", "tiny", "--max-steps", "4", "--num-probes", "2", "--metric-for-best-model", "eval_loss", "--profile", "cpu"]
     conversational, encyclopedic = write_rows(cwd)
     return [*flags, "--conversational", str(conversational), "--encyclopedic", str(encyclopedic)]
 
@@ -84,29 +84,28 @@ class Training:
     def observe(self):
         """What may not get lost, each with how far it has come: `(name, number)`."""
         folder = self.cwd / RUN
-        steps = [train.read_checkpoint(each).step for each in train.list_checkpoints(folder)]
-        record = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {"numbers": None}
-        done = train.is_complete(record)
-        if done or (folder / "adapter").is_dir():
+        steps = []
+        for checkpoint in train.list_checkpoints(folder):
+            with contextlib.suppress(Exception):  # one that was being written is none
+                steps.append(train.read_checkpoint(checkpoint)["global_step"])
+        done = train.read_record(folder) is not None
+        if done:
             infer.check_adapter(folder / "adapter")
-        return {
-            "begun": int((folder / "run.json").is_file()),
-            "steps": 10**6 if done else max(steps, default=0),
-            "adapter": int((folder / "adapter").is_dir()),
-            "done": int(done),
-        }
+        return {"steps": 10**6 if done else max(steps, default=0), "done": int(done)}
 
     def check_whole(self):
         folder = self.cwd / RUN
         for path in folder.rglob("*") if folder.exists() else ():
-            if path.is_file() and not is_in_the_making(path, folder):
+            in_checkpoint = path.relative_to(folder).parts[0].startswith("checkpoint-")
+            if path.is_file() and not in_checkpoint and not is_in_the_making(path, folder):
                 check_file(path)
 
     def phase(self, started, words):
         folder = self.cwd / RUN
         if "training:" not in words:
             return "starting"
-        if any(folder.glob(".trainer.part/checkpoint-*")) or any(folder.glob(".checkpoint-*")) or any(folder.glob(".adapter*")):
+        newest = next(iter(train.list_checkpoints(folder)), None)
+        if newest and not (newest / "trainer_state.json").is_file():
             return "saving"
         metrics = folder / "metrics.jsonl"
         lines = [json.loads(line) for line in metrics.read_bytes().splitlines()] if metrics.is_file() else []
@@ -116,7 +115,7 @@ class Training:
 
     def result(self):
         folder = self.cwd / RUN
-        names = ("adapter/adapter_model.safetensors", *GROWING)
+        names = ("adapter/adapter_model.safetensors", "adapter/README.md", *WRITTEN)
         return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
@@ -219,7 +218,7 @@ def run_rounds(make_case, reference, seconds, rounds, seed=0, report=lambda text
     draw, figures = random.Random(seed), Figures(phases=Counter())
     case, known = make_case(), {}
     while True:
-        figures.resumed += any(number for name, number in known.items() if name != "begun")
+        figures.resumed += any(known.values())
         process, words = start(case)
         last = figures.rounds == rounds
         try:

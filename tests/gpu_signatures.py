@@ -62,7 +62,7 @@ def examine():
     from trl.trainer.sft_config import SFTConfig as StockConfig
     from unsloth import save
 
-    recipe = train.resolve_recipe(train.TrainConfig(profile="t4"))
+    recipe, profile, _ = train.resolve(train.TrainConfig(profile="t4"))
     loader, config_class = unsloth.FastLanguageModel, trl.SFTConfig
     passed, said = {}, io.StringIO()
 
@@ -72,7 +72,7 @@ def examine():
 
     trl.SFTConfig = recording_config
     with contextlib.redirect_stdout(said):
-        config = train.make_sft_config(recipe, Path("runs/train/x"))
+        config = train.make_sft_config(recipe, profile, Path("runs/train/x"), 5, "unsloth")
     trl.SFTConfig = config_class
     gpu_defaults = {name: each.default for name, each in inspect.signature(config_class.__init__).parameters.items()}
     stock_defaults = {
@@ -92,6 +92,10 @@ def examine():
             "save_pretrained_merged": unknown_to(
                 save.unsloth_save_pretrained_merged,
                 lambda bound: bound(None, "merged", tokenizer=0, save_method="merged_16bit"),
+            ),
+            "save_pretrained_gguf": unknown_to(
+                save.unsloth_save_pretrained_gguf,
+                lambda bound: bound(None, "gguf", tokenizer=0, quantization_method="q4_k_m"),
             ),
         },
         "typo": unknown_to(loader.from_pretrained, lambda bound: bound(max_seq_lenght=1)),

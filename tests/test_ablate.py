@@ -51,9 +51,7 @@ def test_each_decoding_between_collapse_and_fix_is_a_single_change():
 def test_wide_attention_has_as_many_parameters_as_all_linear(profile):
     counts = []
     for modules, r in (("attention", ablate.WIDE_R), ("all-linear", 16)):
-        recipe = train.resolve_recipe(train.TrainConfig(profile=profile, target_modules=modules, r=r))
-        model = train.build_meta_adapter(recipe, "float32")
-        counts.append(sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad))
+        counts.append(train.count_adapter(data.PROFILES[profile].architecture, modules, r)[0])
     assert counts[0] == pytest.approx(counts[1], rel=0.01)
 
 
@@ -95,16 +93,16 @@ def test_under_a_launcher_every_worker_has_its_own_gpu_and_trains_on_its_own(tmp
 
 def test_a_claim_is_held_until_the_last_process_that_was_given_it_ends(tmp_path):
     path = tmp_path / "claims" / "week4"
-    with train.claim(path) as descriptor:
+    with ablate.claim(path) as descriptor:
         assert descriptor is not None
-        with train.claim(path) as second:
+        with ablate.claim(path) as second:
             assert second is None
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[descriptor])
-    with train.claim(path) as while_the_child_lives:
+    with ablate.claim(path) as while_the_child_lives:
         assert while_the_child_lives is None
     child.kill()
     child.wait()
-    with train.claim(path) as descriptor:
+    with ablate.claim(path) as descriptor:
         assert descriptor is not None
 
 
@@ -293,7 +291,7 @@ def test_an_answer_that_two_decodings_share_is_written_once(tmp_path):
 
 @pytest.mark.parametrize("text", [NASTY, "- a", "1. a", "   # a", "a_b*c|d", "&lt;", "+ a", "=== a", "10) a", "a\n- b"])
 def test_a_cell_reads_as_the_answer_was_written(text):
-    tokens = render(f"| a | b |\n|---|---|\n| {train.escape_markdown(text)} | c |\n")
+    tokens = render(f"| a | b |\n|---|---|\n| {ablate.escape_markdown(text)} | c |\n")
     cells = [tokens[at + 1] for at, token in enumerate(tokens) if token.type == "td_open"]
     assert len(cells) == 2
     shown = "".join("\n" if child.type in ("html_inline", "softbreak") else child.content for child in cells[0].children)

@@ -1,6 +1,7 @@
 """The scripts run one after the other, on one small adapter, as a user runs them."""
 
 import contextlib
+import html
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, hear_ctrl_c, read_lines, run_script
 
+import data
 import infer
 import train
 
@@ -25,7 +27,7 @@ QUESTION = "What are the warning signs of a heart attack?"
 def test_training_leaves_exactly_its_files(trained):
     assert trained.process.returncode == 0, trained.process.stderr
     assert {path.name for path in trained.folder.iterdir()} == {
-        *("run.json", "metrics.jsonl", "samples.jsonl", "curves.png", "adapter")
+        *("run.json", "metrics.jsonl", "samples", "curves.png", "adapter")
     }
     assert {path.name for path in (trained.folder / "adapter").iterdir()} == {
         "README.md",
@@ -42,33 +44,32 @@ def test_training_leaves_exactly_its_files(trained):
 
 def test_training_learns_and_prints_both_losses(trained):
     numbers = json.loads((trained.folder / "run.json").read_text())["numbers"]
-    assert numbers["eval_loss"] < numbers["eval_loss_before"]
-    assert (
-        f"eval loss {numbers['eval_loss_before']:.4f} before, {numbers['eval_loss']:.4f} after 4 steps"
-        in trained.process.stdout
-    )
+    before, last = numbers["before"]["eval_loss"], numbers["last"]["eval_loss"]
+    assert last < before
+    assert f"loss      {before:.4f} before, {last:.4f} after 4 steps" in trained.process.stdout
     assert "python infer.py" in trained.process.stdout
     lines = read_lines(trained.folder / "metrics.jsonl")
-    assert [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4]
-    assert all(math.isfinite(line["grad_norm"]) for line in lines if "train_loss" in line)
+    assert all(math.isfinite(line["grad_norm"]) for line in lines if "loss" in line)
 
 
 def test_the_gate_judges_the_answers_of_every_evaluation_beside_the_loss(trained):
     lines = [line for line in read_lines(trained.folder / "metrics.jsonl") if "eval_loss" in line]
-    samples = read_lines(trained.folder / "samples.jsonl")
     questions = [probe.question for probe in infer.read_probes()[:2]]
-    assert [(line["step"], line["question"]) for line in samples] == [(step, each) for step in (0, 2, 4) for each in questions]
-    for line in lines:
-        own = [sample for sample in samples if sample["step"] == line["step"]]
-        assert line["num_answers"] == 2 and line["scheduled"]
-        assert line["num_sound"] == sum(sample["verdict"] == "sound" for sample in own)
-        assert line["num_ended"] == sum(sample["finish_reason"] == "stop" for sample in own)
-        assert line["num_named"] == sum(len(sample["facts"]["named"]) for sample in own)
-        told = train.describe_evaluation(line, lines[lines.index(line) - 1] if line["step"] else None)
-        assert told in trained.process.stderr
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert sorted(path.name for path in (trained.folder / "samples").iterdir()) == ["0.jsonl", "2.jsonl", "4.jsonl"]
+    samples = {line["step"]: read_lines(trained.folder / "samples" / f"{line['step']}.jsonl") for line in lines}
+    for before, line in zip([None, *lines], lines, strict=False):
+        own = samples[line["step"]]
+        assert [sample["question"] for sample in own] == questions and line["eval_answers"] == 2
+        assert line["eval_sound"] == sum(sample["verdict"] == "sound" for sample in own)
+        assert line["eval_ended"] == sum(sample["finish_reason"] == "stop" for sample in own)
+        assert line["eval_points"] == sum(len(sample["facts"]["named"]) for sample in own)
+        assert 0 < line["eval_rouge_l"] < 0.5 and 0 < line["eval_loss_per_byte"] < line["eval_loss"] / 2
+        assert train.describe_evaluation(line, before) in trained.process.stderr
     # What is judged is what is written: the same findings come out of the text again.
-    for sample in samples:
+    for sample in (sample for own in samples.values() for sample in own):
         judged = infer.judge(sample["text"], sample["question"], sample["finish_reason"])
         assert [each.name for each in judged.findings] == [
             each["name"] for each in sample["findings"] if each["name"] != "surprisal"
@@ -76,9 +77,12 @@ def test_the_gate_judges_the_answers_of_every_evaluation_beside_the_loss(trained
     reference = json.loads((trained.folder / "adapter" / "kit.json").read_text())["surprisal_reference"]
     assert 0.1 < reference < 0.5
     numbers = json.loads((trained.folder / "run.json").read_text())["numbers"]
-    assert numbers["evaluations"] == [lines[0], lines[2]]
-    assert (numbers["chosen_step"], numbers["step_by_eval_loss"], numbers["stopped_by"]) == (4, 4, "end")
-    assert f"weights   of step 4 (by answers step {numbers['step_by_answers']}, by eval loss step 4)" in trained.process.stdout
+    assert (numbers["before"], numbers["chosen"], numbers["last"]) == (lines[0], lines[2], lines[2])
+    best = {name: max(lines[1:], key=lambda line: (line[key], -line["step"]))["step"] for name, key in train.METRICS.items()}
+    best["eval_loss"] = 4
+    assert numbers["selected"] == best and not numbers["stopped_early"]
+    choices = ", ".join(f"{name} step {best[name]}" for name in ("answers", "eval_loss", "rouge_l"))
+    assert trained.process.stdout.endswith(f"selected  step 4 by eval_loss; by each metric: {choices}\n")
 
 
 def test_curves_are_grey(trained):
@@ -103,24 +107,26 @@ def test_only_lora_tensors_are_saved_as_many_bytes_as_planned_and_they_have_move
         assert all(tensors.get_tensor(name).abs().max() > 0 for name in names if ".lora_B." in name)
 
 
-def test_the_planned_steps_parameters_and_memory_came_true(trained):
+def test_the_planned_steps_and_parameters_came_true(trained):
     numbers = json.loads((trained.folder / "run.json").read_text())["numbers"]
     assert numbers["steps"] == numbers["planned_steps"] == 4
     assert f"{'trainable parameters':<30}{numbers['trainable_parameters']:,}" in trained.process.stdout
-    assert numbers["peak_memory"] == pytest.approx(numbers["planned_memory"], rel=0.25)
+    assert 1 < numbers["peak_memory_bytes"] / data.GIB < 6
 
 
 def test_the_card_tells_recipe_data_loss_and_the_answer_whatever_it_is(trained):
     card = (trained.folder / "adapter" / "README.md").read_text(encoding="utf-8")
     record = json.loads((trained.folder / "run.json").read_text())
-    answers = [line for line in read_lines(trained.folder / "samples.jsonl") if line["step"] == 4]
-    assert "No medical advice" in card and "license: apache-2.0" in card and "r 16, alpha 32" in card
-    assert f"{record['numbers']['eval_loss_before']:.4f} before, {record['numbers']['eval_loss']:.4f} at that step" in card
-    assert "of step 4, the best by eval loss" in card
-    assert "conversational: conversational.jsonl (licence: not known to the kit)" in card
+    answers = read_lines(trained.folder / "samples" / "4.jsonl")
+    assert "Not medical advice" in card and "license: apache-2.0" in card and "| r | 16 |" in card
+    before, chosen = record["numbers"]["before"]["eval_loss"], record["numbers"]["chosen"]["eval_loss"]
+    assert f"{before:.4f} before, {chosen:.4f} at that step" in card
+    assert "of step 4, selected by eval_loss" in card
+    assert "conversational: conversational.jsonl (license: unknown to the kit)" in card
     assert len(answers) == 2
     for answer in answers:
-        assert train.format_verbatim(answer["text"]) in card and f"; {answer['verdict']}; points " in card
+        assert f"({answer['verdict']}; {answer['finish_reason']}; points " in card
+        assert f"<pre>{html.escape(answer['text']).replace(chr(10), '&#10;')}</pre>".replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in card
     assert f"unsloth {record['versions']['unsloth']}" in card
     everything = "".join(path.read_text() for path in (trained.folder / "adapter").glob("*.json"))
     assert str(trained.cwd) not in card and str(ROOT) not in everything and str(Path.home()) not in everything
@@ -131,7 +137,7 @@ def test_no_library_noise_reaches_the_user(trained):
     unexpected = [
         line
         for line in lines
-        if line.strip() and not line.startswith(("training:", "step ", "  the loss improves", "preparing"))
+        if line.strip() and not line.startswith(("training:", "answers:", "step ", "  the loss improved", "preparing"))
     ]
     assert unexpected == []
 
@@ -285,7 +291,7 @@ def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(
     assert trained.returncode == 0, trained.stderr
     run = tmp_path / "runs" / "train" / "cpu-my-rows-all-linear"
     record = json.loads((run / "run.json").read_text())
-    assert record["system_prompt"] == system and record["recipe"]["wanted"] == {"rows": None}
+    assert record["system_prompt"] == system and record["recipe"]["mix"] == "rows"
     assert (record["numbers"]["train_rows"], record["numbers"]["eval_rows"]) == (18, 2)
     assert re.search(r"messages +20 rows, 40 answers", trained.stdout)
     assert re.search(r"dropped +1 +unreadable record +21\n", trained.stdout)

@@ -48,12 +48,13 @@ def test_the_t4_recipe_runs_through_unsloths_gpu_code(workplace, gpu_run):
     assert "Tesla T4" in gpu_run.stderr and "patched 2 layers with 2 QKV layers, 2 O layers and 2 MLP layers" in gpu_run.stderr
     assert "Padding-free enabled" in gpu_run.stderr
     assert "adapter" in gpu_run.stdout and "as planned" in gpu_run.stdout
-    stopped, went_on = "Stopped by --max-hours after 1 of 2 steps", "going on with runs/train/gpu after step 1 of 2"
+    stopped, went_on = "Stopped by --max-hours after 1 of 2 steps", "resuming runs/train/gpu after step 1 of 2"
     assert gpu_run.stdout.index(stopped) < gpu_run.stdout.index(went_on)
     files = {path.name for path in (workplace / "runs" / "train" / "gpu").iterdir()}
-    assert files == {"run.json", "metrics.jsonl", "samples.jsonl", "curves.png", "adapter"}
-    samples = [json.loads(line) for line in (workplace / "runs" / "train" / "gpu" / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [0, 0, 1, 1, 2, 2] and all(sample["token_ids"] for sample in samples)
+    assert files == {"run.json", "metrics.jsonl", "samples", "curves.png", "adapter"}
+    for step in (0, 1, 2):
+        lines = (workplace / "runs" / "train" / "gpu" / "samples" / f"{step}.jsonl").read_text().splitlines()
+        assert len(lines) == 2 and all(json.loads(line)["token_ids"] for line in lines)
     assert not (workplace / "unsloth_compiled_cache").exists()
 
 
@@ -62,12 +63,12 @@ def test_the_t4_recipe_runs_through_unsloths_gpu_code(workplace, gpu_run):
 def test_losses_and_gradients_agree_with_the_cpu_backend(workplace, gpu_run):
     """With gate and stop here, without them there. The CPU backend's LoRA on a 4-bit base is bf16, half the planned bytes."""
     cpu_run = finish(start_training("cpu", workplace, num_probes=0))
-    assert cpu_run.returncode == 0 and "is not what was planned" in cpu_run.stderr, cpu_run.stderr
+    assert cpu_run.returncode == 0 and ", planned " in cpu_run.stdout, cpu_run.stderr
     gpu, cpu = (read_metrics(backend, workplace) for backend in ("gpu", "cpu"))
     assert [line["step"] for line in gpu] == [line["step"] for line in cpu] == [0, 1, 1, 2, 2]
     compared = 0
     for ours, theirs in zip(gpu, cpu, strict=True):
-        for name in ours.keys() & {"train_loss", "eval_loss", "grad_norm", "learning_rate"}:
+        for name in ours.keys() & {"loss", "eval_loss", "grad_norm", "learning_rate"}:
             assert ours[name] == pytest.approx(theirs[name], rel=0.01), (ours, theirs)
             compared += 1
     assert compared == 3 + 2 * 3

@@ -111,31 +111,31 @@ REFUSED = {
         "unknown columns",
     ),
     # train.py
-    "epochs": (["train.py", "--epochs", "0"], "--epochs 0.0: a number above 0"),
-    "endless epochs": (["train.py", "--epochs", "inf"], "--epochs inf: a number above 0"),
+    "epochs": (["train.py", "--epochs", "0"], "--epochs 0.0: expected a number above 0"),
+    "endless epochs": (["train.py", "--epochs", "inf"], "--epochs inf: expected a number above 0"),
     "learning rate": (["train.py", "--learning-rate", "nan"], "--learning-rate nan"),
-    "steps": (["train.py", "--max-steps", "0"], "--max-steps 0: a number above 0"),
-    "rank": (["train.py", "--r", "2000"], "--r 2000: 1 to 1024"),
+    "steps": (["train.py", "--max-steps", "0"], "--max-steps 0: expected a number above 0"),
+    "rank": (["train.py", "--r", "2000"], "--r 2000: expected 1 to 1024"),
     "alpha": (["train.py", "--lora-alpha", "-4"], "--lora-alpha -4"),
     "batch": (["train.py", "--per-device-train-batch-size", "5"], "a divisor of 16"),
     "pad": (["train.py", "--pad", "eos"], "native"),
-    "best": (["train.py", "--best", "loss"], "eval_loss"),
+    "best": (["train.py", "--metric-for-best-model", "loss"], "eval_loss"),
     "tracker": (["train.py", "--report-to", "mlflow"], "tensorboard"),
     "modules": (["train.py", "--target-modules", "lm_head"], "all-linear"),
     "all problems at once": (["train.py", "--r", "0", "--max-steps", "-1"], "--max-steps -1"),
-    "hours": (["train.py", "--max-hours", "0"], "--max-hours 0.0: a number above 0"),
-    "minutes": (["train.py", "--save-minutes", "-1"], "--save-minutes -1.0: a number of minutes"),
-    "probes of a run": (["train.py", "--num-probes", "-1"], "--num-probes -1: 0 to 26"),
-    "evaluations": (["train.py", "--eval-every", "1"], "--eval-every 1.0: a share above 0 and below 1"),
-    "enough of what": (["train.py", "--stop-when-worse", "0"], "--stop-when-worse 0: 1 or more"),
-    "enough without answers": (["train.py", "--stop-when-worse", "2", "--num-probes", "0"], "goes by the answers"),
-    "hub repository": (["train.py", "--push-to-hub", "me"], "OWNER/NAME, is wanted"),
+    "hours": (["train.py", "--max-hours", "0"], "--max-hours 0.0: expected a number above 0"),
+    "minutes": (["train.py", "--save-minutes", "-1"], "--save-minutes -1.0: expected 0 or more"),
+    "probes of a run": (["train.py", "--num-probes", "-1"], "--num-probes -1: expected 0 to 26"),
+    "evaluations": (["train.py", "--eval-every", "1"], "--eval-every 1.0: expected a share between 0 and 1"),
+    "enough of what": (["train.py", "--early-stopping-patience", "0"], "--early-stopping-patience 0: expected 1 or more"),
+    "enough without answers": (["train.py", "--early-stopping-patience", "2", "--num-probes", "0"], "--num-probes 0 asks for none"),
+    "hub repository": (["train.py", "--push-to-hub", "me"], "expected a hub repository, OWNER/NAME"),
     "upload without a token": (
         ["train.py", "--profile", "cpu", "--push-to-hub", "me/adapter"],
         "needs the network and a token",
     ),
     "tracker that is not there": (["train.py", "--profile", "cpu", "--report-to", "trackio"], "pip install trackio"),
-    "merge offline": (["train.py", "--profile", "t4", "--merge"], "the hub, which cannot be reached"),
+    "merge offline": (["train.py", "--profile", "t4", "--merge"], "the hub cannot be reached"),
     "name": (["train.py", "--name", "../elsewhere"], "letters, digits"),
     "long name": (["train.py", "--name", LONG], "up to 100 letters"),
     "output into a file": (["train.py", "--profile", "cpu", "--output-dir", "q.txt"], "--output-dir q.txt: q.txt is a file"),
@@ -268,33 +268,20 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_way_out(tmp_path):
 def test_the_t4_run_is_planned_anywhere_without_a_network(tmp_path):
     ran = run_script("train.py", "--profile", "t4", "--epochs", "2", "--dry-run", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stderr == ""
+    assert ran.stderr == "The rows are not counted, because the hub cannot be reached.\n"
     values = dict(re.findall(r"(?m)^(\S+(?: \S+)*) {2,}(.+)$", ran.stdout))
     assert values["base_model"] == "unsloth/Llama-3.2-3B-Instruct"
     assert values["load_in_4bit"] == "True"
     assert re.fullmatch(r"lavita/ChatDoctor-HealthCareMagic-100k@[0-9a-f]{40}", values["conversational"])
     assert re.fullmatch(r"medalpaca/medical_meadow_wikidoc@[0-9a-f]{40}", values["encyclopedic"])
     assert values["epochs"] == "2.0"
-    assert "are estimates: lavita/ChatDoctor-HealthCareMagic-100k: could not be loaded from the hub" in ran.stdout
-    assert values["rows"].startswith("about 10,000")
-    assert values["steps"].startswith("about 1,250 of 16 rows: 16 rows x 1 forward passes x 1 processes")
+    assert values["rows"] == "up to 10,000"
+    assert values["steps"].startswith("up to 1,250 of 16 rows: 16 rows x 1 forward passes x 1 processes")
     assert values["trainable parameters"] == "24,313,856"
     assert values["adapter file"] == "97,307,544 bytes"
-    assert re.match(r"7\.\d\d GiB of 15\.0 GiB", values["device memory"]) and "MORE THAN" not in ran.stdout
+    assert values["base model"] == "3,212,749,824 parameters, 2.24 GB in 4-bit NF4"
+    assert values["measured"].startswith("on one H100: ")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_t4_run_on_a_file_is_planned_exactly_without_a_network(tmp_path):
-    rows = "".join(f'{{"question": "What is {n}?", "answer": "It is {n}."}}\n' for n in range(40))
-    (tmp_path / "own.jsonl").write_text(rows)
-    for flags in (["--rows", "own.jsonl"], ["--mix", "chatdoctor", "--conversational", "own.jsonl"]):
-        ran = run_script("train.py", "--profile", "t4", *flags, "--dry-run", cwd=tmp_path)
-        assert ran.returncode == 0, ran.stderr
-        assert re.search(r"(?m)^rows +36 of about [\d,]+ tokens$", ran.stdout)
-        assert re.search(r"(?m)^steps +3 of 16 rows", ran.stdout) and "medalpaca" not in ran.stdout
-    # Of a mix with a source on the hub, the file's rows are counted, and the ratio is kept.
-    ran = run_script("train.py", "--profile", "t4", "--mix", "week4", *flags[2:], "--dry-run", cwd=tmp_path)
-    assert re.search(r"(?m)^rows +about 54 of about", ran.stdout) and "medalpaca" in ran.stdout
 
 
 def test_the_cpu_run_is_planned_from_its_rows(tmp_path):

@@ -43,10 +43,10 @@ from tests.bench import Panel, draw
 ARMS = ("fp32", "bf16", "kit")
 ROWS, ROUNDS = (16, 48, 96), 3
 
-# The kit without one of its measures each: the fields of `train.TrainingValues` that take it away.
+# The kit without one of its measures each: the fields of `data.Profile` that take it away.
 MEASURES = {
     "joined LoRA": {"joined_lora": False},
-    "attention by matrices": {"matrix_attention_tokens": 0},
+    "eager attention": {"eager_attention_tokens": 0},
     "padding to 8, not 32": {"pad_to_multiple_of": 32},
 }
 
@@ -54,7 +54,7 @@ MEASURES = {
 def take_rows(tokenizer, count):
     """The first rows of the default mix, and those held out, encoded: the same for every arm."""
     mix = data.RowsConfig().load(data.PROFILES["cpu"])
-    return [data.encode_rows(tokenizer, rows)[0] for rows in (mix.train[:count], mix.eval)]
+    return [[data.encode_row(tokenizer, row) for row in rows] for rows in (mix.train[:count], mix.eval)]
 
 
 def measure_loss(trained, tokenizer, rows, recipe):
@@ -71,7 +71,7 @@ def measure_loss(trained, tokenizer, rows, recipe):
     )
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
-    model = AutoModelForCausalLM.from_pretrained(infer.base_model_path(recipe.base_model), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(infer.base_model_path(data.SMALL_MODEL), dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(**lora_values(recipe))).eval()
     set_peft_model_state_dict(model, get_peft_model_state_dict(trained))
     collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
@@ -115,11 +115,16 @@ def make_kit_trainer(recipe, count, folder):
     model, tokenizer = infer.load_base(data.PROFILES["cpu"], dtype=None)
     import datasets
 
+    datasets.disable_progress_bars()
     with infer.quiet_libraries():
-        rows = take_rows(tokenizer, count)
+        rows, profile = take_rows(tokenizer, count), data.PROFILES["cpu"]
         model = train.add_lora(model, recipe)
-        train.quicken(model, recipe.values)
-        return train.make_trainer(model, tokenizer, recipe, *map(datasets.Dataset.from_list, rows), folder), *rows
+        longest = max(len(row["input_ids"]) for row in rows[0])
+        train.speed_up(model, recipe, profile, longest)
+        args = train.make_sft_config(recipe, profile, folder, recipe.eval_steps(recipe.count_steps(count)))
+        args.save_strategy, args.metric_for_best_model = "no", None
+        trainer = train.make_trainer(model, tokenizer, args, train.order_rows(rows[0], recipe.seed), rows[1])
+    return trainer, *rows
 
 
 def make_plain_trainer(recipe, count, folder, bf16):
@@ -136,7 +141,7 @@ def make_plain_trainer(recipe, count, folder, bf16):
         TrainingArguments,
     )
 
-    path = infer.base_model_path(recipe.base_model)
+    path = infer.base_model_path(data.SMALL_MODEL)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if bf16 else torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
     rows = take_rows(tokenizer, count)
@@ -148,7 +153,7 @@ def make_plain_trainer(recipe, count, folder, bf16):
             num_train_epochs=recipe.epochs,
             per_device_train_batch_size=recipe.per_device_train_batch_size,
             per_device_eval_batch_size=recipe.per_device_train_batch_size,
-            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            gradient_accumulation_steps=recipe.passes,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="linear",
             warmup_steps=0.03,
@@ -228,7 +233,7 @@ def profile_kit(count):
 
 def make_recipe():
     """The default recipe of the `cpu` profile, without the gate's questions."""
-    return dataclasses.replace(train.resolve_recipe(train.TrainConfig(profile="cpu")), num_probes=0)
+    return train.resolve(train.TrainConfig(profile="cpu", num_probes=0))[0]
 
 
 def run_once(arm, count, folder):
