@@ -1307,6 +1307,24 @@ def run(
     state = train_model(trainer, folder, checkpoint)
     if not is_main_process() or not state.best_global_step:
         return None
+    return write_results(config, loaded, mix, audit, recipe, folder, state)
+
+
+def write_results(
+    config: TrainConfig,
+    loaded: infer.LoadedModel,
+    mix: data.Mix,
+    audit: Log,
+    recipe: Log,
+    folder: Path,
+    state: TrainerState,
+) -> dict[str, Any]:
+    """Writes adapter and curves and, of a complete run, run.json last; returns what that holds.
+
+    Raises:
+        UsageError: as `data.writing`.
+    """
+    profile, tokenizer = loaded.profile, loaded.tokenizer
     adapter_record = infer.AdapterRecord(
         base_model=profile.base_model,
         profile=profile.name,
