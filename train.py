@@ -1410,8 +1410,10 @@ def save_adapter(
     checkpoint = folder / f"checkpoint-{numbers['chosen']['step']}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    for name in (infer.WEIGHTS, infer.CONFIG):
-        shutil.copyfile(checkpoint / name, part / name)
+    shutil.copyfile(checkpoint / infer.WEIGHTS, part / infer.WEIGHTS)
+    peft_config = json.loads((checkpoint / infer.CONFIG).read_text(encoding="utf-8"))
+    peft_config["target_modules"].sort()  # a set, whose order varies from process to process
+    data.write_atomic(part / infer.CONFIG, json.dumps(peft_config, indent=2) + "\n")
     tokenizer.save_pretrained(part)
     decoding = infer.DECODINGS["kit"]
     infer.make_generation_config(
