@@ -1642,7 +1642,7 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
     ratio = f"{' : '.join(sources)} is {shares[0]} by rows and {shares[1]} by answer tokens"
     lines = [
         *[ratio] * (len(sources) > 1),
-        f"tokens of a row: {lengths}; at most {MAX_SEQ_LENGTH:,}",
+        f"tokens of a row: {lengths}",
         f"{audit['train_rows']:,} rows of {audit['train_tokens']:,} tokens to train on, "
         f"{audit['eval_rows']:,} rows held out; fingerprint {audit['fingerprint']}",
         f"system prompt: {prompt}",

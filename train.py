@@ -74,6 +74,8 @@ ROWS_PER_STEP = 16
 MAX_RANK = 1024
 # Seconds that --max-hours reserves for saving, besides an evaluation and the longest step so far.
 SAVING_SECONDS = 60
+# The file of a checkpoint that the Trainer writes last.
+STATE = "trainer_state.json"
 # Flags left at None that take the profile's value of the same name.
 FROM_PROFILE = ("per_device_train_batch_size", "num_probes", "eval_every")
 # Flags that do not change what is learned, or only how it is rounded.
@@ -410,6 +412,12 @@ def count_adapter(
     return trainable, 8 + math.ceil(header_bytes / 8) * 8 + end
 
 
+def count_run_adapter(config: TrainConfig, profile: Profile, dtype: str) -> tuple[int, int]:
+    """`count_adapter` of a run whose base model is loaded in `dtype`."""
+    embedding = dtype if config.pad == "added" else None
+    return count_adapter(profile.architecture, config.target_modules, config.r, embedding)
+
+
 def count_base(profile: Profile) -> tuple[int, int]:
     """`(parameters, bytes when loaded)` of the base model.
 
@@ -431,10 +439,7 @@ def existing_parent(folder: Path) -> Path:
 
 def count_disk(config: TrainConfig, profile: Profile, dtype: str) -> int:
     """Most bytes that a run writes: three checkpoints while one is replaced, and two adapters."""
-    embedding = dtype if config.pad == "added" else None
-    trainable, adapter_bytes = count_adapter(
-        profile.architecture, config.target_modules, config.r, embedding
-    )
+    trainable, adapter_bytes = count_run_adapter(config, profile, dtype)
     return 5 * adapter_bytes + 3 * trainable * (2 if "8bit" in profile.optim else 8)
 
 
@@ -446,8 +451,7 @@ def format_plan(
     `audit` is None if the rows could not be read: then the flags give an upper bound. `dtype` is
     the base model's.
     """
-    arch, embedding = profile.architecture, dtype if config.pad == "added" else None
-    trainable, adapter_bytes = count_adapter(arch, config.target_modules, config.r, embedding)
+    trainable, adapter_bytes = count_run_adapter(config, profile, dtype)
     parameters, base_bytes = count_base(profile)
     parent = existing_parent(folder)
     wanted = config.wanted.values()
@@ -475,7 +479,7 @@ def format_plan(
         "measured": profile.measured,
     }
     if config.pad == "added":
-        native = count_adapter(arch, config.target_modules, config.r)[1]
+        native = count_adapter(profile.architecture, config.target_modules, config.r)[1]
         lines["--pad added"] = (
             f"{infer.ADDED_PAD_TOKEN} becomes a new token, the embedding grows by a row, and the "
             f"file contains embedding and head: {adapter_bytes / native:.1f} times the {native:,} "
@@ -484,9 +488,12 @@ def format_plan(
     return "\n".join(f"{name:<30}{value}" for name, value in lines.items())
 
 
-def check_disk(config: TrainConfig, profile: Profile, folder: Path, dtype: str) -> None:
-    """Raises UsageError if the disk has no room for the run."""
-    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def check_disk(
+    config: TrainConfig, profile: Profile, folder: Path, dtype: str, resumes: bool
+) -> None:
+    """Raises UsageError if the disk has no room for what the run has still to write."""
+    files = folder.rglob("*") if resumes else ()
+    written = sum(file.stat().st_size for file in files if file.is_file())
     needed = count_disk(config, profile, dtype) - written
     free = shutil.disk_usage(existing_parent(folder)).free
     if needed > free:
@@ -1055,7 +1062,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """
     import safetensors
 
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     state["stateful_callbacks"]["RunCallback"]["attributes"]["recipe"]
     states = sorted(path.name for path in checkpoint.glob("rng_state*.pth"))
     if not states:
@@ -1071,7 +1078,8 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that can be loaded and its state, or None if there is none.
 
-    Newer ones, which a killed process left incomplete, are reported and removed.
+    Newer ones are reported. Those that a killed process left incomplete are removed, and damaged
+    ones renamed, so that the Trainer does not write into them.
 
     Raises:
         UsageError: checkpoints were completed, and none of them can be loaded.
@@ -1083,12 +1091,14 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         except Exception as error:
             broken[checkpoint] = f"{checkpoint} cannot be loaded ({data.first_line(error)})"
             continue
-        if is_main_process():
-            for each, problem in broken.items():
-                print(f"{problem}; {checkpoint.name} is used instead.", file=sys.stderr)
+        for each, problem in broken.items() if is_main_process() else ():
+            print(f"{problem}; {checkpoint.name} is used instead.", file=sys.stderr)
+            if (each / STATE).is_file():
+                each.rename(each.with_name(f"damaged-{each.name}"))
+            else:
                 shutil.rmtree(each)
         return checkpoint, state
-    complete = [text for each, text in broken.items() if (each / "trainer_state.json").is_file()]
+    complete = [text for each, text in broken.items() if (each / STATE).is_file()]
     if complete:
         raise UsageError(
             f"{complete[0]}, and there is no earlier one. Restore it, or start over with --restart."
@@ -1166,7 +1176,11 @@ def load_weights(model: PeftModel, adapter: Path) -> None:
 
 
 def make_evaluation(
-    config: TrainConfig, loaded: infer.LoadedModel, mix: data.Mix, folder: Path
+    config: TrainConfig,
+    loaded: infer.LoadedModel,
+    mix: data.Mix,
+    folder: Path,
+    checkpointing: Literal["unsloth"] | bool,
 ) -> AnswerEvaluation:
     """The evaluation by answers, with held-out questions, first those that share passes."""
 
@@ -1187,6 +1201,7 @@ def make_evaluation(
         {row.question: row.messages[2][1] for row in rows},
         tokens / sum(len(text.encode()) for text in texts),
         folder / "samples",
+        checkpointing,
     )
 
 
@@ -1201,7 +1216,7 @@ def train_model(trainer: SFTTrainer, folder: Path, checkpoint: Path | None) -> T
     from transformers import TrainerState
 
     if checkpoint:
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        state = TrainerState.load_from_json(str(checkpoint / STATE))
         if is_complete(state):
             return state
         # accelerate names the CPU of several processes cpu:0, which torch.load does not know.
@@ -1216,7 +1231,9 @@ def train_model(trainer: SFTTrainer, folder: Path, checkpoint: Path | None) -> T
                 STOP.check()
     except infer.Interrupted as interrupted:
         message = "Interrupted before the first checkpoint. Run the same command to start again."
-        if saved := list_checkpoints(folder):
+        # A second Ctrl-C may have come while the last one was being saved.
+        saved = [each for each in list_checkpoints(folder) if (each / STATE).is_file()]
+        if saved:
             message = (
                 f"Interrupted. {saved[0]} of {trainer.state.max_steps} steps is saved; run the "
                 "same command (without --restart) to resume."
@@ -1268,7 +1285,7 @@ def run(
         f"\n{data.format_audit(audit)}\n\n{format_plan(config, profile, folder, audit, dtype)}",
         flush=True,
     )
-    check_disk(config, profile, folder, dtype)
+    check_disk(config, profile, folder, dtype, resumes=checkpoint is not None)
     train, held_out = (
         [data.encode_row(tokenizer, row) for row in rows] for rows in (mix.train, mix.eval)
     )
@@ -1289,8 +1306,7 @@ def run(
         # What other programs load; ours may be a folder of this machine's cache.
         model.peft_config["default"].base_model_name_or_path = profile.hub_id
         loaded = infer.LoadedModel(model, tokenizer, profile, system_prompt=mix.system_prompt)
-        evaluation = make_evaluation(config, loaded, mix, folder)
-        evaluation.checkpointing = checkpointing
+        evaluation = make_evaluation(config, loaded, mix, folder, checkpointing)
         args = make_sft_config(config, profile, folder, eval_steps, checkpointing)
         args.eval_on_start = checkpoint is None
         trainer = make_trainer(model, tokenizer, args, train, held_out, evaluation)
@@ -1305,6 +1321,11 @@ def run(
         with data.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
     state = train_model(trainer, folder, checkpoint)
+    if is_complete(state) and not state.best_global_step:
+        raise UsageError(
+            f"{folder}: the eval loss is never a number, so there are no weights to select. "
+            "Lower --learning-rate, and start over with --restart."
+        )
     if not is_main_process() or not state.best_global_step:
         return None
     return write_results(config, loaded, mix, audit, recipe, folder, state)
@@ -1343,10 +1364,11 @@ def write_results(
         "commit": commit_id(),
         "system_prompt": mix.system_prompt,
         "prompt_fingerprint": adapter_record.prompt_fingerprint,
-        "numbers": collect_numbers(state, config, profile, audit),
+        "numbers": collect_numbers(state, config, loaded, audit),
     }
     with data.writing(folder / "adapter", folder / ".adapter.part"):
         save_adapter(folder, config, profile, tokenizer, adapter_record, record)
+    write_metrics(state.log_history, folder)
     draw_curves(state.log_history, record["numbers"]["selected"], folder / "curves.png")
     if is_complete(state):
         data.write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")
@@ -1354,10 +1376,13 @@ def write_results(
 
 
 def collect_numbers(
-    state: TrainerState, config: TrainConfig, profile: Profile, audit: Log
+    state: TrainerState, config: TrainConfig, loaded: infer.LoadedModel, audit: Log
 ) -> dict[str, Any]:
     """What came out of a run, for run.json, the model card and the last lines."""
     import torch
+
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    trainable, planned_bytes = count_run_adapter(config, loaded.profile, dtype)
 
     lines = [log for log in select_metrics(state.log_history) if "eval_loss" in log]
     evaluations = {line["step"]: line for line in lines}
@@ -1387,9 +1412,8 @@ def collect_numbers(
         "chosen": evaluations[state.best_global_step],
         "last": lines[-1],
         "selected": selected,
-        "trainable_parameters": count_adapter(
-            profile.architecture, config.target_modules, config.r
-        )[0],
+        "trainable_parameters": trainable,
+        "planned_adapter_bytes": planned_bytes,
         **{name: audit[name] for name in ("train_rows", "train_tokens", "eval_rows")},
     }
 
@@ -1694,13 +1718,40 @@ def export(config: TrainConfig, profile: Profile, folder: Path) -> Iterator[str]
 # --- Command -------------------------------------------------------------------------------------
 
 
-def describe_result(config: TrainConfig, profile: Profile, folder: Path, record: Log | None) -> str:
+@contextlib.contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """A context in which no other command trains into the folder.
+
+    Raises:
+        UsageError: another one does.
+    """
+    from filelock import FileLock, Timeout
+
+    if not is_main_process():
+        yield
+        return
+    with data.writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(
+            f"Another process is training into {folder}. Wait for it, or choose another --name."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def describe_result(config: TrainConfig, folder: Path, record: Log | None) -> str:
     """What came out of a run, where it is, and the next command."""
     if record is None:
         return "Stopped by --max-hours before the first evaluation; run the same command to resume."
     numbers = record["numbers"]
     before, chosen = numbers["before"], numbers["chosen"]
-    planned = count_adapter(profile.architecture, config.target_modules, config.r)[1]
+    planned = numbers["planned_adapter_bytes"]
     as_planned = ", as planned" if numbers["adapter_bytes"] == planned else f", planned {planned:,}"
     lines = [
         f"loss      {before['eval_loss']:.4f} before, {numbers['last']['eval_loss']:.4f} after "
@@ -1767,8 +1818,6 @@ def count_rows(config: TrainConfig, profile: Profile) -> dict[str, Any] | None:
 
 def main(config: TrainConfig) -> None:
     """Resolves the values, prints them and the plan, trains, exports, and prints the results."""
-    from filelock import FileLock, Timeout
-
     STOP.listen()
     deadline = (
         time.monotonic() + 3600 * config.max_hours - SAVING_SECONDS if config.max_hours else None
@@ -1794,24 +1843,21 @@ def main(config: TrainConfig) -> None:
             print(f"\n{data.format_audit(audit)}\n")
         else:
             print("The rows are not counted, because the hub cannot be reached.", file=sys.stderr)
-        print(format_plan(config, profile, folder, audit, profile.dtype))
+        dtype = profile.dtype
+        if config.pad == "added" and dtype == "float32":
+            # Then the embedding's size depends on what Unsloth trains in.
+            with infer.quiet_libraries():
+                from unsloth import is_bfloat16_supported
+
+            dtype = "bfloat16" if is_bfloat16_supported() else dtype
+        print(format_plan(config, profile, folder, audit, dtype))
         return
     check_exports(config, profile, folder)
     if config.report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     mix = config.load(profile)
     recipe["data_fingerprint"] = mix.fingerprint
-    with contextlib.ExitStack() as stack:
-        if is_main_process():
-            with data.writing(folder):
-                folder.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0))
-            except Timeout:
-                raise UsageError(
-                    f"Another process is training into {folder}. Wait for it, or choose another "
-                    "--name."
-                ) from None
+    with lock_run(folder):
         record = None if config.restart else read_record(folder)
         if record:
             check_recipe(folder, record["recipe"], recipe)
@@ -1824,10 +1870,10 @@ def main(config: TrainConfig) -> None:
         if record and folder.parent.resolve() == infer.TRAIN_RUNS.resolve():
             data.write_atomic(infer.LATEST, folder.name + "\n")
         complete = (folder / "run.json").is_file()
-        for checkpoint in list_checkpoints(folder) if complete else ():
+        for checkpoint in folder.glob("*checkpoint-*") if complete else ():
             shutil.rmtree(checkpoint)
         exported = list(export(config, profile, folder)) if complete else []
-        print("\n".join([*exported, describe_result(config, profile, folder, record)]))
+        print("\n".join([*exported, describe_result(config, folder, record)]))
 
 
 if __name__ == "__main__":

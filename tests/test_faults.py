@@ -166,10 +166,10 @@ def test_without_a_checkpoint_that_can_be_loaded_a_run_starts_over_only_if_none_
 
 def test_a_disk_without_room_is_told_before_anything_is_trained(tmp_path, monkeypatch):
     config, profile, _ = train.resolve(train.TrainConfig(profile="cpu"))
-    train.check_disk(config, profile, tmp_path / "run", "float32")
+    train.check_disk(config, profile, tmp_path / "run", "float32", resumes=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 50 * 2**20))
     with pytest.raises(UsageError, match=r"needs up to \d+ MiB for checkpoints .* 50 MiB are free there\. Free disk space"):
-        train.check_disk(config, profile, tmp_path / "run", "float32")
+        train.check_disk(config, profile, tmp_path / "run", "float32", resumes=False)
 
 
 # --- Runs that are ended -----------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def test_no_run_leaves_a_token_in_a_file_or_says_it(trained, ablated):
     assert SECRET not in trained.process.stdout + trained.process.stderr
     for cwd in (trained.cwd, ablated[0].parents[2]):
         files = [path for path in cwd.rglob("*") if path.is_file()]
-        assert len(files) >= 10
+        assert len(files) > 10
         assert not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
