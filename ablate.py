@@ -1,196 +1,77 @@
-"""What made the difference: models trained and decoded in different ways, asked the same questions, in one table.
+"""What made the difference: models trained and decoded in different ways answer the same questions.
 
-    python ablate.py                              the story replayed: its three runs, each change between them, the kit's own
-    python ablate.py --dry-run                    the grid, the commands and the time; touches nothing
-    python ablate.py --study training             one factor of the training at a time
-    python ablate.py --study decoding             base and latest adapter under every decoding; or --adapter FOLDER
-    python ablate.py --seeds 3                    every run three times
-    python ablate.py --table                      page and picture again from the records; loads no model
-    python ablate.py --study decoding --save-best the decoding with the best answers goes into the adapter
+    python ablate.py                               replay the story: its runs and single changes
+    python ablate.py --rows my.jsonl               the same comparisons on your dataset
+    python ablate.py --probes my_questions.jsonl   and on your questions
+    python ablate.py --dry-run                     print arms and commands; writes nothing
+    python ablate.py --study training              change one factor of the kit's recipe at a time
+    python ablate.py --study decoding              every decoding of base model and latest adapter
+    python ablate.py --shard 0/2                   only the first half of the arms
+    python ablate.py --table                       rebuild the report from the records
 
-Writes runs/ablate/STUDY/ablation.md and ablation.png. What is done is not done again, and several processes or machines may
-work on one folder: start the same line in each.
+Writes runs/ablate/STUDY/ablation.md, ablation.png, cells.csv and cells/ARM.DECODING.jsonl. Run the
+same command again to resume an interrupted study.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import fcntl
 import hashlib
-import html
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
 import shlex
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Any, Literal
 
 import data
 import infer
 import train
-from data import ProfileName, UsageError
+from data import Profile, UsageError
 from infer import DECODINGS, Decoding
 
-ABLATE_RUNS = infer.RUNS / "ablate"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
 
 StudyName = Literal["all", "training", "decoding"]
 
-# --- Files and text ----------------------------------------------------------------------------------------------
-
-
-def sync(descriptor: int) -> None:
-    """Flushes a file to the disk, where the file system can."""
-    with contextlib.suppress(OSError):
-        os.fsync(descriptor)
-
-
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
-
-
-def put_folder(part: Path, folder: Path) -> None:
-    """Replaces `folder` by the folder `part`: readers find the old one or the new one, complete.
-
-    Linux exchanges two folders in one step, if the file system supports it.
-    """
-    for file in part.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            sync(descriptor)
-            os.close(descriptor)
-    if not folder.exists():
-        part.rename(folder)
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    names = os.fsencode(part), os.fsencode(folder)
-    if not hasattr(libc, "renameat2") or libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE):
-        remove_folder(folder)
-        part.rename(folder)
-    else:
-        remove_folder(part)
-
-
-def remove_folder(folder: Path) -> None:
-    """Removes a folder, if it exists; a process killed meanwhile leaves no part under its name."""
-    if folder.exists():
-        gone = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.gone")
-        folder.rename(gone)
-        shutil.rmtree(gone)
-
-
-def clear_leftovers(folder: Path, pattern: str = ".*") -> None:
-    """Removes unfinished files of a killed process. The caller holds the lock of the folder."""
-    for leftover in folder.glob(pattern):
-        if leftover.suffix in (".part", ".gone"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-@contextlib.contextmanager
-def claim(path: Path) -> Iterator[int | None]:
-    """A file descriptor that holds the lock `path`, or None if another process has it.
-
-    The lock ends with the last process that has the descriptor open, children included. The file
-    names its holder.
-
-    Raises:
-        UsageError: as `data.writing`.
-    """
-    with data.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        with contextlib.suppress(OSError):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-_SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.I)
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-
-
-def redact(text: str) -> str:
-    """The text without access tokens: values of secret variables, and hub tokens."""
-    secrets = {
-        value
-        for name, value in os.environ.items()
-        if _SECRET_NAMES.search(name) and len(value) >= 8
-    }
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return _HUB_TOKEN.sub("***", text)
-
-
-def escape_markdown(text: str) -> str:
-    """The text in one line of markdown that shows it unchanged; newlines become `<br>`.
-
-    Punctuation becomes numeric entities, which markdown never interprets.
-    """
-    shown = data.escape_controls(text.replace("\r\n", "\n").replace("\t", " "))
-    # Also the colon and the dot of www., which some viewers turn into links.
-    escaped = re.sub(r"[^\w\s.,;()'?!%/-]|_|(?<=www)\.", lambda match: _entities(match.group()), shown)
-    # At the start of a cell even these would make a list or a heading.
-    return re.sub(r"^(\s*)([-.()]|\d+[.)])", lambda match: match[1] + _entities(match[2]), escaped).replace("\n", "<br>")
-
-
-def _entities(text: str) -> str:
-    return "".join(f"&#{ord(character)};" for character in text)
-
-
-def format_verbatim(text: str) -> str:
-    """The text as one line of HTML, so that no part of it is read as markdown."""
-    return f"<pre>{html.escape(data.escape_controls(text)).replace(chr(10), '&#10;')}</pre>"
-
-
-# --- The grid, as values -----------------------------------------------------------------------------------------
+# --- Arms and decodings --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TrainingArm:
-    """What a training run is made of, as far as the story changed it. The defaults are the kit's own recipe."""
+    """What the story changed about a training run. The defaults are the kit's recipe."""
 
     mix: data.MixName = "rebalanced"
     target_modules: train.TargetModules = "all-linear"
     epochs: int = 1
     pad: infer.PadName = "native"
     r: int = 16
-    best: train.Metric = "eval_loss"
-    """`answers` chooses the weights by the gate, as the kit does; the story had only the loss."""
+    metric_for_best_model: train.Metric = "eval_loss"
+    """The story selected weights by loss; the kit selects them by answers."""
 
 
 WEEK3 = TrainingArm(mix="chatdoctor", target_modules="attention", pad="added")
 WEEK4 = TrainingArm(mix="week4", target_modules="attention", epochs=2)
-FIXED = TrainingArm(mix="rebalanced", target_modules="all-linear", epochs=2)
-# With this rank, attention alone has as many LoRA parameters as all linear layers at 16 (within 1%, in both base models).
+# With this rank, attention has as many LoRA parameters as all linear layers have at rank 16, within
+# 1% for both base models.
 WIDE_R = 42
 
-# Every training run that a study may ask for; a new one is a line. `week4-rebalanced` is week4 with that one change.
+# Each arm next to `week3` or `week4` is that run with a single change, and so are those of `kit`.
 TRAINING_ARMS: dict[str, TrainingArm] = {
     "week3": WEEK3,
     "week3-native-pad": dataclasses.replace(WEEK3, pad="native"),
@@ -200,9 +81,8 @@ TRAINING_ARMS: dict[str, TrainingArm] = {
     "week4-rebalanced": dataclasses.replace(WEEK4, mix="rebalanced"),
     "week4-all-linear": dataclasses.replace(WEEK4, target_modules="all-linear"),
     "week4-wide-attention": dataclasses.replace(WEEK4, r=WIDE_R),
-    "fixed": FIXED,
-    "kit": TrainingArm(best="answers"),
-    # Single factors of the kit's recipe.
+    "fixed": TrainingArm(epochs=2),
+    "kit": TrainingArm(metric_for_best_model="answers"),
     "kit-by-loss": TrainingArm(),
     "kit-chatdoctor": TrainingArm(mix="chatdoctor"),
     "kit-week4-mix": TrainingArm(mix="week4"),
@@ -210,10 +90,11 @@ TRAINING_ARMS: dict[str, TrainingArm] = {
     "kit-wide-attention": TrainingArm(target_modules="attention", r=WIDE_R),
     "kit-added-pad": TrainingArm(pad="added"),
 }
+# Arms that also answer the probes at each evaluation, which takes as long as their training does.
+EVALUATED_BY_ANSWERS = ("week3", "week4", "fixed", "kit")
+UNTRAINED = ("base", "adapter")
 
 _COLLAPSE, _FIX = DECODINGS["story-collapse"], DECODINGS["story-fix"]
-
-# Every decoding that a study may ask for: the presets, and single changes of them.
 DECODING_ARMS: dict[str, Decoding] = {
     **DECODINGS,
     "collapse-no-ban": dataclasses.replace(_COLLAPSE, no_repeat_ngram_size=0, count_prompt=False),
@@ -223,61 +104,54 @@ DECODING_ARMS: dict[str, Decoding] = {
     "fix-answer-only": dataclasses.replace(_FIX, count_prompt=False),
     "fix-cap-128": dataclasses.replace(_FIX, max_new_tokens=128),
     "plain-cap-128": Decoding(max_new_tokens=128),
-    # Single factors of `plain`.
     "plain-cap-512": Decoding(max_new_tokens=512),
     "plain-no-stop": Decoding(stop="never"),
     "ngram-6": Decoding(no_repeat_ngram_size=6, count_prompt=True),
     "ngram-8": Decoding(no_repeat_ngram_size=8, count_prompt=True),
     "penalty-1.1-prompt": Decoding(repetition_penalty=1.1, count_prompt=True),
 }
+MAIN_DECODINGS = ("story-collapse", "story-fix", "kit")
+# Decodings that differ only in cap or stop are cut from the same generation and cost nothing.
+_STORY = ("plain", "week3", *MAIN_DECODINGS, "collapse-no-ban", "collapse-penalty", "collapse-stop")
+_STORY += ("collapse-cap-128", "fix-answer-only", "fix-cap-128", "plain-cap-128")
 
-_COMMON = ("story-collapse", "story-fix", "kit")
-# What differs from another only in cap or stop is cut from the same run and costs nothing.
-_STORY = (
-    *("plain", "week3", *_COMMON),
-    *("collapse-no-ban", "collapse-penalty", "collapse-stop", "collapse-cap-128"),
-    *("fix-answer-only", "fix-cap-128", "plain-cap-128"),
-)
-
-# Of each study, every model and the decodings that it is asked under. `base` is the base model, `adapter` the given one,
-# any other name an arm of `TRAINING_ARMS`.
+# The decodings of each arm: `base` is the base model, `adapter` that of --adapter, and every other
+# name a training run.
 STUDIES: dict[StudyName, dict[str, tuple[str, ...]]] = {
     "all": {
         "base": _STORY,
         "week3": _STORY,
-        "week3-native-pad": _COMMON,
-        "week3-week4-mix": _COMMON,
-        "week3-2-epochs": _COMMON,
+        "week3-native-pad": MAIN_DECODINGS,
+        "week3-week4-mix": MAIN_DECODINGS,
+        "week3-2-epochs": MAIN_DECODINGS,
         "week4": _STORY,
-        "week4-rebalanced": _COMMON,
-        "week4-all-linear": _COMMON,
-        "week4-wide-attention": _COMMON,
+        "week4-rebalanced": MAIN_DECODINGS,
+        "week4-all-linear": MAIN_DECODINGS,
+        "week4-wide-attention": MAIN_DECODINGS,
         "fixed": _STORY,
-        "kit": _COMMON,
+        "kit": MAIN_DECODINGS,
     },
     "training": dict.fromkeys(
-        (
-            *("base", "kit-by-loss", "kit-chatdoctor", "kit-week4-mix", "kit-attention", "kit-wide-attention"),
-            *("kit-added-pad", "fixed"),
-        ),
-        ("plain", *_COMMON),
+        """base kit-by-loss kit-chatdoctor kit-week4-mix kit-attention kit-wide-attention
+        kit-added-pad fixed""".split(),
+        ("plain", *MAIN_DECODINGS),
     ),
-    "decoding": dict.fromkeys(("base", "adapter"), tuple(DECODING_ARMS)),
+    "decoding": dict.fromkeys(UNTRAINED, tuple(DECODING_ARMS)),
 }
+# The answers to the first question that the report shows side by side.
+SIDE_BY_SIDE: dict[StudyName, tuple[tuple[str, str], ...]] = {
+    "all": (("week3", "week3"), ("week4", "story-collapse"), ("fixed", "story-fix")),
+    "training": (("base", "kit"), ("kit-week4-mix", "kit"), ("kit-by-loss", "kit")),
+    "decoding": tuple(("adapter", name) for name in MAIN_DECODINGS),
+}
+# Asked first: the story's five, then five with prompts of the same padded length.
+FIRST_PROBES = """type-2-diabetes hypertension iron-deficiency malaria heart-attack migraine asthma
+    stroke meningitis cystitis""".split()
+# The first question is asked again in another batch, up to this many tokens.
+REPEATED_TOKENS = 64
 
-# The probes in the order in which an ablation takes them: the story's five, then five whose prompts are as long under both
-# tokenizers' templates, so that they share forward passes, then all others.
-FIRST_PROBES = (
-    *("type-2-diabetes", "hypertension", "iron-deficiency", "malaria", "heart-attack"),
-    *("migraine", "asthma", "stroke", "meningitis", "cystitis"),
-)
 
-# Every cell asks its first question again, in another batch, up to so many tokens.
-AGAIN_TOKENS = 64
-
-
-MAX_SEEDS = 100
-MAX_WORKERS = 64
+# --- Flags ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -285,1645 +159,1052 @@ class AblateConfig(data.RowsFlags):
     """Flags of ablate.py."""
 
     study: StudyName = "all"
-    """`all`: the story; `training`: single factors of the kit's recipe; `decoding`: every decoding on base and one adapter."""
+    """`all`: the story; `training`: single factors of the kit's recipe; `decoding`: every decoding
+    of base model and one adapter."""
     name: str | None = None
-    """Folder of the study below runs/ablate. Unset: the study's name, and that of --rows."""
+    """Name of the study's folder. Unset: made of --study, --rows and --probes."""
     adapter: str | None = None
-    """Adapter folder or hub id, of the study `decoding`. Unset: the adapter of the run that was finished last."""
+    """Adapter folder or hub id for --study decoding. Unset: that of the last finished run."""
     seeds: int = 1
-    """How often every run is trained, and sampled answers drawn, each time with another seed."""
+    """How many times each run is trained and sampled answers are drawn, with different seeds."""
     num_rows: int | None = None
     """Training rows of each run. Unset: the profile's."""
     num_probes: int | None = None
-    """How many probe questions to ask; the story's five come first. Unset: the profile's."""
+    """Number of probe questions; the story's five come first. Unset: the profile's."""
+    shard: str | None = None
+    """Run only part I of N of the arms, as I/N with I from 0: one part per GPU or SLURM task."""
     workers: int | None = None
-    """Models that are trained or asked at a time, on one GPU each, or sharing the cores. Unset: the profile's."""
+    """Arms that run at the same time and share the cores. Unset: the profile's."""
     profile: data.ProfileChoice = "auto"
     """Set of values: `t4` for a GPU, `cpu`, or `auto`."""
     base_model: str | None = None
     """Hub id or folder of another chat model of the Llama architecture. Unset: the profile's."""
     dry_run: bool = False
-    """Print the grid, the commands and the expected time, and stop; nothing is written."""
+    """Print arms, commands and counts, and stop. Writes nothing."""
     table: bool = False
-    """Make page and picture again from the records, and run nothing."""
+    """Rebuild report and picture from the records, and run nothing."""
     save_best: bool = False
-    """When all is done, write the decoding with the best answers into the adapter that gave them."""
+    """At the end, store the decoding with the best answers in the adapter that gave them."""
 
     def __post_init__(self) -> None:
         problems = []
         if self.name is not None and not infer.RUN_NAME.fullmatch(self.name):
             problems.append(f"--name {self.name!r}: expected {infer.RUN_NAME_RULE}")
-        for flag, most in {"seeds": MAX_SEEDS, "num_rows": None, "num_probes": None, "workers": MAX_WORKERS}.items():
-            value = getattr(self, flag)
-            if value is not None and (value < 1 or (most and value > most)):
-                problems.append(f"--{flag.replace('_', '-')} {value}: 1 {f'to {most}' if most else 'or more'} is wanted.")
-        probes = len(infer.read_probes())
-        if self.num_probes is not None and self.num_probes > probes:
-            problems.append(f"--num-probes {self.num_probes}: 1 to {probes}, the probes of samples/probes.jsonl, is wanted.")
+        probes = len(infer.read_probes(self.probes))
+        limits = {"seeds": 100, "num_rows": math.inf, "num_probes": probes, "workers": 64}
+        for name, most in limits.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                allowed = "1 or more" if most == math.inf else f"1 to {most}"
+                problems.append(f"--{name.replace('_', '-')} {value}: expected {allowed}.")
+        shard = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.shard or "0/1")
+        if not shard or int(shard[1]) >= int(shard[2]):
+            problems.append(f"--shard {self.shard}: expected I/N with I from 0 to N - 1.")
         if self.adapter and self.study != "decoding":
-            problems.append(f"--adapter {self.adapter} is for --study decoding; the study {self.study} trains its own.")
-        if self.study == "decoding" and (self.rows is not None or self.system_prompt is not None):
-            problems.append("--rows and --system-prompt are for studies that train; --study decoding uses an adapter.")
-        if self.num_rows and self.study == "decoding":
-            problems.append("--num-rows is for studies that train; --study decoding asks an adapter that is there.")
-        if self.save_best and self.dry_run:
-            problems.append("--save-best writes into an adapter, and --dry-run writes nothing. Give one of the two.")
-        if self.table and self.dry_run:
-            problems.append("--table writes from the records, and --dry-run writes nothing. Give one of the two.")
+            problems.append(f"--adapter {self.adapter} is for --study decoding.")
+        training_flags = [
+            name for name in ("rows", "system_prompt", "num_rows") if self.given(name)
+        ]
+        if training_flags and self.study == "decoding":
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in training_flags)
+            problems.append(f"{flags}: only for studies that train, not for --study decoding.")
+        if self.dry_run and (self.table or self.save_best):
+            other = "--table" if self.table else "--save-best"
+            problems.append(
+                f"{other} writes files, and --dry-run writes none. Give one of the two."
+            )
         if problems:
             raise ValueError("\n".join(problems))
 
-    @property
-    def rows_flags(self) -> dict[str, Any]:
-        """What was given of `data.RowsFlags`, by the name of its field."""
-        names = [each.name for each in dataclasses.fields(data.RowsFlags)]
-        defaults = data.RowsFlags()
-        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(defaults, name)}
+    def given(self, name: str) -> bool:
+        """Whether a flag has another value than its default."""
+        default = next(each.default for each in dataclasses.fields(self) if each.name == name)
+        return getattr(self, name) != default
 
     @property
     def folder(self) -> Path:
         """The study's folder."""
-        default = f"{self.study}-{train.name_rows(self.rows)}" if self.rows else self.study
-        return ABLATE_RUNS / (self.name or default)
+        parts = [self.study, *(train.name_rows(each) for each in (self.rows, self.probes) if each)]
+        return infer.RUNS / "ablate" / (self.name or "-".join(parts))
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model to be asked: the base model, a given adapter, or one that is trained for it."""
+class Arm:
+    """A model to be asked, and the decodings it is asked under."""
 
-    arm: str
+    name: str
     """`base`, `adapter`, or a name in `TRAINING_ARMS`."""
     seed: int
-    """0 for the first: added to train.py's own seed, and the seed of sampled answers."""
-    decodings: tuple[str, ...]
+    """Added to train.py's own seed, and the seed of sampled answers."""
+    decodings: Mapping[str, Decoding]
     flags: tuple[str, ...] | None = None
-    """Of train.py, without those that name the folder; None where nothing is trained."""
+    """Flags of train.py; None if nothing is trained."""
     adapter: Path | None = None
-    """Where it lies, or will lie once it is trained; None for the base model."""
+    """The adapter's folder; None for the base model."""
     adapter_sha256: str | None = None
-    """Of an adapter that was given."""
+    """Digest of the weights, if the adapter exists already."""
 
     @property
     def id(self) -> str:
-        """Name of its run folder and first part of its cells' names."""
-        return self.arm + (f"-seed{self.seed}" if self.seed else "")
-
-    def decoding(self, name: str) -> Decoding:
-        """The decoding of that name, with this model's seed where it samples."""
-        decoding = DECODING_ARMS[name]
-        return dataclasses.replace(decoding, sampling_seed=self.seed) if decoding.temperature else decoding
+        """Name of its run, and the first part of its cells' names."""
+        return self.name + (f"-seed{self.seed}" if self.seed else "")
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A study resolved: every value that its cells depend on."""
+class Study:
+    """A study with all values that its answers depend on."""
 
     folder: Path
-    profile: ProfileName
-    base_model: str
-    models: tuple[Model, ...]
+    profile: Profile
+    arms: tuple[Arm, ...]
     probes: tuple[infer.Probe, ...]
-    workers: int
     system_prompt: str = data.SYSTEM_PROMPT
-    """Every model is asked under it."""
-    rows: str | None = None
-    """The user's own rows, in place of a mix."""
-    local_rank: int = 0
-    """Of this process among those that a launcher such as torchrun started on this machine."""
-    local_world_size: int = 1
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Sources of the training rows: a digest of each file, or its hub id."""
 
-    @property
-    def values(self) -> data.Profile:
-        """The profile's values, with the study's base model."""
-        return data.load_profile(self.profile, self.base_model)
+    def settings(self, arm: Arm, decoding: str) -> str:
+        """Digest of everything that a cell's answers and verdicts depend on."""
+        values = [
+            dataclasses.asdict(arm.decodings[decoding]),
+            (arm.name, arm.seed, arm.adapter_sha256, arm.flags and [*arm.flags, self.sources]),
+            (self.profile.name, self.profile.base_model, self.system_prompt),
+            [dataclasses.asdict(probe) for probe in self.probes],
+            {name: check.threshold for name, check in infer.CHECKS.items()},
+        ]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
-    @property
-    def num_together(self) -> int:
-        """Workers on this machine, of all processes that a launcher started."""
-        return self.local_world_size * self.workers
+    def cell(self, arm: Arm, decoding: str) -> Path:
+        """File of an arm's answers under a decoding."""
+        return self.folder / "cells" / f"{arm.id}.{decoding}.jsonl"
 
-    @property
-    def questions(self) -> list[str]:
-        """What every model is asked."""
-        return [probe.question for probe in self.probes]
+    def failure(self, arm: Arm) -> Path:
+        """File that contains why the arm failed."""
+        return self.folder / "failures" / f"{arm.id}.txt"
 
-    def settings(self, model: Model, decoding: str) -> dict[str, Any]:
-        """All that the cell's answers, and what is counted in them, depend on, as it stands in result.json."""
-        return {
-            "arm": model.arm,
-            "seed": model.seed,
-            "decoding": decoding,
-            "fields": dataclasses.asdict(model.decoding(decoding)),
-            "profile": self.profile,
-            "base_model": self.base_model,
-            "training": self.training_settings(model),
-            "adapter_sha256": model.adapter_sha256,
-            "system_prompt": self.system_prompt,
-            "probes": digest_json([dataclasses.asdict(probe) for probe in self.probes]),
-            "judge": digest_json({name: check.threshold for name, check in infer.CHECKS.items()}),
-        }
+    def missing(self, arm: Arm) -> list[str]:
+        """The decodings whose cells are not complete, or have other settings."""
 
-    def training_settings(self, model: Model) -> dict[str, Any] | None:
-        """The flags of the model's training, and what its rows are: hub ids, or digests of files."""
-        if model.flags is None:
-            return None
-        rows = {
-            name: hashlib.sha256(Path(source).read_bytes()).hexdigest() if Path(source).is_file() else source
-            for name, source in (
-                {"rows": self.rows}
-                if self.rows
-                else {n: getattr(self.values, n) for n in ("conversational", "encyclopedic")}
-            ).items()
-        }
-        return {"flags": list(model.flags), "rows": rows}
+        def is_done(name: str) -> bool:
+            with contextlib.suppress(UsageError):
+                lines = read_cell(self.cell(arm, name))
+                settings = {line.get("settings") for line in lines}
+                return settings == {self.settings(arm, name)} and len(lines) == len(self.probes)
+            return False
 
-    def train_command(self, model: Model) -> list[str]:
-        """The line that trains the model."""
-        assert model.flags is not None
-        return ["train.py", *model.flags, "--output-dir", str(self.folder / "runs"), "--name", model.id]
-
-
-def digest_json(value: Any) -> str:
-    """sha256 (hex) of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def order_probes() -> list[infer.Probe]:
-    """All probes, those of `FIRST_PROBES` first."""
-    probes = {probe.id: probe for probe in infer.read_probes()}
-    return [probes[name] for name in FIRST_PROBES] + [probe for name, probe in probes.items() if name not in FIRST_PROBES]
+        return [name for name in arm.decodings if not is_done(name)]
 
 
 def training_flags(
-    arm: TrainingArm, profile: ProfileName, seed: int, num_rows: int | None, rows_flags: Mapping[str, Any] | None = None
+    name: str, profile: Profile, seed: int, num_rows: int, given: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """The flags of train.py for an arm; those of the story's arms leave the gate out, which the story did not have."""
-    own = {f"--{name.replace('_', '-')}": value for name, value in (rows_flags or {}).items()}
-    flags: dict[str, Any] = {
-        "--profile": profile,
-        **({} if "--rows" in own else {"--mix": arm.mix}),
-        **own,
-        "--target-modules": arm.target_modules,
-        "--epochs": arm.epochs,
-        "--pad": arm.pad,
-        "--r": arm.r,
-        "--lora-alpha": 2 * arm.r,
-        "--seed": train.TrainConfig.seed + seed,
-    }
-    if num_rows:
-        flags["--num-rows"] = num_rows
-    if arm.best == "eval_loss":
-        flags |= {"--metric-for-best-model": arm.best, "--num-probes": 0}
-        if every := data.PROFILES[profile].ablation_eval_every:
-            flags["--eval-every"] = every
-    return tuple(str(part) for item in flags.items() for part in item)
+    """The flags of train.py for an arm; `given` are those of ablate.py that it passes on."""
+    arm = TRAINING_ARMS[name]
+    flags: dict[str, Any] = {"profile": profile.name, **given, **dataclasses.asdict(arm)}
+    if "rows" in given:
+        del flags["mix"]
+    flags |= {"lora_alpha": 2 * arm.r, "seed": train.TrainConfig.seed + seed, "num_rows": num_rows}
+    if name not in EVALUATED_BY_ANSWERS:
+        # Evaluated before the first step and after the last.
+        flags |= {"num_probes": 0, "eval_every": 0.99}
+    return tuple(
+        text
+        for flag, value in flags.items()
+        for text in (f"--{flag.replace('_', '-')}", str(value))
+    )
 
 
-def make_grid(config: AblateConfig) -> Grid:
-    """The study that the flags name.
+def is_covered(name: str, earlier: Sequence[str], study: StudyName) -> bool:
+    """Whether another arm differs only in the mix: without mixes, one of them is enough."""
+    arm = TRAINING_ARMS[name]
+    return name not in EVALUATED_BY_ANSWERS and any(
+        dataclasses.replace(TRAINING_ARMS[other], mix=arm.mix) == arm
+        for other in STUDIES[study]
+        if other in TRAINING_ARMS and other != name
+        if other in EVALUATED_BY_ANSWERS or other in earlier
+    )
+
+
+def make_study(config: AblateConfig) -> Study:
+    """The study that the flags describe.
 
     Raises:
-        UsageError: as `data.resolve_profile`, and of the study `decoding` where its adapter is not there.
+        UsageError: as `data.resolve_profile`; or rows or adapter cannot be used.
     """
-    adapter = record = digest = None
+    adapter = checked = None
+    system_prompt, sources = config.system_prompt or data.SYSTEM_PROMPT, {}
     if config.study == "decoding":
         adapter = infer.find_adapter(config.adapter) if config.adapter else infer.latest_adapter()
         checked = infer.check_adapter(adapter, config.profile, config.base_model)
-        record, digest, values = checked.record, checked.sha256, checked.profile
+        profile, system_prompt = checked.profile, checked.record.system_prompt
     else:
-        values = data.resolve_profile(config.profile, config.base_model)
-    system_prompt = config.system_prompt or (record.system_prompt if record else data.SYSTEM_PROMPT)
-    if config.rows is not None:
-        system_prompt = data.RowsConfig(**config.rows_flags).load(values).system_prompt
-    models: list[Model] = []
-    for arm, decodings in STUDIES[config.study].items():
+        profile = data.resolve_profile(config.profile, config.base_model)
+        names = ("rows",) if config.rows else ("conversational", "encyclopedic")
+        for name in names:
+            source = config.rows or getattr(profile, name)
+            is_file = Path(source).is_file()
+            sources[name] = (
+                hashlib.sha256(Path(source).read_bytes()).hexdigest() if is_file else source
+            )
+    names = [each.name for each in dataclasses.fields(data.RowsFlags)] + ["base_model"]
+    given = {name: getattr(config, name) for name in names if config.given(name)}
+    if config.rows:
+        rows_flags = {name: value for name, value in given.items() if name != "base_model"}
+        system_prompt = data.RowsConfig(**rows_flags).load(profile).system_prompt
+    arms: list[Arm] = []
+    for name, decodings in STUDIES[config.study].items():
         for seed in range(config.seeds):
-            if arm in ("base", "adapter"):
-                # Of these only the sampled answers differ from seed to seed.
-                names = tuple(name for name in decodings if not seed or DECODING_ARMS[name].temperature)
-                given = (None, adapter, digest) if arm == "adapter" else ()
-                models.append(Model(arm, seed, names, *given))
-            else:
-                num_rows = config.num_rows or values.ablation_rows
-                arm_flags = config.rows_flags | ({"base_model": config.base_model} if config.base_model else {})
-                flags = training_flags(TRAINING_ARMS[arm], values.name, seed, num_rows, arm_flags)
-                if any(flags == model.flags for model in models):
-                    continue  # it differs only in the mix, which the user's own rows replace
-                model = Model(arm, seed, decodings, flags)
-                models.append(dataclasses.replace(model, adapter=config.folder / "runs" / model.id / "adapter"))
-    return Grid(
-        folder=config.folder,
-        profile=values.name,
-        base_model=values.base_model,
-        models=tuple(model for model in models if model.decodings),
-        probes=tuple(order_probes()[: config.num_probes or values.ablation_probes]),
-        workers=config.workers or values.workers,
-        system_prompt=system_prompt,
-        rows=config.rows,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
+            own = {
+                each: dataclasses.replace(DECODING_ARMS[each], sampling_seed=seed)
+                for each in decodings
+                # Of an untrained arm only sampled answers differ from seed to seed.
+                if not seed or name not in UNTRAINED or DECODING_ARMS[each].temperature
+            }
+            if name in UNTRAINED:
+                found = (None, adapter, checked.sha256) if name == "adapter" and checked else ()
+                arms += [Arm(name, seed, own, *found)] if own else []
+                continue
+            if config.rows and is_covered(name, [arm.name for arm in arms], config.study):
+                continue
+            rows = config.num_rows or profile.ablation_rows
+            arm = Arm(name, seed, own, training_flags(name, profile, seed, rows, given))
+            folder = config.folder / "runs" / arm.id / "adapter"
+            arms.append(dataclasses.replace(arm, adapter=folder))
+    probes = infer.read_probes(config.probes)
+    if not config.probes:
+        first = {name: place for place, name in enumerate(FIRST_PROBES)}
+        probes.sort(key=lambda probe: first.get(probe.id, len(first)))
+    probes = probes[: config.num_probes or profile.ablation_probes]
+    return Study(config.folder, profile, tuple(arms), tuple(probes), system_prompt, sources)
 
 
-# Mean tokens of prompt and answer, for a plan without the rows: 1,494 published ChatDoctor-iCliniq and 1,497 WikiDoc rows after
-# cleaning, under Llama 3.2's tokenizer.
-MEAN_ROW_TOKENS: dict[data.SourceName, int] = {"conversational": 264, "encyclopedic": 169}
-
-
-# --- The time it will take ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Times:
-    """What a model is expected to take, of one worker."""
-
-    training_seconds: float
-    training_steps: int
-    answer_seconds: float
-    answer_tokens: int
-
-    @property
-    def seconds(self) -> float:
-        """All together."""
-        return self.training_seconds + self.answer_seconds
-
-
-def make_requests(model: Model, decodings: Sequence[str], questions: Sequence[str]) -> list[infer.Request]:
-    """The questions under each decoding, decoding by decoding."""
-    return [infer.Request(question, model.decoding(name)) for name in decodings for question in questions]
-
-
-def plan_training(grid: Grid, model: Model, counted: dict[Any, tuple[int, int]]) -> tuple[float, int]:
-    """`(seconds, steps)` of the model's training; `counted` keeps rows and tokens of each mix.
-
-    Raises:
-        UsageError: a file of rows cannot be used.
-    """
-    if model.flags is None:
-        return 0.0, 0
-    config, profile, _ = train.resolve(tyro.cli(train.TrainConfig, args=model.flags))
-    mix = (config.mix, config.num_rows, config.seed)
-    if mix not in counted:
-        if audit := train.count_rows(config, profile):
-            counted[mix] = (audit["train_rows"], audit["train_tokens"])
-        else:
-            counts = {name: count or 0 for name, count in config.wanted.items()}
-            tokens = sum(count * MEAN_ROW_TOKENS.get(name, 0) for name, count in counts.items())
-            counted[mix] = (sum(counts.values()), tokens)
-    rows, tokens = counted[mix]
-    steps = config.count_steps(rows)
-    values = grid.values
-    evaluations = config.count_evaluations(steps)
-    answers = evaluations * profile.gate_max_new_tokens * values.seconds_per_new_token
-    seconds = (
-        values.start_seconds
-        + evaluations * values.evaluation_seconds
-        + (answers if config.num_probes else 0)
-        + steps * config.rows_per_step * tokens / rows / values.worker_tokens_per_second
-    )
-    return seconds, steps
-
-
-def plan_answers(grid: Grid, model: Model, decodings: Sequence[str], lengths: Mapping[str, int]) -> tuple[float, int]:
-    """`(seconds, tokens)` of asking the model, where prompts of one padded length share passes; `lengths` are theirs."""
-    values = grid.values
-    rows: dict[int, list[int]] = {}
-    requests = make_requests(model, decodings, grid.questions)
-    for places in infer.merge_requests(requests):
-        cap = max(requests[place].decoding.max_new_tokens for place in places)
-        rows.setdefault(infer.padded_width(lengths[requests[places[0]].question]), []).append(cap)
-    seconds = values.start_seconds
-    for caps in rows.values():
-        for start in range(0, len(caps), infer.ROWS):
-            seconds += max(caps[start : start + infer.ROWS]) * values.step_seconds
-    again = values.step_seconds
-    return seconds + AGAIN_TOKENS * again, infer.count_new_tokens(requests)
-
-
-def measure_prompts(grid: Grid) -> dict[str, int]:
-    """Tokens of each question's prompt; where the tokenizer cannot be had, its words, for an estimate."""
-    try:
-        tokenizer = data.load_tokenizer(grid.values)
-    except UsageError:
-        return {question: len(question.split()) for question in grid.questions}
-    return {
-        question: len(data.encode_prompt(tokenizer, question, system_prompt=grid.system_prompt)) for question in grid.questions
-    }
-
-
-def plan_times(grid: Grid, missing: Mapping[str, Sequence[str]]) -> dict[str, Times]:
-    """The times of each model that has cells missing, by its id. Raises UsageError as `plan_training`."""
-    lengths, times = measure_prompts(grid), {}
-    counted: dict[Any, tuple[int, int]] = {}
-    for model in grid.models:
-        if names := missing.get(model.id):
-            times[model.id] = Times(*plan_training(grid, model, counted), *plan_answers(grid, model, names, lengths))
-    return times
-
-
-def format_plan(grid: Grid, missing: Mapping[str, Sequence[str]], times: Mapping[str, Times]) -> str:
-    """Grid, commands and times as plain text for a terminal."""
-    width = max(len(model.id) for model in grid.models) + 2
-    lines = [f"{'model':<{width}}{'train':>9}{'answer':>9}   decodings"]
-    for model in grid.models:
-        names = missing.get(model.id, ())
-        left = times.get(model.id, Times(0, 0, 0, 0))
-        done = len(model.decodings) - len(names)
-        lines.append(
-            f"{model.id:<{width}}{left.training_seconds / 60:>5.1f} min{left.answer_seconds / 60:>5.1f} min   "
-            + (f"({done} done) " if done else "")
-            + ", ".join(names)
-        )
-    lines.append("")
-    lines += [f"python {shlex.join(grid.train_command(model))}" for model in grid.models if model.flags and model.id in times]
-    cells = sum(len(model.decodings) for model in grid.models)
-    lines += [
-        "",
-        f"{cells} cells of {len(grid.probes)} questions, {sum(map(len, missing.values()))} to be answered, in {grid.folder}",
-        f"about {expected_seconds(times, grid.workers) / 60:.0f} min in all, with {grid.workers} at a time",
+def format_plan(study: Study, arms: Sequence[Arm]) -> str:
+    """Arms, decodings, commands and counts as plain text."""
+    width = max(len(arm.id) for arm in study.arms)
+    missing = {arm.id: study.missing(arm) for arm in arms}
+    lines = [
+        f"{arm.id:<{width}}  {len(arm.decodings) - len(missing[arm.id]):>2} of "
+        f"{len(arm.decodings):>2} cells done  {', '.join(arm.decodings)}"
+        for arm in arms
     ]
+    commands = [shlex.join(train_command(study, arm)) for arm in arms if arm.flags]
+    cells = sum(len(arm.decodings) for arm in arms)
+    left = sum(map(len, missing.values()))
+    lines += ["", *(f"python {command}" for command in commands), ""]
+    lines.append(f"{cells} cells of {len(study.probes)} questions, {left} to do, in {study.folder}")
     return "\n".join(lines)
 
 
-def expected_seconds(times: Mapping[str, Times], workers: int) -> float:
-    """Until all are done: each worker takes the longest that is left (Graham 1969)."""
-    ends = [0.0] * workers
-    for seconds in sorted((each.seconds for each in times.values()), reverse=True):
-        ends[ends.index(min(ends))] += seconds
-    return max(ends)
+def train_command(study: Study, arm: Arm) -> list[str]:
+    """The command that trains an arm, after `python`."""
+    where = ["--output-dir", str(study.folder / "runs"), "--name", arm.id]
+    return ["train.py", *(arm.flags or ()), *where]
 
 
-# --- Records -----------------------------------------------------------------------------------------------------
-
-Record = Mapping[str, Any]
-"""One line of a generations.jsonl."""
+# --- Running -------------------------------------------------------------------------------------
 
 
-def cell_folder(study: Path, model_id: str, decoding: str) -> Path:
-    """Where the answers of a model under a decoding lie."""
-    return study / "cells" / f"{model_id}.{decoding}"
+def run_train(command: Sequence[str], log: Path, show: bool) -> tuple[int, str]:
+    """Runs train.py: its stdout goes to the log, its stderr to the log and, with `show`, to ours.
 
-
-# Of each record what is read of it, as types: a tuple allows any of them, a list has such items, a dict at least such keys.
-_NUMBER = (int, float)
-_TRAINING = {
-    **dict.fromkeys(("eval_loss_before", "eval_loss", "training_seconds"), _NUMBER),
-    "mean_token_accuracy": (*_NUMBER, type(None)),
-    **dict.fromkeys(("steps", "adapter_bytes", "train_rows", "train_tokens"), int),
-}
-RECORD_SHAPES: dict[str, Any] = {
-    "study.json": {"study": str, "command": str, "base_model": str, "questions": [str], "probes": [str], "models": [list]},
-    "result.json": {
-        "settings": {"arm": str, "seed": int, "decoding": str},
-        "training": (type(None), _TRAINING),
-        "again": {"asked": int, "same": int, "tokens": int},
-        "stop_ids": [int],
-        "made_by": {"machine": str, "dtype": str, "versions": dict, "commit": (str, type(None))},
-    },
-    "generations.jsonl": {
-        **dict.fromkeys(("question", "text", "sha256", "verdict", "finish_reason"), str),
-        "token_ids": [int],
-        "answer_tokens": int,
-        "num_overruled": int,
-        "adapter": (str, type(None)),
-        "findings": [{"name": str, "score": _NUMBER, "span": [int]}],
-        "facts": {"named": [str], "missing": [str], "wrong": [str]},
-    },
-    "failed.json": {"settings": dict, "error": str},
-}
-
-
-def has_shape(value: Any, shape: Any) -> bool:
-    """Whether a JSON value is what `RECORD_SHAPES` says."""
-    if isinstance(shape, tuple):
-        return any(has_shape(value, each) for each in shape)
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(has_shape(each, shape[0]) for each in value)
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(name in value and has_shape(value[name], each) for name, each in shape.items())
-    return isinstance(value, shape) and not (shape is int and isinstance(value, bool))
-
-
-def parse_record(text: str, kind: str, path: Path) -> Any:
-    """The record of that kind in a JSON text.
+    Returns:
+        The exit code, and the end of stderr.
 
     Raises:
-        UsageError: it is broken, or no record of that kind.
+        infer.Interrupted: a signal came. Training is stopped, and saves its step first; a second
+            signal kills it.
     """
-    try:
-        record = json.loads(text)
-        problem = f"no {kind} of this kit"
-    except (ValueError, RecursionError) as error:
-        record, problem = None, str(error)
-    if not has_shape(record, RECORD_SHAPES[kind]):
-        raise UsageError(f"{path} is broken ({problem}). Remove it; the same line (without --table) makes it again.")
-    return record
-
-
-def read_record(path: Path, kind: str) -> Any:
-    """The record of that kind in a file, or None where it is not there. Raises UsageError as `parse_record`."""
-    try:
-        return parse_record(path.read_text(encoding="utf-8"), kind, path)
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} cannot be read ({error}). Remove it; the same line (without --table) makes it again."
-        ) from None
-
-
-def read_cell(folder: Path) -> tuple[dict[str, Any], tuple[Record, ...]] | None:
-    """`(result, answers)` of a cell, or None where it is not there.
-
-    Raises:
-        UsageError: as `parse_record`, or answers are missing.
-    """
-    result = read_record(folder / "result.json", "result.json")
-    if result is None:
-        return None
-    path = folder / "generations.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read ({error}). Remove {folder}; the same line makes it again.") from None
-    if len(lines) < 2 or lines[-1]:
-        raise UsageError(f"{path} is cut. Remove {folder}; the same line (without --table) makes it again.")
-    answers = tuple(parse_record(line, "generations.jsonl", path) for line in lines[:-1])
-    findings = (finding for answer in answers for finding in answer["findings"])
-    if not all(finding["name"] in infer.CHECKS and len(finding["span"]) == 2 for finding in findings):
-        raise UsageError(f"{path} holds findings that this kit does not know. Remove {folder}; the same line makes it again.")
-    return result, answers
-
-
-def failed_file(study: Path, model_id: str, decoding: str) -> Path:
-    """Where it stands why a cell failed: beside the cell, so that older answers there stay."""
-    return study / "cells" / f"{model_id}.{decoding}.failed.json"
-
-
-def is_done(grid: Grid, model: Model, decoding: str) -> bool:
-    """Whether the study holds this cell's answers, under these very settings; one that is broken is made again."""
-    try:
-        cell = read_cell(cell_folder(grid.folder, model.id, decoding))
-    except UsageError:
-        return False
-    return cell is not None and cell[0]["settings"] == grid.settings(model, decoding) and len(cell[1]) == len(grid.questions)
-
-
-def list_failures(grid: Grid, model: Model) -> set[tuple[str, int]]:
-    """What is recorded of the model's failures: each file with the time that its file system wrote into it."""
-    files = (failed_file(grid.folder, model.id, name) for name in model.decodings)
-    return {(file.name, file.stat().st_mtime_ns) for file in files if file.is_file()}
-
-
-def find_missing(grid: Grid) -> dict[str, list[str]]:
-    """Of each model, by its id, the decodings whose cells are not done; models that are done are left out."""
-    missing = {model.id: [name for name in model.decodings if not is_done(grid, model, name)] for model in grid.models}
-    return {name: decodings for name, decodings in missing.items() if decodings}
-
-
-def write_cell(study: Path, model_id: str, result: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the cell's folder, whole or not at all, in place of an older one."""
-    folder = cell_folder(study, model_id, result["settings"]["decoding"])
-    part = folder.with_name(f".{folder.name}.part")
-    with data.writing(folder, part):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-        (part / "generations.jsonl").write_text(lines, encoding="utf-8")
-        (part / "result.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        put_folder(part, folder)
-        failed_file(study, model_id, result["settings"]["decoding"]).unlink(missing_ok=True)
-
-
-# --- Doing what is missing ---------------------------------------------------------------------------------------
-
-
-class Progress:
-    """One bar for all that is missing, in planned seconds, with what every worker does beside it; on stderr."""
-
-    def __init__(self, times: Mapping[str, Times]) -> None:
-        from tqdm import tqdm
-
-        self._lock = threading.Lock()
-        self._done: dict[str, float] = {}
-        self._says: dict[str, str] = {}
-        watched = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=sum(each.seconds for each in times.values()),
-            bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}, {remaining} left{postfix}",
-            # The mean since the start: what is planned is known beforehand.
-            smoothing=0,
-            dynamic_ncols=True,
-            mininterval=0.5 if watched else 30,
-            disable=not train.is_main_process(),
-        )
-
-    def show(self, model_id: str, seconds: float, says: str) -> None:
-        """Of the model's planned seconds so many are done; `says` tells what is going on, and is empty at the end."""
-        with self._lock:
-            gained = seconds - self._done.get(model_id, 0.0)
-            self._done[model_id] = seconds
-            self._says[model_id] = says
-            self._bar.set_postfix_str(" | ".join(f"{name}: {text}" for name, text in self._says.items() if text), refresh=False)
-            self._bar.update(gained)
-
-    def note(self, text: str) -> None:
-        """Prints a line above the bar; of several processes of a launcher the first alone does."""
-        with self._lock:
-            if train.is_main_process():
-                self._bar.write(text, file=sys.stderr)
-
-    def close(self) -> None:
-        """Leaves the bar as it is."""
-        self._bar.close()
-
-
-# Set by torchrun and accelerate for their processes; a run inside an ablation trains on its own.
-LAUNCHER_VARIABLES = frozenset(
-    """RANK LOCAL_RANK GROUP_RANK ROLE_RANK ROLE_NAME WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR
-    MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_USE_AGENT_STORE
-    TORCHELASTIC_ERROR_FILE""".split()
-)
-
-
-def make_environment(grid: Grid, number: int) -> dict[str, str]:
-    """Variables of a process of worker `number`: its GPU or its share of the cores, and nothing of a launcher's."""
-    own = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    # Under torchrun the processes of a machine share its GPUs; beside them the workers of each process.
-    place = grid.local_rank * grid.workers + number
-    if grid.profile == "t4" and grid.num_together > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        own["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place] if visible else str(place)
-    if grid.profile == "cpu" and grid.num_together > 1:
-        own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // grid.num_together))
-    return own
-
-
-def check_devices(grid: Grid) -> None:
-    """Checks that every worker on this machine has a GPU of its own, where the profile wants one.
-
-    Raises:
-        UsageError: there are fewer.
-    """
-    if grid.profile != "t4":
-        return
-    import torch
-
-    found = torch.cuda.device_count()
-    if found < grid.num_together:
-        raise UsageError(
-            f"The profile t4 wants a GPU for each of {grid.num_together} workers on this machine, and torch sees {found}. "
-            "Lower --workers or the launcher's processes, or say --profile cpu."
-        )
-
-
-class FailedRunError(Exception):
-    """A process of a model ended with an error; the message holds the last lines that it wrote."""
-
-
-def last_line(text: str) -> str:
-    """The last line of a text, controls shown."""
-    return data.escape_controls(text.strip().splitlines()[-1])
-
-
-class Workshop:
-    """Trains and asks what a study lacks, several models at a time, and records each cell.
-
-    `missing` names the decodings of each model, as `find_missing`. Other processes may work on the same study.
-    """
-
-    def __init__(self, grid: Grid, missing: dict[str, list[str]], times: Mapping[str, Times]) -> None:
-        self.grid, self.times = grid, times
-        self.progress = Progress(times)
-        self.todo = [model for model in grid.models if model.id in missing]
-        if grid.num_together > 1:
-            # The longest first, so that all end at about the same time.
-            self.todo.sort(key=lambda model: times[model.id].seconds, reverse=True)
-        # Those of an earlier start; what comes beside them is of this one, or of another process at the same study.
-        self._old_failures = {model.id: list_failures(grid, model) for model in self.todo}
-        self._lock = threading.Lock()
-        self._processes: set[subprocess.Popen] = set()
-        self._own: set[str] = set()
-        self._stopped = False
-
-    def run(self) -> None:
-        """Returns when every cell is recorded, here or by another process.
-
-        A signal ends the processes that were started; training saves its step first, unless a second one comes.
-
-        Raises:
-            infer.Interrupted: a signal came.
-        """
-        with ThreadPoolExecutor(self.grid.workers) as pool:
-            workers = [pool.submit(self._work, number) for number in range(self.grid.workers)]
-            try:
-                for worker in workers:
-                    worker.result()
-            except infer.Interrupted as interrupted:
-                self._stop(signal.SIGTERM)
-                self.progress.note("The processes are ended, and save. Ctrl-C again stops at once.")
-                try:
-                    wait(workers)
-                except infer.Interrupted:
-                    self._stop(signal.SIGKILL)
-                said = f"Interrupted. What is recorded in {self.grid.folder} stays; the same line goes on."
-                raise infer.Interrupted(interrupted.number, said) from None
-            except BaseException:
-                self._stop(signal.SIGKILL)
-                raise
-            finally:
-                self.progress.close()
-
-    def _stop(self, number: int) -> None:
-        with self._lock:
-            self._stopped = True
-            for process in self._processes:
-                process.send_signal(number)
-
-    def _work(self, number: int) -> None:
-        waited = False
-        while self.todo and not self._stopped:
-            if self._try_each(number):
-                continue
-            held = [model.id for model in list(self.todo) if model.id not in self._own]
-            if not held:
-                return  # the other workers of this process are at what is left
-            if not waited:
-                self.progress.note(f"Waiting for other processes, which are at {', '.join(held)}.")
-            waited = True
-            time.sleep(1)
-
-    def _try_each(self, number: int) -> bool:
-        """Does the first model that nobody has claimed; False where there is none."""
-        for model in list(self.todo):
-            with claim(self.grid.folder / "claims" / model.id) as descriptor:
-                if descriptor is None:
-                    continue
-                # What another process had claimed may be done by now.
-                names = [name for name in model.decodings if not is_done(self.grid, model, name)]
-                if names and model in self.todo and list_failures(self.grid, model) <= self._old_failures[model.id]:
-                    clear_leftovers(self.grid.folder / "cells", f".{model.id}.*")
-                    self._own.add(model.id)
-                    self._do(model, names, number, descriptor)
-                if self._stopped:
-                    return False
-                with self._lock, contextlib.suppress(ValueError):
-                    self.todo.remove(model)
-                self.progress.show(model.id, self.times[model.id].seconds, "")
-                return True
-        return False
-
-    def _do(self, model: Model, names: Sequence[str], number: int, descriptor: int) -> None:
-        """Trains the model where it is trained, asks it, and records its cells: the answers, or why there are none."""
+    environment = dict(os.environ)
+    if sys.stderr.isatty():
+        environment.setdefault("TQDM_MININTERVAL", "0.5")
+    end = b""
+    with (
+        log.open("ab") as words,
+        subprocess.Popen(
+            [sys.executable, str(data.HERE / command[0]), *command[1:]],
+            stdout=words,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches only this process, which passes it on
+        ) as process,
+    ):
         try:
-            if model.flags is not None:
-                self._train(model, number, descriptor)
-            results = self._ask(model, names, number, descriptor)
-            for result, answers in results:
-                write_cell(self.grid.folder, model.id, result, answers)
-        except Exception as error:
-            # Whatever it was, it concerns this model alone.
-            if self._stopped:
-                return
-            known = isinstance(error, FailedRunError | UsageError)
-            said = redact(str(error) if known else "".join(traceback.format_exception(error)))
-            self.progress.note(f"{model.id} failed, and the rest goes on: {last_line(said)}")
-            for name in names:
-                failed = {"settings": self.grid.settings(model, name), "error": said}
-                file = failed_file(self.grid.folder, model.id, name)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                data.write_atomic(file, json.dumps(failed, indent=2, ensure_ascii=False) + "\n")
-
-    def _start(self, command: Sequence[str], number: int, descriptor: int, **pipes: Any) -> subprocess.Popen:
-        with self._lock:
-            if self._stopped:
-                raise FailedRunError("stopped")
-            process = subprocess.Popen(
-                [sys.executable, *command],
-                env=make_environment(self.grid, number),
-                pass_fds=[descriptor],
-                # Ctrl-C reaches this process, which ends the others in its turn.
-                start_new_session=True,
-                **pipes,
-            )
-            self._processes.add(process)
-        return process
-
-    def _train(self, model: Model, number: int, descriptor: int) -> None:
-        """Trains the model with train.py, whose words go to a log beside its run.
-
-        Raises:
-            FailedRunError: it ended with an error.
-        """
-        log = self.grid.folder / "runs" / f"{model.id}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        command = self.grid.train_command(model)
-        self.progress.note(f"python {shlex.join(command)}")
-        try:
-            self._watch_training(model, command, number, descriptor, log)
-        except FailedRunError as error:
-            # A run of other rows, flags or version of the kit is kept aside.
-            if train.OTHER_VALUES not in str(error):
-                raise
-            self._watch_training(model, [*command, "--restart"], number, descriptor, log)
-
-    def _watch_training(self, model: Model, command: Sequence[str], number: int, descriptor: int, log: Path) -> None:
-        """Runs the command and shows its steps. Raises FailedRunError where it ends with an error."""
-        times, metrics = self.times[model.id], self.grid.folder / "runs" / model.id / "metrics.jsonl"
-        earlier = metrics.stat().st_mtime_ns if metrics.is_file() else None
-        with log.open("w", encoding="utf-8") as words:
-            script = str(data.HERE / command[0])
-            process = self._start([script, *command[1:]], number, descriptor, stdout=words, stderr=words)
-            while process.poll() is None:
-                time.sleep(0.5)
-                steps = 0
-                with contextlib.suppress(FileNotFoundError):
-                    # Lines of an earlier start are no progress until this one has taken them over.
-                    if metrics.stat().st_mtime_ns != earlier:
-                        steps = metrics.read_bytes().count(b'"loss"')
-                share = min(1.0, steps / times.training_steps) if times.training_steps else 0.0
-                said = f"step {steps}/{times.training_steps}" if steps else "training begins"
-                self.progress.show(model.id, share * times.training_seconds, said)
-        self._finish(process, log.read_text(encoding="utf-8", errors="replace"))
-
-    def _ask(
-        self, model: Model, names: Sequence[str], number: int, descriptor: int
-    ) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-        """`(result, answers)` of each decoding, by a process that loads the model and asks it all at once.
-
-        Raises:
-            FailedRunError: it ended with an error.
-        """
-        times, told, report = self.times[model.id], 0, None
-        job = {
-            "profile": self.grid.profile,
-            "base_model": self.grid.base_model,
-            "adapter": model.adapter and str(model.adapter),
-            "system_prompt": self.grid.system_prompt,
-            "questions": self.grid.questions,
-            "decodings": {name: dataclasses.asdict(model.decoding(name)) for name in names},
-        }
-        log = self.grid.folder / "runs" / f"{model.id}.answers.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", encoding="utf-8") as words:
-            program = f"import sys; sys.path.insert(0, {str(data.HERE)!r}); import ablate; ablate.answer_job()"
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": words, "text": True}
-            process = self._start(["-c", program], number, descriptor, **pipes)
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(job))
-                process.stdin.close()
-            started = time.monotonic()
-            self.progress.show(model.id, times.training_seconds, "answers begin")
-            for line in process.stdout:
-                message = json.loads(line)
-                report = message.get("report", report)
-                told += message.get("tokens", 0)
-                speed = told / (time.monotonic() - started)
-                share = min(1.0, told / max(times.answer_tokens, 1))
-                self.progress.show(
-                    model.id,
-                    times.training_seconds + share * times.answer_seconds,
-                    f"{told:,}/{times.answer_tokens:,} tokens, {speed:.0f} a second",
-                )
+            while chunk := os.read(process.stderr.fileno(), 65536):
+                words.write(chunk)
+                end = (end + chunk)[-4000:]
+                if show:
+                    sys.stderr.buffer.write(chunk)
+                    sys.stderr.flush()
             process.wait()
-        self._finish(process, log.read_text(encoding="utf-8", errors="replace"))
-        if report is None:
-            raise FailedRunError("The answering process ended without a report.")
-        training = None
-        if model.flags is not None and model.adapter:
-            training = json.loads((model.adapter.parent / "run.json").read_text(encoding="utf-8"))
-        return [
-            (
-                {
-                    "settings": self.grid.settings(model, name),
-                    "training": training and summarise_training(training),
-                    "again": report["again"][name],
-                    "stop_ids": report["stop_ids"][name],
-                    "made_by": report["made_by"],
-                    "planned_bytes": report.get("planned_bytes"),
-                },
-                report["answers"][name],
-            )
-            for name in names
-        ]
-
-    def _finish(self, process: subprocess.Popen, words: str) -> None:
-        with self._lock:
-            self._processes.discard(process)
-        if process.returncode:
-            how = f"ended with code {process.returncode}"
-            if process.returncode < 0:
-                how = f"was ended by {signal.Signals(-process.returncode).name}"
-                how += ", maybe for want of memory" if process.returncode == -signal.SIGKILL else ""
-            last = [line for line in words.replace("\r", "\n").splitlines() if line.strip()][-12:]
-            raise FailedRunError("\n".join([f"The process {how}. Its last words:", *(last or ["(none)"])]))
+        except infer.Interrupted:
+            process.terminate()
+            try:
+                process.wait()
+            except infer.Interrupted:
+                process.kill()
+            raise
+    return process.returncode, end.decode(errors="replace")
 
 
-def summarise_training(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's record the table tells: losses of the evaluation whose weights were kept, size, time, rows."""
-    numbers = record["numbers"]
-    before, chosen = numbers["before"], numbers["chosen"]
-    return {
-        "eval_loss_before": before["eval_loss"],
-        "eval_loss": chosen["eval_loss"],
-        "mean_token_accuracy": chosen.get("eval_mean_token_accuracy"),
-        "chosen_step": chosen["step"],
-        "data_fingerprint": record["recipe"]["data_fingerprint"],
-    } | {
-        name: numbers[name]
-        for name in ("steps", "training_seconds", "adapter_bytes", "trainable_parameters", "train_rows", "train_tokens")
-    }
+def describe_exit(name: str, code: int, words: str) -> str:
+    """Why a process failed: its exit code or signal, and the last message on its stderr."""
+    how = f"exit code {code}"
+    if code < 0:
+        how = signal.Signals(-code).name
+        how += ", possibly for lack of memory" if code == -signal.SIGKILL else ""
+    lines = [line for line in re.split(r"[\r\n]+", words) if line.strip()]
+    starts = [place for place, line in enumerate(lines) if line.startswith("error: ")]
+    message = lines[starts[-1] :] if starts else lines[-1:]
+    return f"{name} failed ({how}). {data.escape_controls(' '.join(message))[:600]}"
 
 
-def answer_job() -> None:
-    """What the process does that asks a model: reads a job from stdin, writes progress and its report to stdout as JSON lines.
-
-    In a process of its own the model's memory is given back, and what goes wrong there ends nothing else.
-    """
-    job = json.load(sys.stdin)
-    # Whatever else is printed, by native code too, goes to stderr.
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def send(message: Mapping[str, Any]) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
-
-    adapter = Path(job["adapter"]) if job["adapter"] else None
-    values = data.load_profile(job["profile"], job["base_model"])
-    infer.prepare_environment(values)
-    checked = infer.check_adapter(adapter, values.name, values.base_model) if adapter else None
-    loaded = infer.load_for_inference(values, checked, job["system_prompt"])
-    decodings = {name: Decoding(**fields) for name, fields in job["decodings"].items()}
-    requests = [infer.Request(question, decoding) for decoding in decodings.values() for question in job["questions"]]
-    answers = infer.answer_requests(loaded, requests, lambda tokens: send({"tokens": tokens}))
-    # The first question once more, under all decodings and without the other questions.
-    caps = {name: min(AGAIN_TOKENS, decoding.max_new_tokens) for name, decoding in decodings.items()}
-    again = [
-        infer.Request(job["questions"][0], dataclasses.replace(decoding, max_new_tokens=caps[name]))
-        for name, decoding in decodings.items()
-    ]
-    report: dict[str, Any] = {"answers": {}, "again": {}, "stop_ids": {}, "made_by": describe_machine(loaded)}
-    size = len(job["questions"])
-    for place, (name, second) in enumerate(zip(decodings, infer.answer_requests(loaded, again), strict=True)):
-        own = answers[place * size : (place + 1) * size]
-        report["answers"][name] = [judged.to_record() for judged in infer.judge_answers(loaded, own)]
-        same = second.token_ids == own[0].token_ids[: caps[name]]
-        report["again"][name] = {"asked": 1, "same": int(same), "tokens": caps[name]}
-        report["stop_ids"][name] = infer.stop_ids(decodings[name], loaded.model, loaded.tokenizer)
-    if adapter is None:
-        report["planned_bytes"] = plan_pad_bytes()
-    send({"report": report})
-
-
-def plan_pad_bytes() -> dict[str, int]:
-    """Exact bytes of an attention-only adapter of Llama 3.2 3B by its pad token and the embedding's dtype, off its shapes."""
-    planned = {}
-    for name, dtype in (("native", None), ("added, 16-bit embedding", "float16"), ("added, fp32 embedding", "float32")):
-        planned[name] = train.count_adapter(data.PROFILES["t4"].architecture, "attention", 16, dtype)[1]
-    return planned
-
-
-def describe_machine(loaded: infer.LoadedModel) -> dict[str, Any]:
-    """Where and by what the answers were made: processor, threads, versions and the kit's commit."""
+def describe_machine(loaded: infer.LoadedModel) -> str:
+    """Processor, threads, dtype, versions and commit that the answers were made with."""
     import torch
 
     if loaded.model.device.type == "cuda":
         machine = torch.cuda.get_device_name()
     else:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-        machine = f"{found.group(1) if found else platform.machine()}, {torch.get_num_threads()} threads"
-    versions = train.list_versions()
-    return {"machine": machine, "dtype": str(loaded.model.dtype).removeprefix("torch."), "versions": versions} | {
-        "commit": train.commit_id()
-    }
+        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        machine = f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads"
+    versions = ", ".join(f"{name} {value}" for name, value in train.list_versions().items())
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    return f"{machine}, {dtype}; {versions}; commit {train.commit_id()}"
 
 
-# --- Statistics --------------------------------------------------------------------------------------------------
+def answer_arm(study: Study, arm: Arm, log: Path, show: bool) -> None:
+    """Writes the arm's missing cells, or why they failed.
 
-Z = 1.959964  # of a 95% interval
+    To be run in a process of its own, so that the model's memory is freed. stdout goes to the log,
+    and so does stderr without `show`.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the parent ends this process
+    with log.open("ab") as words:
+        os.dup2(words.fileno(), 1)
+        if not show:
+            os.dup2(words.fileno(), 2)
+    from filelock import FileLock
 
-
-def wilson_interval(successes: int, total: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927), within [0, 1]; (0, 1) where nothing was counted."""
-    if not total:
-        return 0.0, 1.0
-    share, z2 = successes / total, Z * Z / total
-    centre, half = share + z2 / 2, Z * math.sqrt(share * (1 - share) / total + z2 / total / 4)
-    return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p that wins and losses come from a fair coin; ties are left out (Dixon and Mood 1946)."""
-    decided = wins + losses
-    tail = sum(math.comb(decided, count) for count in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**decided)
-
-
-# --- What the records say ----------------------------------------------------------------------------------------
-
-LOOPS = frozenset({"loop", "repetition"})
-DRIFTS = frozenset({"surprisal", "leak", "invented-medicine"})
-
-
-def speaks_against(finding: Mapping[str, Any]) -> bool:
-    """Whether a recorded finding is at or above its threshold."""
-    return finding["score"] >= infer.CHECKS[finding["name"]].threshold
+    try:
+        # The parent of another process that answers may have been killed.
+        with FileLock(study.folder / "locks" / f"{arm.id}.answers"):
+            if names := study.missing(arm):
+                write_cells(study, arm, names)
+    except Exception as error:
+        if not isinstance(error, UsageError):
+            traceback.print_exc()
+        text = f"The model could not be asked. {data.escape_controls(data.first_line(error))}"
+        data.write_atomic(study.failure(arm), text)
+        sys.exit(1)
 
 
-def counts_against(record: Record, names: frozenset[str]) -> bool:
-    """Whether the answer has one of these findings."""
-    return any(finding["name"] in names and speaks_against(finding) for finding in record["findings"])
+def write_cells(study: Study, arm: Arm, names: Sequence[str]) -> None:
+    """Loads the arm's model, asks it under these decodings, and writes the judged answers.
 
+    Raises:
+        UsageError: as `infer.check_adapter` and `infer.load_for_inference`.
+    """
+    from tqdm import tqdm
 
-def is_sound(record: Record) -> bool:
-    """Whether the answer has no findings."""
-    return record["verdict"] == "sound"
-
-
-def is_unsound(record: Record) -> bool:
-    """Whether the answer has a finding."""
-    return not is_sound(record)
-
-
-def has_ended(record: Record) -> bool:
-    """Whether the stop token ended the answer."""
-    return record["finish_reason"] == "stop"
-
-
-def is_good(record: Record) -> bool:
-    """Sound and ended: what an answer is counted by."""
-    return is_sound(record) and has_ended(record)
-
-
-def loops(record: Record) -> bool:
-    """Whether the answer says the same again and again."""
-    return counts_against(record, LOOPS)
-
-
-def runs_on(record: Record) -> bool:
-    """Whether a list in the answer does not end."""
-    return counts_against(record, frozenset({"list"}))
-
-
-def drifts(record: Record) -> bool:
-    """Whether the answer surprises the base model, goes on as another speaker, or invents a medicine."""
-    return counts_against(record, DRIFTS)
-
-
-def list_length(record: Record) -> float:
-    """Items of the longest list."""
-    return infer.measure_list(record["text"])[0]
-
-
-def num_points(record: Record) -> int:
-    """How many points of the probe's list are named."""
-    return len(record["facts"]["named"])
-
-
-@dataclass(frozen=True)
-class Row:
-    """An arm in the table: a model under a decoding, all seeds together."""
-
-    arm: str
-    decoding: str
-    cells: tuple[tuple[dict[str, Any], tuple[Record, ...]], ...]
-    """`(result, answers)` of each seed; a failed one has no answers."""
-
-    @cached_property
-    def answers(self) -> dict[tuple[int, str], Record]:
-        """Each answer by seed and question."""
-        return {
-            (result["settings"]["seed"], record["question"]): record for result, records in self.cells for record in records
+    profile = study.profile
+    infer.prepare_environment(profile)
+    adapter = None
+    if arm.adapter:
+        adapter = infer.check_adapter(arm.adapter, profile.name, profile.base_model)
+    with infer.quiet_libraries():
+        loaded = infer.load_for_inference(profile, adapter, study.system_prompt)
+    loaded.probes = study.probes
+    decodings = [arm.decodings[name] for name in names]
+    questions = [probe.question for probe in study.probes]
+    requests = [infer.Request(each, decoding) for decoding in decodings for each in questions]
+    total = infer.count_new_tokens(requests)
+    with tqdm(total=total, unit="token", desc=f"{arm.id}: answering", leave=False) as bar:
+        answers = infer.answer_requests(loaded, requests, bar.update)
+    caps = [min(REPEATED_TOKENS, decoding.max_new_tokens) for decoding in decodings]
+    again = [
+        infer.Request(questions[0], dataclasses.replace(decoding, max_new_tokens=cap))
+        for decoding, cap in zip(decodings, caps, strict=True)
+    ]
+    repeated, machine = infer.answer_requests(loaded, again), describe_machine(loaded)
+    # Decodings may give the same answer, which is judged once.
+    distinct = {(each.question, each.sha256, each.finish_reason): each for each in answers}
+    bar = tqdm(distinct.items(), unit="answer", desc=f"{arm.id}: judging", leave=False)
+    judged = {key: infer.judge_answers(loaded, [each])[0] for key, each in bar}
+    for place, name in enumerate(names):
+        own = answers[place * len(questions) : (place + 1) * len(questions)]
+        cell = {
+            "arm": arm.name,
+            "seed": arm.seed,
+            "decoding_arm": name,
+            "settings": study.settings(arm, name),
+            "stop_ids": infer.stop_ids(decodings[place], loaded.model, loaded.tokenizer),
+            "repeats": repeated[place].token_ids == own[0].token_ids[: caps[place]],
+            "machine": machine,
         }
+        lines = []
+        for each in own:
+            verdict = judged[each.question, each.sha256, each.finish_reason]
+            record = cell | dataclasses.replace(verdict, answer=each).to_record()
+            del record["seconds"]  # equal answers are equal bytes
+            lines.append(record)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        data.write_atomic(study.cell(arm, name), text)
 
-    @property
-    def name(self) -> str:
-        """Unique among the rows; also the anchor of its answers."""
-        return f"{self.arm}.{self.decoding}"
 
-    @property
-    def errors(self) -> list[str]:
-        """Of seeds that failed."""
-        return [result["error"] for result, _ in self.cells if "error" in result]
+def run_arm(study: Study, arm: Arm, show: bool) -> str | None:
+    """Trains an arm, if it is trained, and asks it. Returns why it failed, or None.
 
-    @property
-    def trainings(self) -> list[dict[str, Any]]:
-        """What `summarise_training` says, of each seed that was trained."""
-        return [result["training"] for result, _ in self.cells if result.get("training")]
+    Raises:
+        infer.Interrupted: as `run_train`.
+    """
+    log = study.folder / "logs" / f"{arm.id}.log"
+    if arm.flags:
+        command = train_command(study, arm)
+        code, words = run_train(command, log, show)
+        while code == train.BUSY:  # the study was killed, and this run continues
+            time.sleep(5)
+            code, words = run_train(command, log, show)
+        if code == train.OTHER_VALUES:
+            code, words = run_train([*command, "--restart"], log, show)
+        if code:
+            return describe_exit("train.py", code, words)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=answer_arm, args=(study, arm, log, show))
+    process.start()
+    try:
+        process.join()
+    except infer.Interrupted:
+        process.kill()
+        raise
+    if process.exitcode == 1 and study.failure(arm).is_file():
+        return study.failure(arm).read_text(encoding="utf-8")
+    return describe_exit("answering", process.exitcode, "") if process.exitcode else None
 
-    def mean_training(self, name: str) -> float | None:
-        """Mean of a number of the trainings over the seeds; None where nothing was trained, or none has it."""
-        values = [training[name] for training in self.trainings if training[name] is not None]
-        return sum(values) / len(values) if values else None
 
-    def count(self, outcome: Callable[[Record], float]) -> float:
-        """Sum of an outcome over the answers."""
-        return sum(outcome(record) for record in self.answers.values())
+def run_arms(study: Study, arms: Sequence[Arm], show: bool = False) -> None:
+    """Runs each arm with missing cells; those that another process runs are left to it.
 
-    @property
-    def stop_ids(self) -> list[int]:
-        """What ends the row's answers."""
-        return next(result["stop_ids"] for result, answers in self.cells if answers)
+    Raises:
+        infer.Interrupted: a signal came.
+    """
+    from filelock import FileLock, Timeout
 
-    @property
-    def adapters(self) -> list[str]:
-        """sha256 of the weights that answered, each once; none of the base model."""
-        return [digest for digest in dict.fromkeys(record["adapter"] for record in self.answers.values()) if digest]
+    parent, started = multiprocessing.parent_process(), time.monotonic()
+    for waits, arm in itertools.product((False, True), arms):
+        if parent and not parent.is_alive():
+            return
+        lock = FileLock(study.folder / "locks" / arm.id, blocking=waits)
+        with contextlib.suppress(Timeout), lock:
+            if study.failure(arm).is_file() or not study.missing(arm):
+                continue
+            if show:
+                place = f"[{study.arms.index(arm) + 1}/{len(study.arms)}]"
+                print(f"{place} {arm.id}", file=sys.stderr, flush=True)
+            if reason := run_arm(study, arm, show):
+                data.write_atomic(study.failure(arm), reason)
+                print(f"{arm.id}: {reason}", file=sys.stderr)
+            left = sum(bool(study.missing(each)) for each in arms)
+            if show and left:
+                minutes, done = (time.monotonic() - started) / 60, len(arms) - left
+                estimate = f", about {minutes / done * left:.0f} min left" if done else ""
+                print(
+                    f"{done} of {len(arms)} arms done in {minutes:.0f} min{estimate}",
+                    file=sys.stderr,
+                )
 
-    @property
-    def good_interval(self) -> tuple[float, float]:
-        """95% interval of the share of sound and ended answers."""
-        return wilson_interval(int(self.count(is_good)), len(self.answers))
 
-    @property
-    def rank(self) -> tuple[float, float, float]:
-        """What rows are compared by, the largest being best: share of sound and ended answers, points, wrong claims."""
-        size = max(len(self.answers), 1)
-        wrong = self.count(lambda record: len(record["facts"]["wrong"]))
-        return self.count(is_good) / size, self.count(num_points) / size, -wrong / size
+def work(study: Study, arms: Sequence[Arm]) -> None:
+    """`run_arms` in a process of its own, which its parent ends with SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    infer.raise_on_signals()
+    with contextlib.suppress(infer.Interrupted):
+        run_arms(study, arms)
+
+
+def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
+    """Runs the arms with missing cells, several at the same time.
+
+    Raises:
+        infer.Interrupted: a signal came. Workers and their training runs save and end.
+    """
+    for folder in ("cells", "failures", "locks", "logs", "runs"):
+        with data.writing(study.folder):
+            (study.folder / folder).mkdir(parents=True, exist_ok=True)
+    for arm in arms:
+        study.failure(arm).unlink(missing_ok=True)
+    arms = [arm for arm in arms if study.missing(arm)]
+    workers = min(workers, len(arms))
+    if workers > 1:
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    context = multiprocessing.get_context("spawn")
+    others = [context.Process(target=work, args=(study, arms)) for _ in range(workers - 1)]
+    try:
+        for process in others:
+            process.start()
+        run_arms(study, arms, show=True)
+        for process in others:
+            process.join()
+    except infer.Interrupted as interrupted:
+        message = f"Interrupted. Finished cells are kept in {study.folder}; run the same command "
+        raise infer.Interrupted(interrupted.number, message + "to resume.") from None
+    finally:
+        for process in others:
+            if process.pid:
+                process.terminate()
+                process.join()
+
+
+# --- Records -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Records:
-    """A study as it was recorded: its rows, base model first, by name."""
+    """A study as it was recorded."""
 
-    rows: dict[str, Row]
-    study: dict[str, Any]
-    """study.json: the command and the questions."""
+    about: Mapping[str, Any]
+    """study.json: the command, the questions and the arms."""
+    answers: DataFrame
+    """One row per answer, see `flatten_answer`; in the order of the report."""
+    runs: DataFrame
+    """One row per training run, see `read_run`."""
+    failures: Mapping[str, str]
+    """Why arms failed, by their id."""
 
-    def row(self, arm: str, decoding: str) -> Row | None:
-        """The row of an arm under a decoding, if it holds answers."""
-        row = self.rows.get(f"{arm}.{decoding}")
-        return row if row and row.answers else None
+    def select(self, arm: str, decoding: str) -> DataFrame:
+        """The answers of an arm under a decoding, all seeds together."""
+        return select(self.answers, {"arm": arm, "decoding": decoding})
 
-    def arms(self, *decodings: str) -> list[str]:
-        """The arms that were asked under all these decodings."""
-        arms = dict.fromkeys(row.arm for row in self.rows.values())
-        return [arm for arm in arms if all(self.row(arm, decoding) for decoding in decodings)]
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms, in the order of the study."""
+        return list(dict.fromkeys(arm for arm, _, _ in self.about["arms"].values()))
 
-    def pair(self, one: tuple[str, str], other: tuple[str, str]) -> list[tuple[Record, Record]]:
-        """The answers of two rows, `(arm, decoding)`, to the same question under the same seed; of the other, where it was not
-        trained here, seed 0 stands for every seed."""
-        rows = self.row(*one), self.row(*other)
-        if not rows[0] or not rows[1]:
-            return []
-        found, trained = rows[1].answers, other[0] in TRAINING_ARMS
-        pairs = (
-            (record, found.get((seed, question)) or (None if trained else found.get((0, question))))
-            for (seed, question), record in rows[0].answers.items()
-        )
-        return [(record, partner) for record, partner in pairs if partner]
 
-    def pair_decodings(self, one: str, other: str) -> list[tuple[Record, Record]]:
-        """The answers of every arm under two decodings."""
-        return [pair for arm in self.arms(one, other) for pair in self.pair((arm, one), (arm, other))]
+def read_json(path: Path) -> Any:
+    """The JSON value in a file. Raises UsageError if the file is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist. Run the study first: python ablate.py") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is broken ({data.first_line(error)}). {REPAIR}") from None
 
-    def pair_arms(self, one: str, other: str, decodings: Sequence[str] | None = None) -> list[tuple[Record, Record]]:
-        """The answers of two arms under these decodings, or under all that both were asked under; of those that are cut from
-        one run only the first counts."""
-        names = decodings or distinct_decodings(dict.fromkeys(row.decoding for row in self.rows.values()))
-        return [pair for name in names for pair in self.pair((one, name), (other, name))]
+
+REPAIR = "Remove it; the same command (without --table) makes it again."
+
+
+def read_cell(path: Path) -> list[dict[str, Any]]:
+    """The lines of a cell. Raises UsageError if it is missing, cut or broken."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        if lines.pop():
+            raise ValueError("the last line is cut")
+        records = [json.loads(line) for line in lines]
+        if not records or not all(isinstance(record, dict) for record in records):
+            raise ValueError("no answers")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is broken ({data.first_line(error)}). {REPAIR}") from None
+    return records
+
+
+def flatten_answer(record: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """What the report counts of a line of a cell."""
+    found = {finding["name"] for finding in record["findings"]}
+    if not found <= infer.CHECKS.keys():
+        raise ValueError(f"unknown findings {sorted(found)}")
+    facts = record.get("facts") or {"named": [], "missing": [], "wrong": []}
+    named, missing, wrong = (len(facts[name]) for name in ("named", "missing", "wrong"))
+    ended = record["finish_reason"] == "stop"
+    texts = ("arm", "question", "text", "finish_reason", "verdict", "sha256", "machine")
+    return {
+        **{name: str(record[name]) for name in texts},
+        "decoding": str(record["decoding_arm"]),
+        "seed": int(record["seed"]),
+        "place": place,
+        "findings": [(f["name"], int(f["span"][0]), int(f["span"][1])) for f in record["findings"]],
+        "sound_and_ended": not found and ended,
+        "sound": not found,
+        "unsound": bool(found),
+        "ended": ended,
+        "loops": bool(found & {"loop", "repetition"}),
+        "lists": "list" in found,
+        # The answer surprises the base model, continues as another speaker, or invents a medicine.
+        "drift": bool(found & {"surprisal", "leak", "invented-medicine"}),
+        "list_items": infer.measure_list(record["text"])[0],
+        "points": named,
+        "max_points": named + missing,
+        "wrong_claims": wrong,
+        "tokens": int(record["answer_tokens"]),
+        "overruled": int(record["num_overruled"]),
+        "repeats": bool(record["repeats"]),
+        "stop_ids": str(record["stop_ids"]),
+        "adapter": record["adapter"],
+    }
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Numbers of a training run, and its evaluations after the first step.
+
+    Raises:
+        UsageError: a file is broken.
+    """
+    record = read_json(folder / "run.json")
+    try:
+        numbers = record["numbers"]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        own = ("steps", "training_seconds", "adapter_bytes", "train_rows", "train_tokens")
+        return {
+            "eval_loss_before": float(numbers["before"]["eval_loss"]),
+            "eval_loss": float(numbers["chosen"]["eval_loss"]),
+            "token_accuracy": numbers["chosen"].get("eval_mean_token_accuracy"),
+            **{name: float(numbers[name]) for name in own},
+            "selected": dict(numbers["selected"]),
+            "evaluations": {int(e["step"]): e for e in lines if "eval_loss" in e and e["step"]},
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder} is broken ({error!r}). {REPAIR}") from None
 
 
 def distinct_decodings(names: Iterable[str]) -> list[str]:
-    """The decodings that are no other's but for cap and stop; of each such group the first."""
-    asked = list(names)
+    """The decodings, and of those that differ only in cap or stop the first."""
+    asked = list(dict.fromkeys(names))
     requests = [infer.Request("", DECODING_ARMS[name]) for name in asked]
     return [asked[places[0]] for places in infer.merge_requests(requests)]
 
 
-def read_records(study: Path) -> Records:
-    """The study's records.
+def read_records(folder: Path) -> Records:
+    """The study's records; cells of other settings are left out.
 
     Raises:
-        UsageError: it has none, or one cannot be read.
+        UsageError: there are none, or one is broken.
     """
-    about = read_record(study / "study.json", "study.json")
-    if about is None:
-        raise UsageError(f"{study} holds no records to make a table from. Make some first: python ablate.py")
+    from pandas import DataFrame
+
+    about = read_json(folder / "study.json")
+    answers, runs, failures = [], [], {}
     try:
-        models = [(model_id, arm, dict(decodings)) for model_id, arm, decodings in about["models"]]
-        arms = {"base", "adapter", *TRAINING_ARMS}
-        if about["study"] not in STUDIES or not about["questions"]:
-            raise ValueError("no such study, or no questions")
-        for model_id, arm, decodings in models:
-            if not infer.RUN_NAME.fullmatch(model_id) or arm not in arms or not decodings.keys() <= DECODING_ARMS.keys():
-                raise ValueError(f"{model_id}, {arm} or its decodings are not of this kit")
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{study / 'study.json'} is broken ({error}). Remove it; the same line makes it again.") from None
-    cells: dict[tuple[str, str], list[tuple[dict[str, Any], tuple[Record, ...]]]] = {}
-    for model_id, arm, decodings in models:
-        for decoding, settings in decodings.items():
-            cell = read_cell(cell_folder(study, model_id, decoding))
-            # One that was made with other settings will be made again; till then it is not there.
-            if cell is None or digest_json(cell[0]["settings"]) != settings:
-                failed = read_record(failed_file(study, model_id, decoding), "failed.json")
-                if failed and digest_json(failed["settings"]) == settings:
-                    cells.setdefault((arm, decoding), []).append((failed, ()))
-                continue
-            cells.setdefault((arm, decoding), []).append(cell)
-    if not cells:
-        raise UsageError(f"{study} holds no finished cells to make a table from. Make some first: python ablate.py")
-    rows = [Row(arm, decoding, tuple(own)) for (arm, decoding), own in cells.items()]
-    return Records({row.name: row for row in rows}, about)
+        for arm_id, (arm, seed, cells) in about["arms"].items():
+            known = arm in (*UNTRAINED, *TRAINING_ARMS) and infer.RUN_NAME.fullmatch(arm_id)
+            if not known or not cells.keys() <= DECODING_ARMS.keys():
+                raise ValueError(f"unknown arm {arm_id}")
+            if (failure := folder / "failures" / f"{arm_id}.txt").is_file():
+                failures[arm_id] = failure.read_text(encoding="utf-8")
+            found = False
+            for decoding, settings in cells.items():
+                path = folder / "cells" / f"{arm_id}.{decoding}.jsonl"
+                lines = read_cell(path) if path.is_file() else []
+                if not lines or lines[0].get("settings") != settings:
+                    continue
+                found = True
+                answers += [flatten_answer(line, place) for place, line in enumerate(lines)]
+            if found and (folder / "runs" / arm_id / "run.json").is_file():
+                runs.append({"arm": arm, "seed": seed, **read_run(folder / "runs" / arm_id)})
+        texts = (about["command"], about["base_model"], *about["questions"])
+        if about["study"] not in STUDIES or not all(isinstance(each, str) for each in texts[:3]):
+            raise ValueError("study.json describes no study")
+        table = DataFrame(answers)
+        if not answers and not failures:
+            raise UsageError(f"{folder} has no finished cells. Run the study: python ablate.py")
+        if answers:
+            table["distinct"] = table.decoding.isin(distinct_decodings(table.decoding))
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{folder} has a broken record ({error!r}). {REPAIR}") from None
+    return Records(about, table, DataFrame(runs, columns=None if runs else ["arm"]), failures)
+
+
+# --- Statistics ----------------------------------------------------------------------------------
+
+
+def interval(successes: int, total: int) -> tuple[float, float]:
+    """95% interval of a share (Wilson 1927); (0, 1) if nothing was counted."""
+    from scipy.stats import binomtest
+
+    if not total:
+        return 0.0, 1.0
+    found = binomtest(successes, total).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
+def format_share(values: Sequence[bool] | Any) -> str:
+    """A count with its interval."""
+    count, total = int(sum(values)), len(values)
+    low, high = interval(count, total)
+    return f"{count} of {total} ({low:.0%} to {high:.0%})"
+
+
+def select(answers: DataFrame, where: Mapping[str, str]) -> DataFrame:
+    """The rows with these values."""
+    for column, value in where.items():
+        answers = answers[answers[column] == value]
+    return answers
+
+
+# Columns that paired answers are compared by.
+PAIRED = ["sound_and_ended", "sound", "unsound", "ended", "loops", "drift", "list_items", "points"]
+
+
+def pair(answers: DataFrame, one: Mapping[str, str], other: Mapping[str, str]) -> DataFrame:
+    """Answers to the same question under the same seed, and where they are not fixed, of the same
+    arm and decoding. Columns of the second have the suffix `_other`."""
+    keys = [name for name in ("arm", "decoding", "seed", "question") if name not in one]
+    if answers.empty:
+        return answers
+    answers = answers[[*PAIRED, "arm", "decoding", "seed", "question"]][
+        answers.distinct | ("decoding" in one)
+    ]
+    first, second = select(answers, one), select(answers, other)
+    if other.get("arm") in UNTRAINED:
+        keys.remove("seed")
+        second = second[second.seed == 0]
+    return first.merge(second, on=keys, suffixes=("", "_other"))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pairs of answers compared by an outcome, question by question: in how many the first has more, fewer, or as much.
+    """Pairs of answers compared by an outcome, question by question.
 
-    Answers of several models, decodings or seeds to one question are no independent draws, so each question counts once, by
-    the sum of its pairs.
+    Answers of several arms, decodings or seeds to one question are not independent, so each
+    question counts once, by the sum of its differences.
     """
 
+    first: float
+    """Mean outcome per answer."""
+    second: float
     larger: int
+    """Questions for which the first has more."""
     smaller: int
     questions: int
-    pairs: int
-    mean_one: float
-    mean_other: float
 
     @property
     def p(self) -> float:
-        """Two-sided, of the sign test over questions."""
-        return sign_test(self.larger, self.smaller)
+        """Of the two-sided sign test, ties left out (Dixon and Mood 1946)."""
+        from scipy.stats import binomtest
 
-    def shows(self, direction: Literal["more", "fewer"], level: float = 0.05) -> bool:
-        """Whether the first has more (or fewer), beyond chance."""
-        return self.p < level and (self.larger > self.smaller) == (direction == "more")
+        decided = self.larger + self.smaller
+        return float(binomtest(self.larger, decided).pvalue) if decided else 1.0
 
-    def tell(self, one: str, other: str, what: str) -> str:
-        """In words, with n, the interval of the share of the questions that differ, and p."""
-        low, high = wilson_interval(self.larger, self.larger + self.smaller)
+    def shows(self, direction: str) -> bool:
+        """Whether the first has `more` or `fewer`, with p < 0.05."""
+        return self.p < 0.05 and (self.larger > self.smaller) == (direction == "more")
+
+    def describe(self, one: str, other: str, outcome: str) -> str:
+        """Both means, n and p."""
         return (
-            f"{what}: {one} {self.mean_one:.2f}, {other} {self.mean_other:.2f} an answer; more in {self.larger}, fewer in "
-            f"{self.smaller} of {self.questions} questions, {self.pairs} pairs (of the questions that differ {low:.0%} to "
-            f"{high:.0%} have more), p {self.p:.2g}"
+            f"{outcome.replace('_', ' ')}: {one} {self.first:.2f}, {other} {self.second:.2f} "
+            f"(+{self.larger} -{self.smaller} of {self.questions} questions, p = {self.p:.2g})"
         )
 
 
-def compare(pairs: Sequence[tuple[Record, Record]], outcome: Callable[[Record], float]) -> Comparison:
-    """The pairs compared by an outcome."""
-    values = [(one["question"], float(outcome(one)), float(outcome(other))) for one, other in pairs]
-    differences: dict[str, float] = {}
-    for question, one, other in values:
-        differences[question] = differences.get(question, 0.0) + one - other
-    size = max(len(values), 1)
+def compare(pairs: DataFrame, outcome: str) -> Comparison:
+    """The pairs compared by a column."""
+    first, second = pairs[outcome].astype(float), pairs[f"{outcome}_other"].astype(float)
+    change = (first - second).groupby(pairs.question).sum()
     return Comparison(
-        larger=sum(difference > 0 for difference in differences.values()),
-        smaller=sum(difference < 0 for difference in differences.values()),
-        questions=len(differences),
-        pairs=len(values),
-        mean_one=sum(one for _, one, _ in values) / size,
-        mean_other=sum(other for _, _, other in values) / size,
+        first.mean(), second.mean(), int((change > 0).sum()), int((change < 0).sum()), len(change)
     )
 
 
-# --- Claims ------------------------------------------------------------------------------------------------------
+# --- Claims --------------------------------------------------------------------------------------
 
-Verdict = Literal["shown", "not shown", "the opposite", "not run here"]
+Verdict = Literal["shown", "not shown", "the opposite", "not run"]
+Result = tuple[Verdict, str]
+NOT_RUN: Result = ("not run", "This study does not have these cells.")
+
+
+@dataclass(frozen=True)
+class Query:
+    """A comparison of paired answers: is `outcome` `more` or `fewer` for one than for the other?"""
+
+    by: Literal["arm", "decoding"]
+    one: str
+    """Name of an arm or a decoding."""
+    other: str
+    outcome: str
+    direction: Literal["more", "fewer"]
+    decoding: str | None = None
+    """Of arms: only under this decoding; otherwise under all common ones."""
+    trained: bool = False
+    """Of decodings: only for trained arms; otherwise for all."""
+    is_harm: bool = False
+    """If it comes out this way, it speaks against the claim."""
+
+    def run(self, answers: DataFrame) -> Comparison | None:
+        """The comparison, or None if an answer has no partner."""
+        one, other = {self.by: self.one}, {self.by: self.other}
+        if self.decoding:
+            one["decoding"] = other["decoding"] = self.decoding
+        if self.trained and len(answers):
+            answers = answers[~answers.arm.isin(UNTRAINED)]
+        pairs = pair(answers, one, other)
+        return compare(pairs, self.outcome) if len(pairs) else None
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the story, and the rule by which the records decide on it."""
+    """A claim of the story, and how the records decide it.
 
-    id: str
-    says: str
-    rule: str
-    """When it is shown, and when its opposite; otherwise it is not shown."""
-    check: Callable[[Records], tuple[Verdict, str]]
-    """Verdict and what was measured."""
-
-
-NOT_RUN: tuple[Verdict, str] = ("not run here", "This study has no such cells.")
-
-
-def decide(shown: bool, opposite: bool = False) -> Verdict:
-    """The verdict on a claim that ran."""
-    return "shown" if shown else "the opposite" if opposite else "not shown"
-
-
-def check_loss(records: Records) -> tuple[Verdict, str]:
-    """Whether week4's eval loss fell while its answers got worse than the base model's."""
-    row, pairs = records.row("week4", "story-collapse"), records.pair_arms("week4", "base", ["story-collapse"])
-    if not row or not pairs:
-        return NOT_RUN
-    before, after = row.mean_training("eval_loss_before"), row.mean_training("eval_loss")
-    answers = compare(pairs, is_good)
-    told = answers.tell("week4", "base", "sound and ended")
-    return decide(
-        after < before and answers.shows("fewer"), answers.shows("more")
-    ), f"eval loss {before:.3f} to {after:.3f}; {told}"
-
-
-def check_share(
-    arm: str, decoding: str, wanted: Callable[[Record], bool], what: str
-) -> Callable[[Records], tuple[Verdict, str]]:
-    """A check of whether most answers of one row have an outcome, or most have it not, beyond chance."""
-
-    def check(records: Records) -> tuple[Verdict, str]:
-        row = records.row(arm, decoding)
-        if not row:
-            return NOT_RUN
-        count, size = int(row.count(wanted)), len(row.answers)
-        low, high = wilson_interval(count, size)
-        return decide(low > 0.5, high < 0.5), f"{what}: {count} of {size} ({low:.0%} to {high:.0%}) of {arm} under {decoding}"
-
-    return check
-
-
-def check_decodings(
-    one: str, other: str, outcome: Callable[[Record], float], direction: Literal["more", "fewer"], what: str
-) -> Callable[[Records], tuple[Verdict, str]]:
-    """A check of whether a decoding has more (or fewer) of an outcome than another, over all models asked under both."""
-
-    def check(records: Records) -> tuple[Verdict, str]:
-        pairs = records.pair_decodings(one, other)
-        if not pairs:
-            return NOT_RUN
-        compared = compare(pairs, outcome)
-        opposite = "fewer" if direction == "more" else "more"
-        return decide(compared.shows(direction), compared.shows(opposite)), compared.tell(one, other, what)
-
-    return check
-
-
-def check_arms(
-    choices: Mapping[str, Sequence[str]], outcome: Callable[[Record], float], direction: Literal["more", "fewer"], what: str
-) -> Callable[[Records], tuple[Verdict, str]]:
-    """A check of whether an arm has more (or fewer) of an outcome than each of some others, over their common decodings.
-
-    `choices` names the others of each arm; the first arm that was run with all of them is taken.
+    With `queries`, of the first alternative whose cells exist: shown if every query that is not a
+    harm shows, and no harm does; the opposite if every query shows the other way, or a harm does
+    and no query shows. Otherwise not shown.
     """
 
-    def check(records: Records) -> tuple[Verdict, str]:
-        for one, others in choices.items():
-            compared = {other: compare(pairs, outcome) for other in others if (pairs := records.pair_arms(one, other))}
-            if len(compared) == len(others):
-                opposite = "fewer" if direction == "more" else "more"
-                verdict = decide(
-                    all(each.shows(direction) for each in compared.values()),
-                    all(each.shows(opposite) for each in compared.values()),
-                )
-                return verdict, "; ".join(each.tell(one, other, what) for other, each in compared.items())
+    id: str
+    text: str
+    queries: Sequence[Sequence[Query]] = ()
+    check: Callable[[Records], Result] | None = None
+    """Decides instead of the queries, or after them if it takes their result."""
+    about_questions: bool = False
+    """Whether it is about the story's own questions."""
+
+    def decide(self, records: Records) -> Result:
+        """Verdict, and the numbers it is based on."""
+        if self.check:
+            return self.check(records)
+        for queries in self.queries:
+            found = [query.run(records.answers) for query in queries]
+            if None in found:
+                continue
+            return decide(list(zip(queries, found, strict=True)))
         return NOT_RUN
+
+
+def decide(found: Sequence[tuple[Query, Comparison]]) -> Result:
+    """The verdict on queries and their comparisons, as `Claim` describes."""
+    opposite = {"more": "fewer", "fewer": "more"}
+    wanted = [(query, each) for query, each in found if not query.is_harm]
+    shown = [each.shows(query.direction) for query, each in wanted]
+    reverse = [each.shows(opposite[query.direction]) for query, each in wanted]
+    harm = any(each.shows(query.direction) for query, each in found if query.is_harm)
+    verdict: Verdict = "not shown"
+    if all(shown) and not harm:
+        verdict = "shown"
+    elif all(reverse) or (harm and not any(shown)):
+        verdict = "the opposite"
+    return verdict, "; ".join(each.describe(q.one, q.other, q.outcome) for q, each in found)
+
+
+def majority(arm: str, decoding: str, outcome: str) -> Callable[[Records], Result]:
+    """A check: is the interval of a share above one half? Below, the opposite is shown."""
+
+    def check(records: Records) -> Result:
+        answers = records.select(arm, decoding) if len(records.answers) else ()
+        if not len(answers):
+            return NOT_RUN
+        low, high = interval(int(answers[outcome].sum()), len(answers))
+        verdict = "shown" if low > 0.5 else "the opposite" if high < 0.5 else "not shown"
+        share = format_share(answers[outcome])
+        return verdict, f"{outcome.replace('_', ' ')}: {arm} under {decoding} {share}"
 
     return check
 
 
-def check_lists(records: Records) -> tuple[Verdict, str]:
-    """Whether week4 lists more and ends less than the base model; told beside it, what its mix and its epochs do alone."""
-    pairs = records.pair_arms("week4", "base")
-    if not pairs:
+def check_loss(records: Records) -> Result:
+    """C1: the loss fell, and there are fewer sound and ended answers than of the base model."""
+    query = Query("arm", "week4", "base", "sound_and_ended", "fewer", "story-collapse")
+    found, runs = query.run(records.answers), select(records.runs, {"arm": "week4"})
+    if found is None or runs.empty:
         return NOT_RUN
-    longer, ended = compare(pairs, list_length), compare(pairs, has_ended)
-    told = [longer.tell("week4", "base", "items of the longest list"), ended.tell("week4", "base", "ended")]
-    told += [
-        compare(alone, outcome).tell(arm, "week3", what)
-        for arm in ("week3-week4-mix", "week3-2-epochs")
-        if (alone := records.pair_arms(arm, "week3"))
-        for outcome, what in ((list_length, "items of the longest list"), (has_ended, "ended"))
-    ]
-    verdict = decide(longer.shows("more") and ended.shows("fewer"), longer.shows("fewer") and ended.shows("more"))
-    return verdict, "; ".join(told)
+    verdict, text = decide([(query, found)])
+    before, after = runs.eval_loss_before.mean(), runs.eval_loss.mean()
+    if verdict == "shown" and not after < before:
+        verdict = "not shown"
+    return verdict, f"eval loss {before:.3f} to {after:.3f}; {text}"
 
 
-def check_stop(records: Records) -> tuple[Verdict, str]:
-    """Whether the explicit stop token mends answers; nothing to show where the generation config names no other."""
-    verdict, told = check_decodings("collapse-stop", "story-collapse", is_good, "more", "sound and ended")(records)
-    row, other = records.row("base", "collapse-stop"), records.row("base", "story-collapse")
-    if row and other:
-        explicit, implicit = row.stop_ids, other.stop_ids
-        if explicit == implicit:
-            verdict, told = "not run here", f"This base model's generation config names the same stop token, {explicit}"
-        else:
-            told += f"; the stop ids are {explicit} explicit and {implicit} out of the generation config"
-    if pairs := records.pair_decodings("plain", "plain-no-stop"):
-        told += "; " + compare(pairs, is_good).tell("plain", "without any stop token", "sound and ended")
-    return verdict, told
-
-
-def check_penalty(records: Records) -> tuple[Verdict, str]:
-    """Whether the penalty of 1.3 has fewer loops than no penalty, and does no harm: no fewer sound and ended answers, no more
-    that drift."""
-    pairs = records.pair_decodings("story-fix", "plain")
-    if not pairs:
+def check_stop(records: Records) -> Result:
+    """C8: not decided if the generation config already names the end-of-turn token."""
+    query = Query("decoding", "collapse-stop", "story-collapse", "sound_and_ended", "more")
+    found = query.run(records.answers)
+    if found is None:
         return NOT_RUN
-    looping, good, drifting = (compare(pairs, outcome) for outcome in (loops, is_good, drifts))
-    harms = good.shows("fewer") or drifting.shows("more")
-    verdict = decide(looping.shows("fewer") and not harms, looping.shows("more") or (harms and not looping.shows("fewer")))
-    told = [
-        looping.tell("penalty 1.3", "plain", "loops"),
-        good.tell("penalty 1.3", "plain", "sound and ended"),
-        drifting.tell("penalty 1.3", "plain", "drift"),
-    ]
-    if own := records.pair_decodings("fix-answer-only", "story-fix"):
-        told.append(compare(own, is_good).tell("on the answer only", "over the prompt too", "sound and ended"))
-    return verdict, "; ".join(told)
-
-
-def check_cap(records: Records) -> tuple[Verdict, str]:
-    """Whether fewer answers collapse under a smaller cap; and whether it mends them, or hides how they go on."""
-    capped = (
-        *(("collapse-cap-128", "story-collapse"), ("fix-cap-128", "story-fix"), ("plain-cap-128", "plain")),
-        ("plain", "plain-cap-512"),
+    explicit, implicit = (
+        select(records.answers, {"decoding": name}).stop_ids.iloc[0]
+        for name in (query.one, query.other)
     )
-    pairs = [pair for one, other in capped for pair in records.pair_decodings(one, other)]
-    if not pairs:
+    if explicit == implicit:
+        return "not run", f"The base model's generation config names the same token, {explicit}."
+    return decide([(query, found)])
+
+
+def check_cap(records: Records) -> Result:
+    """C10: fewer unsound answers under a smaller cap; also counts what the cap cures or hides."""
+    import pandas
+
+    capped = {"collapse-cap-128": "story-collapse", "fix-cap-128": "story-fix"}
+    capped |= {"plain-cap-128": "plain", "plain": "plain-cap-512"}
+    names = [({"decoding": short}, {"decoding": long}) for short, long in capped.items()]
+    frames = [each for one, other in names if len(each := pair(records.answers, one, other))]
+    if not frames:
         return NOT_RUN
-    collapsed = compare(pairs, is_unsound)
-    mended = sum(is_good(short) and not is_good(long) for short, long in pairs)
-    hidden = sum(is_sound(short) and not has_ended(short) and is_unsound(long) for short, long in pairs)
-    told = collapsed.tell("smaller cap", "larger cap", "unsound")
-    told += (
-        f"; the smaller cap made {mended} answers sound and ended, and hides of {hidden} that they collapse, by cutting them"
-    )
-    return decide(collapsed.shows("fewer"), collapsed.shows("more")), told
+    pairs = pandas.concat(frames)
+    query = Query("decoding", "smaller cap", "larger cap", "unsound", "fewer")
+    verdict, text = decide([(query, compare(pairs, "unsound"))])
+    cured = int((pairs.sound_and_ended & ~pairs.sound_and_ended_other).sum())
+    hidden = int((pairs.sound & ~pairs.ended & pairs.unsound_other).sum())
+    return verdict, f"{text}; cured {cured} answers, cut {hidden} before they became unsound"
 
 
-def check_pad(records: Records) -> tuple[Verdict, str]:
-    """Whether an added pad token multiplies the adapter's bytes: planned for the 3B model, and those of the runs here."""
-    base = next((row for row in records.rows.values() if row.arm == "base" and row.answers), None)
-    planned = base and next(result.get("planned_bytes") for result, answers in base.cells if answers)
-    if not planned:
+def check_pad(records: Records) -> Result:
+    """C11: the exact sizes for Llama 3.2 3B, at least 10 times as large; also those of the runs."""
+    sizes = [
+        train.count_adapter(data.PROFILES["t4"].architecture, "attention", 16, dtype)[1]
+        for dtype in (None, "float16", "float32")
+    ]
+    text = "Llama 3.2 3B: {:,} bytes; with an added token {:,} (16-bit), {:,} (fp32)".format(*sizes)
+    for added, native in (("week3", "week3-native-pad"), ("kit-added-pad", "kit-by-loss")):
+        runs = [select(records.runs, {"arm": name}) for name in (added, native)]
+        if all(len(each) for each in runs):
+            own = [each.adapter_bytes.mean() for each in runs]
+            text += f"; {added} {own[0]:,.0f}, {native} {own[1]:,.0f}"
+    return ("shown" if sizes[1] >= 10 * sizes[0] else "not shown"), text
+
+
+def check_bytes(records: Records) -> Result:
+    """C13: greedy answers that were repeated in another batch have the same tokens."""
+    answers = records.answers
+    if answers.empty:
         return NOT_RUN
-    ratio = planned["added, 16-bit embedding"] / planned["native"]
-    told = "Llama 3.2 3B, attention, planned: " + ", ".join(f"{name} {size:,} bytes" for name, size in planned.items())
-    for one, other in (("week3", "week3-native-pad"), ("kit-added-pad", "kit-by-loss")):
-        rows = records.row(one, "kit"), records.row(other, "kit")
-        if rows[0] and rows[1]:
-            sizes = [int(row.mean_training("adapter_bytes") or 0) for row in rows if row]
-            told += f"; run here: {one} {sizes[0]:,} bytes, {other} {sizes[1]:,} ({sizes[0] / sizes[1]:.1f} times)"
-    return decide(ratio >= 10, ratio <= 1), f"{told}; {ratio:.0f} times"
-
-
-def check_bytes(records: Records) -> tuple[Verdict, str]:
-    """Whether greedy answers that were asked again have the same ids."""
-    greedy = [row for row in records.rows.values() if not DECODING_ARMS[row.decoding].temperature]
-    distinct = distinct_decodings(dict.fromkeys(row.decoding for row in greedy))
-    again = [result["again"] for row in greedy if row.decoding in distinct for result, answers in row.cells if answers]
-    if not again:
+    greedy = [name for name in set(answers.decoding) if not DECODING_ARMS[name].temperature]
+    cells = answers[(answers.place == 0) & answers.distinct & answers.decoding.isin(greedy)]
+    if cells.empty:
         return NOT_RUN
-    asked, same = (sum(each[name] for each in again) for name in ("asked", "same"))
-    low, high = wilson_interval(same, asked)
-    told = f"{same} of {asked} greedy answers asked again in other company have the same ids ({low:.0%} to {high:.0%}), up to "
-    return decide(same == asked, same < asked), told + f"{max(each['tokens'] for each in again)} tokens"
+    text = f"equal when asked again in another batch: {format_share(cells.repeats)}"
+    return ("shown" if cells.repeats.all() else "the opposite"), text
 
 
-def check_same_weights(records: Records) -> tuple[Verdict, str]:
-    """Whether the same trained weights give more sound and ended answers under story-fix than under story-collapse."""
-    trained = [arm for arm in records.arms("story-fix", "story-collapse") if arm != "base"]
-    pairs = [pair for arm in trained for pair in records.pair((arm, "story-fix"), (arm, "story-collapse"))]
-    if not pairs:
+def check_loss_is_blind(records: Records) -> Result:
+    """C15: two decodings of the same weights, and so of one eval loss, differ in sound answers.
+
+    The pair of decodings with the smallest p is reported, after Bonferroni over all pairs.
+    """
+    answers = records.answers
+    if answers.empty:
         return NOT_RUN
-    compared = compare(pairs, is_good)
-    told = compared.tell("story-fix", "story-collapse", "sound and ended")
-    if kit := [pair for arm in trained for pair in records.pair((arm, "kit"), (arm, "story-fix"))]:
-        told += "; " + compare(kit, is_good).tell("kit", "story-fix", "sound and ended")
-    return decide(compared.shows("more"), compared.shows("fewer")), f"{len(trained)} trained models; {told}"
-
-
-def check_loss_is_blind(records: Records) -> tuple[Verdict, str]:
-    """Whether one eval loss goes with different answers: of the same weights under two decodings, not cut from one run."""
-    decodings = distinct_decodings(dict.fromkeys(row.decoding for row in records.rows.values() if row.arm != "base"))
-    found = []
-    for one, other in itertools.combinations(decodings, 2):
-        arms = [arm for arm in records.arms(one, other) if arm != "base"]
-        if pairs := [pair for arm in arms for pair in records.pair((arm, one), (arm, other))]:
-            found.append((compare(pairs, is_good), one, other, len(arms)))
+    names = answers[~answers.arm.isin(UNTRAINED) & answers.distinct].decoding.unique()
+    found = [
+        (comparison, query)
+        for one, other in itertools.combinations(names, 2)
+        if (query := Query("decoding", one, other, "sound_and_ended", "more", trained=True))
+        and (comparison := query.run(answers))
+    ]
     if not found:
         return NOT_RUN
-    best, one, other, size = min(found, key=lambda each: each[0].p)
-    told = best.tell(one, other, "the same weights, so the same eval loss, sound and ended")
-    lossy = [row for row in records.rows.values() if row.decoding == "kit" and row.trainings and row.answers]
-    if len(lossy) > 1:
-        by_loss = sorted(lossy, key=lambda row: row.mean_training("eval_loss"))
-        told += "; under kit the arm of the lowest loss has {} of {} sound and ended, that of the highest {} of {}".format(
-            *(number for row in (by_loss[0], by_loss[-1]) for number in (int(row.count(is_good)), len(row.answers)))
-        )
-    # Bonferroni: the pair was looked for.
-    return decide(best.p * len(found) < 0.05), f"{size} trained models; {told}, the most telling of {len(found)} pairs"
+    best, query = min(found, key=lambda each: each[0].p)
+    verdict = "shown" if best.p * len(found) < 0.05 else "not shown"
+    text = best.describe(query.one, query.other, query.outcome)
+    return verdict, f"{text}; smallest p of {len(found)} pairs of decodings"
 
-
-_PAIRED = "beyond chance by a sign test over the questions (p < 0.05, two-sided); opposite: beyond chance the other way"
 
 CLAIMS = (
-    Claim(
-        "C1",
-        "Eval loss fell and the model got worse.",
-        "week4's eval loss fell, and under story-collapse fewer of its answers are sound and ended than of the base model's, "
-        f"{_PAIRED}",
-        check_loss,
-    ),
+    Claim("C1", "Eval loss fell and the model got worse.", check=check_loss),
     Claim(
         "C2",
-        "Under greedy decoding with the n-gram ban the answers collapsed.",
-        "the 95% interval of the share of unsound answers of week4 under story-collapse is above one half; opposite: below",
-        check_share("week4", "story-collapse", is_unsound, "unsound"),
+        "Under greedy decoding with the n-gram ban, most answers of `week4` are unsound.",
+        check=majority("week4", "story-collapse", "unsound"),
+        about_questions=True,
     ),
     Claim(
         "C3",
-        "no_repeat_ngram_size=3 drives drift.",
-        f"with the ban more answers drift than without, all else as in story-collapse, {_PAIRED}",
-        check_decodings("story-collapse", "collapse-no-ban", drifts, "more", "drift"),
+        "`no_repeat_ngram_size=3` causes drift.",
+        [[Query("decoding", "story-collapse", "collapse-no-ban", "drift", "more")]],
     ),
     Claim(
         "C4",
-        "Two epochs on 8,000 : 4,000 rows taught the model to start lists and not to stop.",
-        "week4's longest lists have more items than the base model's, and fewer of its answers end, over all decodings, both "
-        f"{_PAIRED}",
-        check_lists,
+        "Two epochs of 8,000 : 4,000 rows teach longer lists and fewer endings.",
+        [
+            [
+                Query("arm", "week4", "base", "list_items", "more"),
+                Query("arm", "week4", "base", "ended", "fewer"),
+            ]
+        ],
     ),
     Claim(
         "C5",
-        "About 85 : 15 rows give bounded, flowing answers: the mix decides.",
-        "with the rebalanced mix more answers are sound and ended than with week4's, all else the same, over all decodings, "
-        f"{_PAIRED}",
-        check_arms({"week4-rebalanced": ["week4"], "kit-by-loss": ["kit-week4-mix"]}, is_good, "more", "sound and ended"),
+        "A mix of 85 : 15 rows gives more sound and ended answers.",
+        [
+            [Query("arm", "week4-rebalanced", "week4", "sound_and_ended", "more")],
+            [Query("arm", "kit-by-loss", "kit-week4-mix", "sound_and_ended", "more")],
+        ],
     ),
     Claim(
         "C6",
-        "LoRA on the feed-forward modules too gives better facts.",
-        "all-linear names more points than attention of the same rank, and than attention of as many parameters, both "
-        f"{_PAIRED}",
-        check_arms(
-            {
-                "week4-all-linear": ["week4", "week4-wide-attention"],
-                "kit-by-loss": ["kit-attention", "kit-wide-attention"],
-            },
-            num_points,
-            "more",
-            "points",
-        ),
+        "LoRA on the feed-forward layers too names more facts, also at equal parameters.",
+        [
+            [
+                Query("arm", "week4-all-linear", o, "points", "more")
+                for o in ("week4", "week4-wide-attention")
+            ],
+            [
+                Query("arm", "kit-by-loss", o, "points", "more")
+                for o in ("kit-attention", "kit-wide-attention")
+            ],
+        ],
+        about_questions=True,
     ),
     Claim(
         "C7",
-        "Removing no_repeat_ngram_size ends the forced drift.",
-        f"without the ban more answers are sound and ended than with it, all else as in story-collapse, {_PAIRED}",
-        check_decodings("collapse-no-ban", "story-collapse", is_good, "more", "sound and ended"),
+        "Removing the n-gram ban gives more sound and ended answers.",
+        [[Query("decoding", "collapse-no-ban", "story-collapse", "sound_and_ended", "more")]],
     ),
-    Claim(
-        "C8",
-        "The explicit end-of-turn token gives a stop that the model honours.",
-        "with it more answers are sound and ended than with the generation config's, where that is another, all else as in "
-        f"story-collapse, {_PAIRED}",
-        check_stop,
-    ),
+    Claim("C8", "The explicit end-of-turn token ends more answers soundly.", check=check_stop),
     Claim(
         "C9",
-        "repetition_penalty=1.3 discourages loops without harm.",
-        "story-fix has fewer loops than plain, and neither fewer sound and ended answers nor more that drift, each beyond "
-        "chance by a sign test over the questions (p < 0.05, two-sided); opposite: more loops, or harm without fewer loops",
-        check_penalty,
+        "`repetition_penalty=1.3` reduces loops and does no harm.",
+        [
+            [
+                Query("decoding", "story-fix", "plain", "loops", "fewer"),
+                Query("decoding", "story-fix", "plain", "sound_and_ended", "fewer", is_harm=True),
+                Query("decoding", "story-fix", "plain", "drift", "more", is_harm=True),
+            ]
+        ],
     ),
-    Claim(
-        "C10",
-        "max_new_tokens=256 prevents runaway answers.",
-        f"of the same answers fewer are unsound under a smaller cap than under a larger one, {_PAIRED}",
-        check_cap,
-    ),
-    Claim(
-        "C11",
-        "An added pad token makes the adapter huge.",
-        "the planned 3B adapter is at least 10 times as large with it, embedding in 16 bits; opposite: no larger",
-        check_pad,
-    ),
+    Claim("C10", "A smaller `max_new_tokens` gives fewer unsound answers.", check=check_cap),
+    Claim("C11", "An added pad token makes the adapter 10 times as large.", check=check_pad),
     Claim(
         "C12",
-        "After the fixes the degeneration is gone, and answers end cleanly.",
-        "the 95% interval of the share of sound and ended answers of fixed under story-fix is above one half; opposite: below",
-        check_share("fixed", "story-fix", is_good, "sound and ended"),
+        "After the fixes, most answers of `fixed` are sound and ended.",
+        check=majority("fixed", "story-fix", "sound_and_ended"),
+        about_questions=True,
     ),
-    Claim(
-        "C13",
-        "Two greedy runs give the same bytes.",
-        "all answers that were asked again are the same; opposite: one is not",
-        check_bytes,
-    ),
+    Claim("C13", "Greedy decoding repeats its bytes.", check=check_bytes),
     Claim(
         "C14",
-        "The same weights collapse or not by decoding alone: the fixed decoding mends them.",
-        f"of the trained models more answers are sound and ended under story-fix than under story-collapse, {_PAIRED}",
-        check_same_weights,
+        "The fixed decoding alone makes trained models answer soundly.",
+        [
+            [
+                Query(
+                    "decoding",
+                    "story-fix",
+                    "story-collapse",
+                    "sound_and_ended",
+                    "more",
+                    trained=True,
+                )
+            ]
+        ],
     ),
-    Claim(
-        "C15",
-        "Eval loss measures neither coherence nor stopping; only reading the answers does.",
-        "two decodings of the same weights, which have one eval loss, differ in sound and ended answers (sign test, p < 0.05 "
-        "over the questions, after Bonferroni over the pairs of decodings)",
-        check_loss_is_blind,
-    ),
+    Claim("C15", "One eval loss goes with different answers.", check=check_loss_is_blind),
 )
 
 
-# --- The page ----------------------------------------------------------------------------------------------------
-
-# The story in three answers: of each study the rows whose answers to the first question stand side by side.
-SIDE_BY_SIDE: dict[StudyName, tuple[tuple[str, str], ...]] = {
-    "all": (("week3", "week3"), ("week4", "story-collapse"), ("fixed", "story-fix")),
-    "training": (("base", "kit"), ("kit-week4-mix", "kit"), ("kit-by-loss", "kit")),
-    "decoding": (("adapter", "story-collapse"), ("adapter", "story-fix"), ("adapter", "kit")),
-}
+# --- The report ----------------------------------------------------------------------------------
 
 
-def mark_findings(record: Record) -> str:
-    """The answer as a cell, with ⟦ ⟧ around what speaks against it."""
-    spans: list[tuple[int, int]] = []
-    for finding in sorted(record["findings"], key=lambda each: each["span"]):
-        start, end = finding["span"]
-        if not speaks_against(finding) or start >= end:
-            continue
-        if spans and start <= spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], end))
-        else:
-            spans.append((start, end))
-    text, at, parts = record["text"], 0, []
-    for start, end in spans:
-        parts += [escape_markdown(text[at:start]), "⟦", escape_markdown(text[start:end]), "⟧"]
-        at = end
-    return "".join([*parts, escape_markdown(text[at:])]) or "(nothing)"
+def escape_markdown(text: str) -> str:
+    """The text in one line of markdown that shows it unchanged; newlines become `<br>`."""
 
+    def entities(found: re.Match[str]) -> str:
+        return "".join(f"&#{ord(character)};" for character in found[0])
 
-def sort_rows(records: Records) -> list[Row]:
-    """Rows in the order of the tables: models as the study names them, decodings as `DECODING_ARMS`."""
-    arms, names = list(dict.fromkeys(arm for _, arm, _ in records.study["models"])), list(DECODING_ARMS)
-    return sorted(records.rows.values(), key=lambda row: (arms.index(row.arm), names.index(row.decoding)))
-
-
-def find_reference(records: Records, row: Row) -> Row | None:
-    """What a row is paired with: the base model under the same decoding; a row of the base model, its `plain` one."""
-    return records.row("base", "plain" if row.arm == "base" else row.decoding)
-
-
-COLUMNS = (
-    *("model", "decoding", "eval loss ↓", "token accuracy ↑", "adapter MB ↓", "training min ↓"),
-    *("sound and ended ↑", "95% interval", "against base: better, worse, p", "stopped ↑", "mean tokens", "loops ↓", "lists ↓"),
-    *("drift ↓", "points ↑", "wrong claims ↓", "overruled per 100 tokens", "same bytes twice", "answers"),
-)
-
-
-NOTES = " ".join(
-    f"""*Sound and ended*: nothing in the form speaks against the answer, and the stop token ended it before the cap; in bold
-    where the best row and the next lie outside each other's interval (Wilson). *Against base*: the same questions to the base
-    model under the same decoding, the base model's own against its `plain`: better in so many, worse in so many, p of a sign
-    test. *Loops, lists, drift*: answers with such a finding (`python infer.py`); drift is surprisal, leak or an invented
-    medicine. *Points, wrong claims*: by
-    the lists of samples/probes.jsonl. *Overruled*: tokens at which penalty or ban took the model's first choice. *Same bytes
-    twice*: the first question again in other company, up to {AGAIN_TOKENS} tokens. *Eval loss*: of the weights that were
-    kept, on the same held-out rows for all models. Answers to one question are no independent draws: p of pooled pairs is for
-    guidance. None of it says that an answer is medically right, and none of it is medical advice.""".split()
-)
-
-
-def find_best(rows: Sequence[Row]) -> Row | None:
-    """The row with the largest share of sound and ended answers, if it and the next lie outside each other's interval."""
-    ranked = sorted((row for row in rows if row.answers), key=lambda row: row.rank, reverse=True)
-    if len(ranked) < 2:
-        return None
-    best, following = ranked[:2]
-    apart = following.rank[0] < best.good_interval[0] and best.rank[0] > following.good_interval[1]
-    return best if apart else None
-
-
-def format_row(records: Records, row: Row, best: Row | None) -> list[str]:
-    """The cells of a row, in the order of `COLUMNS`."""
-    losses = [row.mean_training(name) for name in ("eval_loss", "mean_token_accuracy", "adapter_bytes", "training_seconds")]
-    trained = [
-        "" if value is None else form.format(value * scale)
-        for value, form, scale in zip(losses, ("{:.3f}", "{:.3f}", "{:,.1f}", "{:.1f}"), (1, 1, 1e-6, 1 / 60), strict=True)
-    ]
-    if not row.answers:
-        last = row.errors[0].strip().splitlines()[-1] if row.errors else "no answers"
-        return [row.arm, row.decoding, *trained, f"failed: {escape_markdown(last)}", *[""] * (len(COLUMNS) - 7)]
-    size, good = len(row.answers), int(row.count(is_good))
-    low, high = row.good_interval
-    reference, paired = find_reference(records, row), ""
-    if reference and reference is not row:
-        against = compare(records.pair((row.arm, row.decoding), (reference.arm, reference.decoding)), is_good)
-        paired = f"{against.larger}, {against.smaller}, {against.p:.2g}"
-    tokens = row.count(lambda record: record["answer_tokens"])
-    again = [result["again"] for result, answers in row.cells if answers]
-    headline = f"{good} of {size}"
-    return [
-        row.arm,
-        row.decoding,
-        *trained,
-        f"**{headline}**" if row is best else headline,
-        f"{low:.0%} to {high:.0%}",
-        paired,
-        f"{row.count(has_ended) / size:.0%}",
-        f"{tokens / size:.0f}",
-        f"{row.count(loops):.0f}",
-        f"{row.count(runs_on):.0f}",
-        f"{row.count(drifts):.0f}",
-        f"{row.count(num_points):.0f}/{row.count(lambda record: num_points(record) + len(record['facts']['missing'])):.0f}",
-        f"{row.count(lambda record: len(record['facts']['wrong'])):.0f}",
-        f"{100 * row.count(lambda record: record['num_overruled']) / max(tokens, 1):.1f}",
-        f"{sum(each['same'] for each in again)} of {sum(each['asked'] for each in again)}",
-        f"[read](#{row.name})",
-    ]
+    shown = data.escape_controls(text.replace("\r\n", "\n").replace("\t", " "))
+    # Also the dot of www., which some viewers turn into a link, and what starts a list.
+    escaped = re.sub(r"[^\w\s.,;()'?!%/+-]|_|(?<=www)\.", entities, shown)
+    escaped = re.sub(r"(?m)^\s*([-+.()]|\d+[.)])", lambda m: entities(m), escaped)
+    return escaped.replace("\n", "<br>")
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -1931,374 +1212,429 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def describe_makers(records: Records) -> list[str]:
-    """Machines, versions, commits and rows behind the answers, each once."""
-    results = [result for row in records.rows.values() for result, answers in row.cells if answers]
-    makers = {
-        "machine": [f"{each['machine']}, {each['dtype']}" for each in (result["made_by"] for result in results)],
-        "versions": [
-            ", ".join(f"{name} {value}" for name, value in result["made_by"]["versions"].items()) for result in results
-        ],
-        "commit": [str(result["made_by"]["commit"]) for result in results],
-        "adapters": [f"{row.arm} {digest[:12]}" for row in records.rows.values() for digest in row.adapters],
-        "rows": [
-            f"{arm} {training['train_rows']} of {training['train_tokens']:,} tokens in {training['steps']} steps"
-            for arm, training in ((result["settings"]["arm"], result.get("training")) for result in results)
-            if training
-        ],
-    }
-    return [f"- {name}: {escape_markdown('; '.join(dict.fromkeys(values)))}" for name, values in makers.items() if values]
+def mark_findings(answer: Any) -> str:
+    """An answer as a cell of a table, with ⟦ ⟧ around what its findings are about."""
+    marks = [(start, end) for _, start, end in answer.findings if start < end]
+    text, at, parts = answer.text, 0, []
+    for start, end in sorted(marks):
+        if end > at:
+            start = max(start, at)
+            parts += [escape_markdown(text[at:start]), "⟦", escape_markdown(text[start:end]), "⟧"]
+            at = end
+    shown = "".join([*parts, escape_markdown(text[at:])]).replace("⟧⟦", "")
+    return shown or "(nothing)"
 
 
-def make_page(records: Records) -> str:
-    """The study as markdown: table, claims, three answers side by side, then every answer. Same records, same bytes."""
-    rows = sort_rows(records)
-    size = len(records.study["questions"])
+def list_cells(records: Records) -> DataFrame:
+    """One row per arm and decoding, all seeds together: the table of cells.csv."""
+    from pandas import DataFrame
+
+    rows = []
+    for (arm, decoding), own in records.answers.groupby(["arm", "decoding"], sort=False):
+        low, high = interval(int(own.sound_and_ended.sum()), len(own))
+        base = {"arm": "base", "decoding": "plain" if arm == "base" else decoding}
+        pairs = pair(records.answers, {"arm": arm, "decoding": decoding}, base)
+        against = compare(pairs, "sound_and_ended") if len(pairs) else None
+        counts = "sound_and_ended sound ended loops lists drift points max_points wrong_claims"
+        rows.append(
+            {
+                "arm": arm,
+                "decoding": decoding,
+                "answers": len(own),
+                **{name: int(own[name].sum()) for name in counts.split()},
+                "interval_low": round(low, 4),
+                "interval_high": round(high, 4),
+                "better_than_base": against and against.larger,
+                "worse_than_base": against and against.smaller,
+                "p_against_base": against and round(against.p, 4),
+                "mean_tokens": round(own.tokens.mean(), 1),
+                "overruled_per_100_tokens": round(
+                    100 * own.overruled.sum() / max(1, own.tokens.sum()), 2
+                ),
+                "repeats": bool(own.repeats.all()),
+            }
+        )
+    cells = DataFrame(rows)
+    if records.runs.empty or cells.empty:
+        return cells
+    numbers = records.runs.drop(columns=["seed", "selected", "evaluations"])
+    return cells.merge(numbers.groupby("arm").mean(numeric_only=True).round(6), "left", "arm")
+
+
+def list_main_cells(records: Records) -> list[list[str]]:
+    """Header and rows of the report's table: sound and ended answers under the main decodings."""
+    arms, study = records.arms, records.about["study"]
+    decodings = [*(["plain"] if study == "training" else []), *MAIN_DECODINGS]
+    if study == "decoding":
+        names = [n for n in DECODING_ARMS if n in set(records.answers.get("decoding", ()))]
+        return [["decoding", *arms]] + [
+            [name, *(describe_cell(records, arm, name) for arm in arms)] for name in names
+        ]
+    rows = [["arm", "eval loss", *decodings]]
+    for arm in arms:
+        runs = select(records.runs, {"arm": arm})
+        loss = f"{runs.eval_loss.mean():.3f}" if len(runs) else ""
+        rows.append([arm, loss, *(describe_cell(records, arm, each) for each in decodings)])
+    return rows
+
+
+def describe_cell(records: Records, arm: str, decoding: str) -> str:
+    """Sound and ended answers with their interval, or that there are none."""
+    own = records.select(arm, decoding) if len(records.answers) else ()
+    failed = any(records.about["arms"][each][0] == arm for each in records.failures)
+    return format_share(own.sound_and_ended) if len(own) else "failed" if failed else "not run"
+
+
+def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
+    """What the story got right and wrong, and which settings to use, in a few sentences."""
+    lines, verdicts = [], ("shown", "the opposite", "not shown", "not run")
+    for verdict, words in zip(
+        verdicts, ("Right", "Wrong, the opposite is shown", "Not shown", "Not run"), strict=True
+    ):
+        own = [claim for claim in CLAIMS if results[claim.id][0] == verdict]
+        texts = [f"{claim.id} {claim.text}" for claim in own]
+        if verdict not in verdicts[:2]:
+            texts = [", ".join(claim.id for claim in own)]
+        if own:
+            lines.append(f"- **{words} ({len(own)} of {len(CLAIMS)}):** {' '.join(texts)}")
+    answers = records.answers
+    asked = {arm: set(own.decoding) for arm, own in answers.groupby("arm")}
+    common = set.intersection(*asked.values())
+    names = [name for name in distinct_decodings(answers.decoding) if name in common]
+    if len(names) > 1:
+        good = answers.groupby("decoding").sound_and_ended.agg(["mean", "sum", "count"])
+        best, *others = sorted(names, key=lambda name: -good["mean"][name])
+        found = Query("decoding", best, others[0], "sound_and_ended", "more").run(answers)
+        counts = ", ".join(
+            f"{name} {good['sum'][name]} of {good['count'][name]}" for name in (best, *others)
+        )
+        lines.append(f"- **Decoding:** {counts} ({best} and {others[0]}: p = {found.p:.2g}).")
+        own = answers[answers.decoding == best].groupby("arm", sort=False).sound_and_ended.mean()
+        top = own.idxmax()
+        share = format_share(records.select(top, best).sound_and_ended)
+        text = f"under {best}, {top} has the most, {share}"
+        if top != "base" and "base" in own.index:
+            found = Query("arm", top, "base", "sound_and_ended", "more", best).run(answers)
+            share = format_share(records.select("base", best).sound_and_ended)
+            text += f"; the base model has {share}, p = {found.p:.2g}"
+        lines.append(f"- **Training:** {text}.")
+        if len(records.runs):
+            losses = records.runs.groupby("arm").eval_loss.mean()
+            low = losses.idxmin()
+            share = format_share(records.select(low, best).sound_and_ended)
+            lines.append(f"- **Eval loss:** the lowest, {losses[low]:.3f}, is of {low}: {share}.")
+    return lines
+
+
+def list_selections(records: Records) -> list[list[str]]:
+    """Header and rows: the step each metric selects, with the sound and ended answers there.
+
+    Only of runs with several evaluations that answered the probes. The last row counts how often a
+    metric selected a step with the most.
+    """
+    rows: list[list[str]] = [["arm", *train.METRICS, "best step"]]
+    hits = dict.fromkeys(train.METRICS, 0)
+    for run in records.runs.to_dict("records"):
+        steps = {n: e for n, e in run["evaluations"].items() if e.get("eval_answers")}
+        if len(steps) < 2 or not all(name in run["selected"] for name in train.METRICS):
+            continue
+        good = {step: int(each["eval_sound_and_ended"]) for step, each in steps.items()}
+        best = max(good, key=lambda step: (good[step], -step))
+        row = [run["arm"] + (f" (seed {run['seed']})" if run["seed"] else "")]
+        for name in train.METRICS:
+            step = run["selected"][name]
+            hits[name] += good[step] == good[best]
+            row.append(f"step {step}: {good[step]} of {steps[step]['eval_answers']}")
+        rows.append([*row, f"step {best}: {good[best]}"])
+    count = len(rows) - 1
+    return [*rows, ["most", *(f"{hits[n]} of {count}" for n in hits), ""]] if count else []
+
+
+NOTES = """*Sound and ended*: the judge finds no defect of form, and the stop token ended the answer
+before the limit; with a 95% interval (Wilson). *Eval loss*: of the weights that were kept, on rows
+held out from the sources that the arm trains on, so only arms with equal sources compare. Claims
+are decided by sign tests over the questions, p < 0.05, two-sided: `+a -b` counts the questions for
+which the first has more or fewer. With few questions only large differences show. None of this says
+that an answer is medically correct, and none of it is medical advice."""
+
+
+def make_report(records: Records, results: Mapping[str, Result]) -> str:
+    """The study as markdown; `results` are those of the claims. Equal records give equal bytes."""
+    about, answers = records.about, records.answers
+    header, *rows = list_main_cells(records)
+    questions = about["questions"]
     lines = [
-        f"# Ablation: {records.study['study']}",
+        f"# Ablation: {escape_markdown(about['study'])}, {escape_markdown(about['base_model'])}",
         "",
-        "![Every answer by its verdict, and eval loss beside sound answers](ablation.png)",
+        *(summarise(records, results) if len(answers) else ["No arm has finished."]),
         "",
-        *format_table(COLUMNS, (format_row(records, row, find_best(rows)) for row in rows)),
+        "![Verdicts, and eval loss against sound answers](ablation.png)",
         "",
-        f"- command: `{records.study['command']}`",
-        f"- questions: {size}, the probes {escape_markdown(', '.join(records.study['probes']))}",
-        *describe_makers(records),
+        f"Sound and ended answers of {len(questions)} questions:",
         "",
-        NOTES,
+        *format_table(header, rows),
         "",
-        "## The story's claims, on these records",
+        *(f"- {arm} failed: {escape_markdown(why[:600])}" for arm, why in records.failures.items()),
         "",
-        *format_table(
-            ("", "claim", "verdict", "measured", "shown when"),
-            (
-                (
-                    claim.id,
-                    escape_markdown(claim.says),
-                    verdict,
-                    escape_markdown(measured),
-                    escape_markdown(claim.rule),
-                )
-                for claim in CLAIMS
-                for verdict, measured in (claim.check(records),)
-            ),
-        ),
+        "## Claims",
         "",
-        f"What is said here is said of {records.study['base_model']}, not of another model.",
-        *format_side_by_side(records),
-        "",
-        "## Answers",
     ]
-    written: dict[tuple[str, int, str, str], Row] = {}
-    for row in rows:
-        lines += format_answers(row, written)
+    own = about.get("own_questions")
+    for claim in CLAIMS:
+        verdict, numbers = results[claim.id]
+        note = " It is about the story's questions; these are yours." if own else ""
+        lines.append(
+            f"- **{claim.id}: {verdict}.** {claim.text} {numbers[0].upper()}{numbers[1:]}"
+            f"{note if claim.about_questions else ''}"
+        )
+    if selections := list_selections(records):
+        header, *rows = selections
+        lines += ["", "## Steps that each metric selects", "", *format_table(header, rows)]
+    lines += ["", *format_side_by_side(records), NOTES.replace("\n", " "), ""]
+    machines = dict.fromkeys(answers.machine) if len(answers) else ()
+    lines += [f"- {escape_markdown(machine)}" for machine in machines]
+    lines += [
+        f"- `{about['command'].replace('`', ' ')}`",
+        "- all numbers: [cells.csv](cells.csv); all answers: [cells](cells)",
+    ]
     return "\n".join(lines) + "\n"
 
 
-def format_answers(row: Row, written: dict[tuple[str, int, str, str], Row]) -> list[str]:
-    """Every answer of a row, folded; the table's links lead here.
-
-    `written` remembers, by arm, seed, question and ids, the row in which an answer stands: another that has the same, as those
-    that are cut from one run, leads there.
-    """
-    lines = ["", f'<a name="{row.name}"></a>', "<details>", f"<summary>{row.arm}, {row.decoding}</summary>", ""]
-    lines += [format_verbatim(error) for error in row.errors]
-    for (seed, question), record in row.answers.items():
-        of_seed = f", seed {seed}" if len(row.cells) > 1 else ""
-        facts = infer.Facts(**{name: tuple(record["facts"][name]) for name in ("named", "missing", "wrong")})
-        ended = escape_markdown(f"{record['finish_reason']}{of_seed}; {record['verdict']}")
-        how = f"{record['answer_tokens']} tokens, {ended}; {facts}"
-        first = written.setdefault((row.arm, seed, question, record["sha256"]), row)
-        text = (
-            format_verbatim(record["text"])
-            if first is row
-            else f"The same answer as under [{first.decoding}](#{first.name})."
-        )
-        lines += [f"{escape_markdown(question)} ({how})", "", text, ""]
-    return [*lines, "</details>"]
-
-
 def format_side_by_side(records: Records) -> list[str]:
-    """The first question's answers in the rows of `SIDE_BY_SIDE`, marked; nothing where one of them is not there."""
-    rows = [records.row(*names) for names in SIDE_BY_SIDE[records.study["study"]]]
-    question = records.study["questions"][0]
-    answers = [
-        next((record for (_, asked), record in row.answers.items() if asked == question), None) if row else None for row in rows
-    ]
-    if None in answers:
+    """The answers of `SIDE_BY_SIDE` to the first question, marked; nothing if one is missing."""
+    names, found = SIDE_BY_SIDE[records.about["study"]], []
+    for arm, decoding in names if len(records.answers) else ():
+        own = records.select(arm, decoding)
+        found += list(own[own.place == 0].itertuples())[:1]
+    if len(found) < len(names):
         return []
+    header = [
+        f"{each.arm}, {each.decoding}: {each.verdict}, {each.finish_reason}" for each in found
+    ]
     return [
-        "",
-        f"## One question, three answers: {escape_markdown(question)}",
-        "",
-        "What speaks against an answer stands in ⟦ ⟧.",
+        f"## {escape_markdown(records.about['questions'][0])}",
         "",
         *format_table(
-            [
-                f"{row.arm}, {row.decoding}: " + escape_markdown(f"{record['verdict']}, {record['finish_reason']}")
-                for row, record in zip(rows, answers, strict=True)
-            ],
-            [[mark_findings(record) for record in answers]],
+            [escape_markdown(each) for each in header], [[mark_findings(each) for each in found]]
         ),
+        "",
+        "⟦ ⟧ mark what the findings are about.",
+        "",
     ]
 
 
-# --- The picture -------------------------------------------------------------------------------------------------
+# --- The picture ---------------------------------------------------------------------------------
 
-# Verdicts of an answer, the first that applies; dark to light, so that it reads in grey too.
-COLOURS: dict[str, tuple[str, Callable[[Record], bool]]] = {
-    "sound and ended": ("#08306b", is_good),
-    "sound, cut at the cap": ("#6baed6", is_sound),
-    "drift": ("#cb181d", drifts),
-    "loop": ("#fdae6b", loops),
-    "list": ("#ffeda0", runs_on),
-    "empty": ("#bdbdbd", lambda record: True),
+# The first that applies; from dark to light, so that they differ in grey too.
+COLOURS: dict[str, tuple[str, str]] = {
+    "sound and ended": ("sound_and_ended", "#08519c"),
+    "sound, cut at the limit": ("sound", "#9ecae1"),
+    "drift": ("drift", "#a50f15"),
+    "loop, list or empty": ("unsound", "#fdae6b"),
 }
 
 
 def draw_picture(records: Records, path: Path) -> None:
-    """Every answer as a square coloured by its verdict, models by decodings and probes; below, eval loss beside the share of
-    sound and ended answers, with the arms named."""
+    """The verdicts under the main decodings, and beside them eval loss against sound answers."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = sort_rows(records)
-    arms = list(dict.fromkeys(row.arm for row in rows))
-    names = [name for name in DECODING_ARMS if any(row.decoding == name for row in rows)]
-    trained = [row for row in rows if row.answers and math.isfinite(row.mean_training("eval_loss") or math.nan)]
-    questions = len(records.study["questions"]) * max(len(row.cells) for row in rows)
-    width = 2.6 + 0.085 * questions * len(names) + 0.12 * len(names)
-    heights = [0.34 * len(arms) + 1.6, 4.2 if trained else 0.01]
-    figure = Figure(figsize=(max(9, width), sum(heights)), layout="constrained")
+    header, *rows = list_main_cells(records)
+    is_decoding = records.about["study"] == "decoding"
+    columns = header[1:] if is_decoding else header[2:]
+    names = [row[0] for row in rows]
+    size = len(records.about["questions"])
+    width = 1.5 + 0.16 * size * len(columns)
+    losses = records.runs.groupby("arm").eval_loss.mean() if len(records.runs) else {}
+    figure = Figure(
+        figsize=(width + (4.6 if len(losses) else 0) + 1, 0.34 * len(names) + 2),
+        layout="constrained",
+    )
     FigureCanvasAgg(figure)
-    grid, *others = figure.subplots(2 if trained else 1, 1, squeeze=False, height_ratios=heights if trained else None)[:, 0]
-    draw_grid(grid, records, arms, names, questions)
-    if trained:
-        draw_losses(others[0], trained)
+    grid, *others = figure.subplots(
+        1,
+        2 if len(losses) else 1,
+        squeeze=False,
+        width_ratios=[width, 4.6] if len(losses) else None,
+    )[0]
+    draw_grid(grid, records, names, columns, is_decoding)
+    if len(losses):
+        draw_losses(others[0], records, losses)
     image = io.BytesIO()
-    # No versions in the file: the same records give the same bytes.
-    figure.savefig(image, format="png", dpi=130, metadata={"Software": None})
+    figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
     data.write_atomic(path, image.getvalue())
 
 
-def draw_grid(axes: Any, records: Records, arms: Sequence[str], names: Sequence[str], questions: int) -> None:
-    """One square an answer: a line for each arm, a block of columns for each decoding."""
+def draw_grid(
+    axes: Axes, records: Records, names: Sequence[str], columns: Sequence[str], is_decoding: bool
+) -> None:
+    """One square per question and column; of several seeds the first."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Patch, Rectangle
 
-    block = questions + 2
+    size = len(records.about["questions"])
     squares, colours = [], []
-    for line, arm in enumerate(arms):
-        for place, name in enumerate(names):
-            row = records.row(arm, name)
-            for column, record in enumerate(row.answers.values() if row else ()):
-                colours.append(next(colour for colour, applies in COLOURS.values() if applies(record)))
-                squares.append(Rectangle((place * block + column, line), 0.92, 0.86))
-    axes.add_collection(PatchCollection(squares, facecolors=colours, linewidths=0))  # many squares are drawn sooner as one
-    axes.set(xlim=(-0.5, len(names) * block), ylim=(len(arms), -0.2))
-    axes.set_yticks([line + 0.43 for line in range(len(arms))], arms)
-    ticks = [place * block + questions / 2 for place in range(len(names))]
-    axes.set_xticks(ticks, names, rotation=30, ha="left", rotation_mode="anchor")
+    for (line, name), (place, column) in itertools.product(enumerate(names), enumerate(columns)):
+        arm, decoding = (column, name) if is_decoding else (name, column)
+        for answer in records.select(arm, decoding).itertuples():
+            if answer.seed == 0:
+                colours.append(
+                    next(c for outcome, c in COLOURS.values() if getattr(answer, outcome))
+                )
+                x = place * (size + 1) + answer.place
+                squares.append(Rectangle((x + 0.04, line + 0.07), 0.92, 0.86))
+    axes.add_collection(PatchCollection(squares, facecolors=colours, linewidths=0))
+    axes.set(xlim=(0, len(columns) * (size + 1) - 1), ylim=(len(names), 0))
+    axes.set_yticks([line + 0.5 for line in range(len(names))], names)
+    axes.set_xticks([place * (size + 1) + size / 2 for place in range(len(columns))], columns)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel(f"decoding; a square is one of {len(records.study['questions'])} probe questions, in the same order")
-    handles = [Patch(facecolor=colour, label=name) for name, (colour, _) in COLOURS.items() if name != "empty"]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=len(handles), frameon=False)
+    axes.set_xlabel(f"one square per question ({size})")
+    handles = [Patch(facecolor=colour, label=name) for name, (_, colour) in COLOURS.items()]
+    axes.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False
+    )
 
 
-def draw_losses(axes: Any, rows: Sequence[Row]) -> None:
-    """Share of sound and ended answers over eval loss, a line of marks for each common decoding, the arms named above."""
-    losses = {row.arm: row.mean_training("eval_loss") or math.nan for row in rows}
-    order = sorted(losses, key=lambda arm: losses[arm])
-    common = [name for name in _COMMON if all(any(row.arm == arm and row.decoding == name for row in rows) for arm in order)]
-    for name, mark, colour in zip(common, ("s:", "^--", "o-"), ("#cb181d", "0.45", "#08306b"), strict=False):
-        own = {row.arm: row.rank[0] for row in rows if row.decoding == name}
-        axes.plot([losses[arm] for arm in order], [own[arm] for arm in order], mark, color=colour, label=name, clip_on=False)
-    low, high = min(losses.values()), max(losses.values())
-    span = (high - low) or 1.0
-    axes.set(xlim=(low - 0.04 * span, high + 0.04 * span), ylim=(0, 1))
-    axes.set_xlabel("eval loss (nats a token), lower is better")
-    axes.set_ylabel("sound and ended answers")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    # Names in the order of the losses, evenly spread, each with a line down to its loss.
-    for place, arm in enumerate(order):
-        at = (place + 0.5) / len(order)
+def draw_losses(axes: Axes, records: Records, losses: Any) -> None:
+    """Share of sound and ended answers under `kit` over eval loss, one labelled point per arm."""
+    points = []
+    for arm, loss in losses.items():
+        own = records.select(arm, "kit")
+        if len(own) and math.isfinite(loss):
+            points.append((loss, own.sound_and_ended.mean(), arm))
+    if not points:
+        return
+    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color="#08519c", zorder=3)
+    low, high = (limit(x for x, _, _ in points) for limit in (min, max))
+    low, high = min(low, high - 0.05) - 0.02, high + 0.02
+    # Labels beside the axes, in the order of the points and a line apart, as near as they can be.
+    points.sort(key=lambda each: (each[1], -each[0]))
+    heights: list[float] = []
+    for _, y, _ in points:
+        heights.append(max(y, heights[-1] + 0.065) if heights else y)
+    shift = sum(height - y for height, (_, y, _) in zip(heights, points, strict=True)) / len(points)
+    for height, (x, y, arm) in zip(heights, points, strict=True):
         axes.annotate(
             arm,
-            xy=(losses[arm], 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(at, 1.16),
-            textcoords="axes fraction",
-            rotation=30,
-            ha="left",
-            va="bottom",
+            (x, y),
+            (high, height - shift),
+            va="center",
             fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": "0.7", "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0)},
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "0.8", "lw": 0.7, "shrinkA": 0, "shrinkB": 3},
         )
+    axes.set(xlim=(low, high), ylim=(-0.02, 1.02), xlabel="eval loss (nats per token)")
+    axes.locator_params("x", nbins=4)
+    axes.set_ylabel("sound and ended under kit")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 
-# --- Command -----------------------------------------------------------------------------------------------------
+# --- Command -------------------------------------------------------------------------------------
 
 
-def save_best_decoding(records: Records, adapters: Mapping[str, Path]) -> str:
-    """Writes the decoding of the best row into the adapter that gave its answers; returns what was done, in words.
+def save_best_decoding(records: Records, study: Study) -> str:
+    """Stores the decoding of the best cell in the adapter that answered; returns what was done.
 
-    `adapters` are those of the arms, of seed 0. Both files that carry a decoding are written: our own record, and what other
-    programs read.
+    Best is the largest share of sound and ended answers, then most points, then fewest wrong
+    claims. Writes kit.json, and generation_config.json for other programs.
 
     Raises:
-        UsageError: no adapter was asked, or the one that gave the answers is not there any more.
+        UsageError: no adapter has answered, or the adapter has changed since.
     """
-    rows = [row for row in records.rows.values() if row.answers and row.arm in adapters]
-    if not rows:
-        raise UsageError("--save-best writes into an adapter, and no adapter's answers are recorded.")
-    ranked = sorted(rows, key=lambda row: row.rank, reverse=True)
-    best, adapter, decoding = ranked[0], adapters[ranked[0].arm], DECODING_ARMS[ranked[0].decoding]
-    if infer.hash_weights(adapter) not in best.adapters:
+    adapters = {arm.name: arm.adapter for arm in study.arms if arm.adapter and not arm.seed}
+    if records.answers.empty or not set(records.answers.arm) & adapters.keys():
+        raise UsageError("--save-best: no adapter has answered. Run the study without --table.")
+    own = records.answers[records.answers.arm.isin(adapters)]
+    counts = ["sound_and_ended", "points", "wrong_claims"]
+    means = own.groupby(["arm", "decoding"])[counts].mean()
+    ranked = means.sort_values(counts, ascending=[False, False, True])
+    arm, name = ranked.index[0]
+    answers, adapter, decoding = records.select(arm, name), adapters[arm], DECODING_ARMS[name]
+    if infer.hash_weights(adapter) not in set(answers.adapter):
         raise UsageError(
-            f"{adapter} is not the adapter that was asked ({', '.join(best.adapters)}). Name that one with --adapter, or ask "
-            "this one: leave --table away."
+            f"{adapter} is not the adapter that answered. Pass that one with --adapter, or run the "
+            "study again without --table."
         )
-    config = {}
+    path = adapter / "generation_config.json"
+    config = {"do_sample": decoding.temperature > 0}
     with contextlib.suppress(FileNotFoundError, ValueError):
-        config = dict(json.loads((adapter / "generation_config.json").read_text(encoding="utf-8")))
-    config |= {
-        "max_new_tokens": decoding.max_new_tokens,
-        "repetition_penalty": decoding.repetition_penalty,
-        "no_repeat_ngram_size": decoding.no_repeat_ngram_size,
-        "do_sample": decoding.temperature > 0,
-        "eos_token_id": best.stop_ids or None,
-    }
-    for name in ("temperature", "top_p"):
-        config.pop(name, None)
+        config = json.loads(path.read_text(encoding="utf-8")) | config
+    config["eos_token_id"] = json.loads(answers.stop_ids.iloc[0]) or None
+    for field in ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size"):
+        config[field] = getattr(decoding, field)
+    for field in ("temperature", "top_p"):
+        config.pop(field, None)
         if decoding.temperature:
-            config[name] = getattr(decoding, name)
-    ours = dataclasses.asdict(dataclasses.replace(infer.read_adapter_record(adapter), decoding=decoding))
-    data.write_atomic(adapter / "generation_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    data.write_atomic(adapter / infer.ADAPTER_RECORD, json.dumps(ours, indent=2) + "\n")
-    said = f"{adapter} is asked under {best.decoding} from now on: sound and ended {best.count(is_good):.0f} of "
-    said += f"{len(best.answers)}"
-    if len(ranked) > 1 and not find_best(ranked):
-        following = ranked[1]
-        said += f"; {following.name}, with {following.count(is_good):.0f} of {len(following.answers)}, is within its interval"
-    return said
+            config[field] = getattr(decoding, field)
+    record = dataclasses.replace(infer.read_adapter_record(adapter), decoding=decoding)
+    data.write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(dataclasses.asdict(record), indent=2) + "\n"
+    data.write_atomic(adapter / infer.ADAPTER_RECORD, text)
+    text = f"{adapter} now uses {name}: sound and ended {format_share(answers.sound_and_ended)}"
+    if len(ranked) > 1:
+        following = records.select(*ranked.index[1]).sound_and_ended
+        text += f"; next {' under '.join(ranked.index[1])}, {format_share(following)}"
+    return text
 
 
-@contextlib.contextmanager
-def hold_page(study: Path) -> Iterator[None]:
-    """Of several processes one at a time writes what belongs to the whole study."""
-    with (study / "page.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        clear_leftovers(study)
-        yield
-
-
-def note_study(study: Path, about: Mapping[str, Any]) -> None:
-    """Writes study.json, unless it names these very cells already: the page is made again with the command that it had."""
-    with hold_page(study):
-        try:
-            noted = read_record(study / "study.json", "study.json")
-        except UsageError:
-            noted = None
-        if noted is None or noted["models"] != about["models"]:
-            data.write_atomic(study / "study.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_page(study: Path) -> Records:
-    """Writes ablation.md and ablation.png from the records, one process at a time; returns the records.
+def write_report(folder: Path) -> tuple[Records, dict[str, Result]]:
+    """Writes report, picture and cells.csv; returns the records and the results of the claims.
 
     Raises:
         UsageError: as `read_records`.
     """
-    if not study.is_dir():
-        raise UsageError(f"{study} is not there. Make records first: python ablate.py")
-    # Who writes later has read later, so the last of several processes leaves a page of everything.
-    with hold_page(study):
-        records = read_records(study)
-        data.write_atomic(study / "ablation.md", make_page(records))
-        draw_picture(records, study / "ablation.png")
-    return records
-
-
-def describe_study(config: AblateConfig, grid: Grid) -> dict[str, Any]:
-    """study.json: what the page is made from, beside the cells, each of which it names with the digest of its settings."""
-    flags = [redact(flag) for flag in sys.argv[1:] if flag not in ("--table", "--save-best")]
-    return {
-        "study": config.study,
-        "command": shlex.join(["python", "ablate.py", *flags]),
-        "base_model": grid.base_model,
-        "questions": grid.questions,
-        "probes": [probe.id for probe in grid.probes],
-        "models": [
-            [model.id, model.arm, {name: digest_json(grid.settings(model, name)) for name in model.decodings}]
-            for model in grid.models
-        ],
-    }
-
-
-def print_result(study: Path, records: Records) -> None:
-    """Headlines of rows and claims, and where everything lies."""
-    rows = sort_rows(records)
-    width = max(len(row.name) for row in rows) + 2
-    for row in rows:
-        headline = f"sound and ended {row.count(is_good):.0f} of {len(row.answers)}" if row.answers else "failed"
-        print(f"{row.name:<{width}}{headline}")
-    print()
-    for claim in CLAIMS:
-        print(f"{claim.id:<5}{claim.check(records)[0]:<14}{claim.says}")
-    print(f"\n{study / 'ablation.md'} holds the table, the claims and every answer; {study / 'ablation.png'} shows them.")
+    records = read_records(folder)
+    results = {claim.id: claim.decide(records) for claim in CLAIMS}
+    with data.writing(folder):
+        data.write_atomic(folder / "cells.csv", list_cells(records).to_csv(index=False))
+        if len(records.answers):
+            draw_picture(records, folder / "ablation.png")
+        data.write_atomic(folder / "ablation.md", make_report(records, results))
+    return records, results
 
 
 def main(config: AblateConfig) -> int:
-    """Does what is missing, then writes page and picture. Returns the exit code: 1 if a cell failed."""
+    """Runs what is missing, then writes the report. Returns 1 if an arm failed, else 0."""
     infer.raise_on_signals()
-    study = config.folder
-    adapters: dict[str, Path] = {}
-    if not train.is_main_process():
-        sys.stdout = io.StringIO()  # of several processes of a launcher the first alone prints
-    if not config.table or config.save_best:
-        grid = make_grid(config)
-        adapters = {model.arm: model.adapter for model in grid.models if model.adapter and not model.seed}
-        if not config.table:
-            do_missing(config, grid)
-    if config.dry_run:
-        return 0
-    records = write_page(study)
-    print_result(study, records)
-    if config.save_best and train.is_main_process():
-        print(save_best_decoding(records, adapters))
-    failed = [row.name for row in records.rows.values() if row.errors]
-    if failed:
-        print(f"{len(failed)} cells failed ({', '.join(failed)}); the same line does them again.", file=sys.stderr)
-    return 1 if failed else 0
+    study = None if config.table and not config.save_best else make_study(config)
+    if study and not config.table:
+        part, parts = map(int, (config.shard or "0/1").split("/"))
+        arms = study.arms[part::parts]
+        if config.dry_run or any(map(study.missing, arms)):
+            print(format_plan(study, arms), flush=True)
+        if config.dry_run:
+            return 0
+        flags = [flag for flag in sys.argv[1:] if flag not in ("--save-best", "--dry-run")]
+        about = {
+            "study": config.study,
+            "command": shlex.join(["python", "ablate.py", *flags]),
+            "base_model": study.profile.hub_id,
+            "own_questions": config.probes is not None,
+            "questions": [probe.question for probe in study.probes],
+            "arms": {
+                arm.id: (arm.name, arm.seed, {n: study.settings(arm, n) for n in arm.decodings})
+                for arm in study.arms
+            },
+        }
+        with data.writing(config.folder):
+            config.folder.mkdir(parents=True, exist_ok=True)
+        data.write_atomic(config.folder / "study.json", json.dumps(about, indent=2) + "\n")
+        run_study(study, arms, config.workers or study.profile.workers)
+    records, results = write_report(config.folder)
+    for claim in CLAIMS:
+        print(f"{claim.id:<4} {results[claim.id][0]:<13} {claim.text}")
+    print(f"\n{config.folder / 'ablation.md'}: report; ablation.png, cells.csv and cells beside it")
+    if config.save_best and study:
+        print(save_best_decoding(records, study))
+    for arm, reason in records.failures.items():
+        print(f"{arm} failed, and runs again with the same command: {reason}", file=sys.stderr)
+    return 1 if records.failures else 0
 
 
-def do_missing(config: AblateConfig, grid: Grid) -> None:
-    """Prints what is missing and does it, or with `--dry-run` only prints.
-
-    Raises:
-        UsageError: as `plan_times` and `check_devices`.
-    """
-    missing = find_missing(grid)
-    if missing or config.dry_run:
-        # What a launcher tells its processes is not for the runs that are planned here.
-        told = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
-        infer.prepare_environment(grid.values)
-        times = plan_times(grid, missing)
-        os.environ.update(told)
-        print(format_plan(grid, missing, times), flush=True)
-    if config.dry_run:
-        return
-    if missing:
-        check_devices(grid)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    note_study(config.folder, describe_study(config, grid))
-    if missing:
-        Workshop(grid, missing, times).run()
-
+MEMORY_ADVICE = "Lower --workers, then --num-probes, then --num-rows."
 
 if __name__ == "__main__":
-    data.run_command(AblateConfig, main, __doc__, "Lower --workers, then --num-probes, then --num-rows.")
+    data.run_command(AblateConfig, main, __doc__, MEMORY_ADVICE)

@@ -215,21 +215,12 @@ class Profile:
     gate_max_new_tokens: int
     measured: str
     """Speed and memory of training, with the machine they were measured on."""
-    seconds_per_new_token: float
-    """Of all answers of an evaluation together."""
 
     # Ablations.
     ablation_rows: int
     ablation_probes: int
-    ablation_eval_every: float | None
-    """None: as in training."""
     workers: int
-    start_seconds: float
-    evaluation_seconds: float
-    worker_tokens_per_second: float
-    """Of one worker's training."""
-    step_seconds: float
-    """Of one worker's answers: per token of a batch of rows."""
+    """Arms that are trained and asked at the same time."""
 
     @property
     def hub_id(self) -> str:
@@ -269,16 +260,10 @@ PROFILES: dict[ProfileName, Profile] = {
         num_probes=26,
         gate_max_new_tokens=256,
         measured="on one H100: 0.9 s per step of 16 rows, 4.2 GiB at the peak of a run",
-        seconds_per_new_token=0.1,
         # All of the story's runs in one session of a free T4; each of its own took four hours.
         ablation_rows=1200,
         ablation_probes=26,
-        ablation_eval_every=None,
         workers=1,
-        start_seconds=90,
-        evaluation_seconds=80,
-        worker_tokens_per_second=390,
-        step_seconds=0.1,
     ),
     "cpu": Profile(
         name="cpu",
@@ -311,17 +296,10 @@ PROFILES: dict[ProfileName, Profile] = {
         num_probes=8,
         gate_max_new_tokens=80,
         measured="on two cores of an AMD EPYC: 285 rows in 4.1 minutes, 3.7 GiB at the peak",
-        seconds_per_new_token=0.09,
         ablation_rows=64,
         ablation_probes=10,
-        # Before the first step and after the last.
-        ablation_eval_every=0.99,
         # On two cores, two processes of one thread answer 1.4 times as fast as one of two.
         workers=2,
-        start_seconds=10,
-        evaluation_seconds=9,
-        worker_tokens_per_second=480,
-        step_seconds=0.14,
     ),
 }
 
@@ -329,8 +307,13 @@ PROFILES: dict[ProfileName, Profile] = {
 class UsageError(ValueError):
     """The input cannot be used, or the machine lacks disk space, permissions or memory.
 
-    The message says what was given, what is allowed and the next step.
+    The message says what was given, what is allowed and the next step. `exit_code` is that of the
+    command, 2 unless a caller has to tell this error from others.
     """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class BadRecord(Exception):  # noqa: N818 - an error of one record, never of the program
@@ -1048,6 +1031,21 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
+def read_probe_questions(source: str | None = None) -> Iterator[str]:
+    """The questions of a file of probes, by default samples/probes.jsonl.
+
+    Raises:
+        UsageError: as `read_records`, or a line has no question.
+    """
+    for place, record in read_records(source or str(PROBES)):
+        question = record.get("question") if isinstance(record, dict) else None
+        if not isinstance(question, str) or not question.strip():
+            raise UsageError(
+                f"{place}: not a probe. Expected a field `question`, as in samples/README.md."
+            )
+        yield question
+
+
 def drop_repeats(
     rows: Iterable[Row], probe_questions: Iterable[str], reports: Mapping[SourceName, Report]
 ) -> list[Row]:
@@ -1672,7 +1670,7 @@ def show_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class RowsFlags:
-    """Flags for a user's own rows, the same in data.py, train.py and ablate.py."""
+    """Flags for a user's own rows and questions, the same in data.py, train.py and ablate.py."""
 
     rows: str | None = None
     """Your own rows, instead of a mix: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub id
@@ -1687,6 +1685,9 @@ class RowsFlags:
     clean: CleanChoice = "auto"
     """Cleaning rules. `auto` applies those of ChatDoctor and WikiDoc to these datasets; in other
     rows it repairs wrongly decoded text and drops copies. `none` only drops unusable rows."""
+    probes: str | None = None
+    """File of questions that judge the model: `question` and, as in samples/README.md, `points` and
+    `wrong_claims`. Rows that ask one are reported. Unset: samples/probes.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -1766,8 +1767,7 @@ class RowsConfig(RowsFlags):
         for name, source in self.sources(profile).items():
             read, reports[name] = load_source(name, source, self, getattr(self, name) is None)
             rows += clean_rows(read, reports[name])
-        probes = [record["question"] for _, record in read_records(str(PROBES))]
-        rows = drop_repeats(rows, probes, reports)
+        rows = drop_repeats(rows, list(read_probe_questions(self.probes)), reports)
         for report in reports.values():
             check_losses(report)
         return draw_mix(rows, self.wanted, self.seed, reports)
@@ -1835,7 +1835,7 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code, message = 128 + signal.SIGPIPE, ""
     except Exception as error:
-        code, message = 2, f"error: {error}"
+        code, message = getattr(error, "exit_code", 2), f"error: {error}"
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
             message = f"error: Out of memory ({first_line(error)}). {memory_advice}"
         elif isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:

@@ -615,7 +615,7 @@ class Point:
     name: str
     phrases: tuple[str, ...]
     """Lower-case words; `...` stands for up to six words of the same sentence."""
-    guideline: str
+    guideline: str = ""
     """The published reference."""
 
 
@@ -625,7 +625,7 @@ class WrongClaim:
 
     name: str
     phrases: tuple[str, ...]
-    guideline: str
+    guideline: str = ""
     unless_after: tuple[str, ...] = ()
 
 
@@ -639,11 +639,14 @@ class Probe:
     wrong_claims: tuple[WrongClaim, ...]
 
 
-def read_probes(path: Path = data.PROBES) -> list[Probe]:
-    """The probes, in the file's order.
+def read_probes(source: str | None = None) -> list[Probe]:
+    """The probes of a file, by default samples/probes.jsonl, in its order.
+
+    Only `question` is required. Repeated questions are read once.
 
     Raises:
-        UsageError: a line is not a probe; the message names the line and the problem.
+        UsageError: a line is not a probe, and the message names the line and the problem; or the
+            file is empty.
     """
 
     def texts(values: Any) -> tuple[str, ...]:
@@ -657,23 +660,27 @@ def read_probes(path: Path = data.PROBES) -> list[Probe]:
     def build(kind: type, record: dict[str, Any]) -> Any:
         lists = ("phrases", "unless_after")
         item = kind(**{n: texts(v) if n in lists else v for n, v in record.items()})
-        texts([item.name, item.guideline])
+        texts([item.name, item.guideline or "none"])
         return item
 
-    probes = []
-    for place, record in data.read_records(str(path)):
+    probes: dict[str, Probe] = {}
+    for place, record in data.read_records(source or str(data.PROBES)):
         try:
             if isinstance(record, data.BadRecord):
                 raise TypeError(record)
-            points = tuple(build(Point, each) for each in record["points"])
-            claims = tuple(build(WrongClaim, each) for each in record["wrong_claims"])
-            probes.append(Probe(*texts([record["id"], record["question"]]), points, claims))
-        except (KeyError, TypeError, AttributeError) as error:
+            points = tuple(build(Point, each) for each in record.get("points") or ())
+            claims = tuple(build(WrongClaim, each) for each in record.get("wrong_claims") or ())
+            names = texts([record.get("id", f"probe-{len(probes) + 1}"), record["question"]])
+            check_question(names[1])
+            probes.setdefault(names[1], Probe(*names, points, claims))
+        except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise UsageError(
-                f"{place}: not a probe ({error}). Expected id, question, points and wrong_claims, "
-                "as in samples/README.md."
+                f"{place}: not a probe ({error}). Expected `question` and, if you like, `points` "
+                "and `wrong_claims`, as in samples/README.md."
             ) from None
-    return probes
+    if not probes:
+        raise UsageError(f"{source} contains no questions. Expected lines with `question`.")
+    return list(probes.values())
 
 
 # In the same clause before a phrase, they negate it.
@@ -1338,6 +1345,8 @@ class LoadedModel:
     system_prompt: str = data.SYSTEM_PROMPT
     reference: float | None = None
     """As `surprisal_reference` returns it, once it is known."""
+    probes: Sequence[Probe] = field(default_factory=read_probes)
+    """Answers to their questions are judged with facts."""
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[LoadedModel]:
@@ -1892,7 +1901,7 @@ def judge_answers(
 
     `progress` is called, with 0, after every step that may take long.
     """
-    probes = {probe.question: probe for probe in read_probes()}
+    probes = {probe.question: probe for probe in loaded.probes}
     reference = surprisal_reference(loaded, progress)
     judged = []
     for answer in answers:
@@ -2400,6 +2409,9 @@ class InferConfig:
     the profile's."""
     system_prompt: str | None = None
     """System prompt of the questions. Unset: the adapter's, or the story's."""
+    probes: str | None = None
+    """File of questions with points and wrong claims, by which answers to them are checked. Unset:
+    samples/probes.jsonl."""
     compare: Literal["models", "decodings"] | None = None
     """Ask base and adapter, or with every decoding, and show the answers side by side."""
     verify: bool = False
@@ -2464,6 +2476,8 @@ class InferConfig:
             )
         if problems:
             raise ValueError("\n".join(problems))
+        if self.probes:
+            read_probes(self.probes)
         self.change_decoding(Decoding())
 
     def change_decoding(self, decoding: Decoding) -> Decoding:
@@ -2490,7 +2504,7 @@ def print_verdict(judged: JudgedAnswer) -> None:
         notes.append(f"  cut off at {cap} tokens (--max-new-tokens)")
     notes += [f"  {finding.name}: {finding.message}" for finding in judged.findings]
     if judged.facts:
-        notes.append(f"  {judged.facts}, of the lists in samples/probes.jsonl")
+        notes.append(f"  {judged.facts}, by the probe's lists of phrases")
     print("\n".join(data.escape_controls(note) for note in notes), file=sys.stderr)
 
 
@@ -2582,6 +2596,7 @@ def main(config: InferConfig) -> int:
 
         torch.set_num_threads(config.threads)
     loaded = load_for_inference(profile, adapter, config.system_prompt)
+    loaded.probes = read_probes(config.probes)
     return ask(config, loaded, rows, decoding, output)
 
 

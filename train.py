@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -74,10 +75,13 @@ ROWS_PER_STEP = 16
 MAX_RANK = 1024
 # Seconds that --max-hours reserves for saving, besides an evaluation and the longest step so far.
 SAVING_SECONDS = 60
+# Exit codes by which ablate.py tells that the folder contains a run with other values, or is being
+# written by another process.
+OTHER_VALUES, BUSY = 3, 75
 # The file of a checkpoint that the Trainer writes last.
 STATE = "trainer_state.json"
 # Flags left at None that take the profile's value of the same name.
-FROM_PROFILE = ("per_device_train_batch_size", "num_probes", "eval_every")
+FROM_PROFILE = ("per_device_train_batch_size", "eval_every")
 # Flags that do not change what is learned, or only how it is rounded.
 NOT_IN_RECIPE = """name output_dir max_hours save_minutes report_to merge gguf push_to_hub restart
     dry_run rows question_column answer_column conversational encyclopedic gradient_checkpointing
@@ -248,7 +252,7 @@ class TrainConfig(data.RowsConfig):
         check("lora_dropout", 0 <= self.lora_dropout < 1, "0 or more, and below 1.")
         check("max_seq_length", 32 <= self.max_seq_length <= 8192, "32 to 8192.")
         check("save_minutes", 0 <= self.save_minutes < math.inf, "0 or more.")
-        most = len(infer.read_probes())
+        most = len(infer.read_probes(self.probes))
         check("num_probes", 0 <= (self.num_probes or 0) <= most, f"0 to {most}.")
         check("eval_every", 0 < (self.eval_every or 0.5) < 1, "a share between 0 and 1.")
         repository = re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub or "a/b")
@@ -332,6 +336,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile, infer.Adapter | 
     for name in FROM_PROFILE:
         if getattr(config, name) is None:
             changes.setdefault(name, getattr(profile, name))
+    if config.num_probes is None:
+        changes["num_probes"] = min(profile.num_probes, len(infer.read_probes(config.probes)))
     if config.per_device_train_batch_size is None:
         most = max(1, ROWS_PER_STEP // world_size())
         changes["per_device_train_batch_size"] = min(profile.per_device_train_batch_size, most)
@@ -347,6 +353,9 @@ def make_recipe(
 ) -> dict[str, Any]:
     """The values that decide what is learned: with equal ones, equal rows give equal adapters."""
     values = dataclasses.asdict(config)
+    if config.probes:
+        content = repr(infer.read_probes(config.probes)).encode()
+        values["probes"] = f"{config.probes}, sha256 {hashlib.sha256(content).hexdigest()[:16]}"
     recipe = {name: value for name, value in values.items() if name not in NOT_IN_RECIPE}
     recipe |= {
         "profile": profile.name,
@@ -1118,14 +1127,11 @@ def check_recipe(folder: Path, found: Log, recipe: Log) -> None:
     ]
     if differences:
         raise UsageError(
-            f"{folder} {OTHER_VALUES}:\n"
+            f"{folder} contains a run with other values:\n"
             + "\n".join(differences)
-            + "\nChoose another --name, or start over with --restart, which keeps that run aside."
+            + "\nChoose another --name, or start over with --restart, which keeps that run aside.",
+            OTHER_VALUES,
         )
-
-
-# ablate.py recognizes the refusal by these words.
-OTHER_VALUES = "contains a run with other values"
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -1188,7 +1194,7 @@ def make_evaluation(
         prompt = data.encode_prompt(loaded.tokenizer, question, (), loaded.system_prompt)
         return infer.padded_width(len(prompt))
 
-    probes = [probe.question for probe in infer.read_probes()[: config.num_probes]]
+    probes = [probe.question for probe in loaded.probes[: config.num_probes]]
     widest = max(map(width, probes), default=0)
     rows = sorted(mix.eval, key=lambda row: max(width(row.question), widest))
     rows = rows[: max(8, -len(probes) % infer.ROWS) if probes else 0]
@@ -1305,7 +1311,13 @@ def run(
         speed_up(model, config, profile, longest)
         # What other programs load; ours may be a folder of this machine's cache.
         model.peft_config["default"].base_model_name_or_path = profile.hub_id
-        loaded = infer.LoadedModel(model, tokenizer, profile, system_prompt=mix.system_prompt)
+        loaded = infer.LoadedModel(
+            model,
+            tokenizer,
+            profile,
+            system_prompt=mix.system_prompt,
+            probes=infer.read_probes(config.probes),
+        )
         evaluation = make_evaluation(config, loaded, mix, folder, checkpointing)
         args = make_sft_config(config, profile, folder, eval_steps, checkpointing)
         args.eval_on_start = checkpoint is None
@@ -1737,7 +1749,8 @@ def lock_run(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise UsageError(
-            f"Another process is training into {folder}. Wait for it, or choose another --name."
+            f"Another process is training into {folder}. Wait for it, or choose another --name.",
+            BUSY,
         ) from None
     try:
         yield

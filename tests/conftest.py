@@ -183,12 +183,13 @@ def ablated(tmp_path_factory):
     stopped.terminate()
     assert stopped.wait() == 128 + signal.SIGTERM
     said = (cwd / "words.txt").read_text()
-    assert "Interrupted. What is recorded in runs/ablate/all stays; the same line goes on." in said and "Traceback" not in said
+    assert "Interrupted. Finished cells are kept in runs/ablate/all; run the same command to resume." in said
+    assert "Traceback" not in said
     left = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
     assert not any(str(cwd) in line for line in left)
     assert not (study / "ablation.md").exists()
     began = time.monotonic()
     code, said = run_study(cwd)
     assert code == 0, said
-    assert "resuming" in (study / "runs" / f"{tiny_study.ARM}.log").read_text()
+    assert "resuming" in (study / "logs" / f"{tiny_study.ARM}.log").read_text()
     return study, time.monotonic() - began

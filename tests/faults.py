@@ -131,10 +131,9 @@ class Study:
     def observe(self):
         cells = self.cwd / STUDY / "cells"
         found = {}
-        for folder in cells.glob("[!.]*") if cells.exists() else ():
-            if folder.is_dir():
-                assert ablate.read_cell(folder), folder
-                found[folder.name] = 1
+        for path in cells.glob("[!.]*") if cells.exists() else ():
+            assert ablate.read_cell(path), path
+            found[path.name] = 1
         return found | {"table": int((self.cwd / STUDY / "ablation.md").is_file())}
 
     def check_whole(self):
@@ -145,15 +144,15 @@ class Study:
 
     def phase(self, started, words):
         lines = [" ".join(child) for child in started]
-        training, answering = (any(mark in line for line in lines) for mark in ("train.py", "answer_job"))
-        both = "training beside answering"
-        return both if training and answering else "training" if training else "answering" if answering else "planning"
+        if any("train.py" in line for line in lines):
+            return "training"
+        return "answering" if any("spawn_main" in line for line in lines) else "planning"
 
     def result(self):
         folder, found = self.cwd / STUDY, {}
-        for path in sorted(folder.glob("cells/[!.]*/generations.jsonl")):
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            found[path.parent.name] = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+        for path in sorted(folder.glob("cells/[!.]*.jsonl")):
+            # The settings name the files of rows, which are in another folder in each round.
+            found[path.name] = [line | {"settings": None} for line in ablate.read_cell(path)]
         weights = folder / "runs" / "kit-by-loss" / "adapter" / "adapter_model.safetensors"
         return found | {"adapter": hashlib.sha256(weights.read_bytes()).hexdigest()}
 

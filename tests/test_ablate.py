@@ -1,16 +1,14 @@
-"""Ablations: the grid as values, claims by their rules, the page on records made by hand, and a real study that is killed."""
+"""Ablations: arms, claims by their rules, reports of records made by hand, and a real study."""
 
 import dataclasses
 import json
+import math
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import read_lines, run_script, run_study
+from conftest import ROOT, read_lines, run_script, run_study, write_rows
 from markdown_it import MarkdownIt
-from scipy.stats import binomtest
 
 import ablate
 import data
@@ -18,13 +16,15 @@ import infer
 import train
 from tests import tiny_study
 
-QUESTIONS = [probe.question for probe in ablate.order_probes()]
+STUDY = ablate.make_study(ablate.AblateConfig(profile="cpu"))
+PROBES = {probe.question: probe for probe in ablate.make_study(ablate.AblateConfig(profile="t4")).probes}
+QUESTIONS = list(PROBES)
 SOUND = "A heart attack causes chest pain and shortness of breath. Call an ambulance at once, and sit down until it comes."
 LOOP = "The pain is in the chest. " * 12
 DRIFT = "Eye yawning, Eye yawns, Eye years, Eye yolks, Eye yells, Eye yields, Eye yarns, Eye yachts and the sore throat."
 
 
-# --- The grid ----------------------------------------------------------------------------------------------------
+# --- Arms --------------------------------------------------------------------------------------------------------
 
 
 def changed(one, other):
@@ -49,120 +49,118 @@ def test_each_decoding_between_collapse_and_fix_is_a_single_change():
 
 @pytest.mark.parametrize("profile", data.PROFILES)
 def test_wide_attention_has_as_many_parameters_as_all_linear(profile):
-    counts = []
-    for modules, r in (("attention", ablate.WIDE_R), ("all-linear", 16)):
-        counts.append(train.count_adapter(data.PROFILES[profile].architecture, modules, r)[0])
+    counts = [
+        train.count_adapter(data.PROFILES[profile].architecture, modules, r)[0]
+        for modules, r in (("attention", ablate.WIDE_R), ("all-linear", 16))
+    ]
     assert counts[0] == pytest.approx(counts[1], rel=0.01)
 
 
-def test_every_arm_of_a_study_is_a_line_that_train_understands():
-    for profile in data.PROFILES:
-        for arm in ablate.TRAINING_ARMS.values():
-            ran = ablate.tyro.cli(train.TrainConfig, args=ablate.training_flags(arm, profile, 2, 32))
-            assert (ran.mix, ran.target_modules, ran.epochs, ran.pad, ran.r) == (
-                *(arm.mix, arm.target_modules, arm.epochs, arm.pad, arm.r),
-            )
-            assert ran.lora_alpha == 2 * arm.r and ran.seed == train.TrainConfig.seed + 2 and ran.num_rows == 32
+def test_every_arm_is_a_command_that_train_understands():
+    import tyro
+
+    for profile in data.PROFILES.values():
+        for name, arm in ablate.TRAINING_ARMS.items():
+            config = tyro.cli(train.TrainConfig, args=ablate.training_flags(name, profile, 2, 32, {}))
+            assert all(getattr(config, field) == value for field, value in dataclasses.asdict(arm).items())
+            assert config.lora_alpha == 2 * arm.r and config.seed == train.TrainConfig.seed + 2 and config.num_rows == 32
+            assert (config.num_probes is None) == (name in ablate.EVALUATED_BY_ANSWERS)
 
 
 @pytest.mark.parametrize("profile", data.PROFILES)
-def test_a_dry_run_prints_grid_commands_and_time_and_touches_nothing(tmp_path, profile):
+def test_a_dry_run_prints_arms_and_commands_and_writes_nothing(tmp_path, profile):
     ran = run_script("ablate.py", "--dry-run", "--profile", profile, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    for model, decodings in ablate.STUDIES["all"].items():
-        assert re.search(rf"(?m)^{model} .*{', '.join(decodings)}$", ran.stdout)
+    for arm, decodings in ablate.STUDIES["all"].items():
+        assert re.search(rf"(?m)^{arm} +0 of +{len(decodings)} cells done  {', '.join(decodings)}$", ran.stdout)
     commands = re.findall(r"(?m)^python train\.py .*$", ran.stdout)
     assert len(commands) == 10 and all(f"--profile {profile} " in command for command in commands)
-    assert re.search(r"about \d+ min in all", ran.stdout)
-    assert list(tmp_path.iterdir()) == []
+    assert "69 cells of " in ran.stdout and list(tmp_path.iterdir()) == []
 
 
-def test_under_a_launcher_every_worker_has_its_own_gpu_and_trains_on_its_own(tmp_path, monkeypatch):
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    grid = ablate.Grid(tmp_path, "t4", "m", (), (), workers=1, local_rank=1, local_world_size=2)
-    own = ablate.make_environment(grid, 0)
-    assert own["CUDA_VISIBLE_DEVICES"] == "1" and not {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} & own.keys()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7,9")
-    assert ablate.make_environment(dataclasses.replace(grid, workers=2), 1)["CUDA_VISIBLE_DEVICES"] == "9"
+def test_shards_are_disjoint_and_together_all_arms(tmp_path):
+    found = []
+    for part in range(3):
+        ran = run_script("ablate.py", "--dry-run", "--profile", "cpu", "--shard", f"{part}/3", cwd=tmp_path)
+        found.append(re.findall(r"(?m)^(\S+) +0 of", ran.stdout))
+    assert sorted(arm for arms in found for arm in arms) == sorted(ablate.STUDIES["all"])
+    assert all(3 <= len(arms) <= 4 for arms in found)
 
 
-# --- Claiming ----------------------------------------------------------------------------------------------------
-
-
-def test_a_claim_is_held_until_the_last_process_that_was_given_it_ends(tmp_path):
-    path = tmp_path / "claims" / "week4"
-    with ablate.claim(path) as descriptor:
-        assert descriptor is not None
-        with ablate.claim(path) as second:
-            assert second is None
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[descriptor])
-    with ablate.claim(path) as while_the_child_lives:
-        assert while_the_child_lives is None
-    child.kill()
-    child.wait()
-    with ablate.claim(path) as descriptor:
-        assert descriptor is not None
+def test_a_cell_is_valid_for_its_settings_only(tmp_path):
+    arm = next(arm for arm in STUDY.arms if arm.flags)
+    digest = STUDY.settings(arm, "kit")
+    others = [
+        dataclasses.replace(STUDY, system_prompt="Be brief."),
+        dataclasses.replace(STUDY, probes=STUDY.probes[:3]),
+        dataclasses.replace(STUDY, sources={"conversational": "other rows"}),
+    ]
+    assert digest not in [study.settings(arm, "kit") for study in others]
+    assert digest != STUDY.settings(dataclasses.replace(arm, flags=(*arm.flags, "--r", "8")), "kit")
+    assert digest != STUDY.settings(arm, "plain")
 
 
 # --- Records made by hand ----------------------------------------------------------------------------------------
 
 
-def make_record(question, text, finish_reason="stop", decoding="kit", num_overruled=0):
-    token_ids = list(text.encode())
-    answer = infer.Answer(
-        question, text, token_ids, finish_reason, 9, 2, num_overruled, ablate.DECODING_ARMS[decoding], "model", None, 0.0
-    )
-    probe = next(probe for probe in infer.read_probes() if probe.question == question)
-    surprisal = (9.0, (0, len(text))) if text == DRIFT else infer.NOTHING
-    judged = infer.judge(text, question, finish_reason, surprisal, answer=answer, probe=probe)
-    return json.loads(json.dumps(judged.to_record()))
+def make_lines(arm, seed, decoding, answers):
+    lines = []
+    for question, given in zip(QUESTIONS, answers, strict=False):
+        text, reason = (given, "stop") if isinstance(given, str) else given
+        answer = infer.Answer(
+            question, text, list(text.encode()), reason, 9, 2, 0, ablate.DECODING_ARMS[decoding], "model", None, 0.0
+        )
+        surprisal = (9.0, (0, len(text))) if text == DRIFT else infer.NOTHING
+        judged = infer.judge(text, question, reason, surprisal, answer=answer, probe=PROBES[question])
+        cell = {"arm": arm, "seed": seed, "decoding_arm": decoding, "settings": "x", "stop_ids": [2], "repeats": True}
+        lines.append(cell | {"machine": "a | machine"} | judged.to_record())
+    return lines
 
 
-def write_study(folder, texts, loss=(3.0, 2.0), study="all"):
-    """A study of the rows `texts[arm, decoding]`, or `texts[arm, decoding, seed]`: a list of texts, or of (text, finish
-    reason), one a question."""
-    models = {}
+def write_run(folder, losses, evaluations=()):
+    folder.mkdir(parents=True, exist_ok=True)
+    selected = dict.fromkeys(train.METRICS, 4)
+    numbers = {"before": {"eval_loss": losses[0]}, "chosen": {"eval_loss": losses[1]}, "selected": selected}
+    numbers |= {"steps": 4, "training_seconds": 60.0, "adapter_bytes": 4_000_000, "train_rows": 64, "train_tokens": 9000}
+    (folder / "run.json").write_text(json.dumps({"numbers": numbers}))
+    write_rows(folder / "metrics.jsonl", evaluations)
+
+
+def write_study(folder, texts, losses=(3.0, 2.0), study="all"):
+    """Records of the cells `texts[arm, decoding]`, or `texts[arm, decoding, seed]`: one text, or (text, finish reason),
+    per question."""
+    arms = {}
+    (folder / "cells").mkdir(parents=True)
     for (arm, decoding, *seeds), answers in texts.items():
         seed = seeds[0] if seeds else 0
-        model = f"{arm}-seed{seed}" if seed else arm
-        settings = {"arm": arm, "seed": seed, "decoding": decoding}
-        models.setdefault((model, arm), {})[decoding] = ablate.digest_json(settings)
-        records = [
-            make_record(question, *((answer,) if isinstance(answer, str) else answer), decoding=decoding)
-            for question, answer in zip(QUESTIONS, answers, strict=False)
-        ]
-        training = {"eval_loss_before": loss[0], "eval_loss": loss[1], "mean_token_accuracy": 0.5, "adapter_bytes": 4_000_000}
-        training |= {"training_seconds": 60.0, "train_rows": 64, "train_tokens": 9000, "steps": 4}
-        made_by = {"machine": "a | machine", "dtype": "float32", "versions": {"torch": "2"}, "commit": None}
-        result = {
-            "settings": settings,
-            "training": None if arm == "base" else training,
-            "again": {"asked": 1, "same": 1, "tokens": 64},
-            "stop_ids": [2],
-            "made_by": made_by,
-        }
-        ablate.write_cell(folder, model, result, records)
-    about = {"study": study, "command": "python ablate.py", "base_model": "model", "probes": ["a_b"]}
-    about |= {"questions": QUESTIONS[:2], "models": [[*names, cells] for names, cells in models.items()]}
+        arm_id = f"{arm}-seed{seed}" if seed else arm
+        arms.setdefault(arm_id, [arm, seed, {}])[2][decoding] = "x"
+        write_rows(folder / "cells" / f"{arm_id}.{decoding}.jsonl", make_lines(arm, seed, decoding, answers))
+        if arm != "base":
+            write_run(folder / "runs" / arm_id, losses)
+    about = {"study": study, "command": "python ablate.py", "base_model": "model", "questions": QUESTIONS[:2], "arms": arms}
     (folder / "study.json").write_text(json.dumps(about))
     return ablate.read_records(folder)
 
 
+def make_report(records):
+    return ablate.make_report(records, {claim.id: claim.decide(records) for claim in ablate.CLAIMS})
+
+
 def verdict(records, claim_id):
-    claim = next(claim for claim in ablate.CLAIMS if claim.id == claim_id)
-    return claim.check(records)[0]
+    return next(claim for claim in ablate.CLAIMS if claim.id == claim_id).decide(records)[0]
 
 
-def test_intervals_and_p_are_those_of_scipy():
-    for wins, losses in ((0, 0), (3, 0), (8, 1), (5, 5), (0, 7)):
-        if wins + losses:
-            expected = binomtest(wins, wins + losses)
-            interval = expected.proportion_ci(method="wilson")
-            assert ablate.sign_test(wins, losses) == pytest.approx(expected.pvalue)
-            assert ablate.wilson_interval(wins, wins + losses) == pytest.approx((interval.low, interval.high), abs=1e-6)
-    assert ablate.sign_test(0, 0) == 1.0 and ablate.wilson_interval(0, 0) == (0.0, 1.0)
+def test_intervals_and_p_by_hand():
+    # Wilson (1927) by its formula; the sign test by the binomial coefficients.
+    for count, total in ((0, 10), (4, 10), (10, 10), (55, 110)):
+        z, share = 1.959964, count / total
+        centre, half = share + z * z / 2 / total, z * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4)
+        expected = [max(0, (centre - half) / (1 + z * z / total)), min(1, (centre + half) / (1 + z * z / total))]
+        assert ablate.interval(count, total) == pytest.approx(expected, abs=1e-6)
+    assert ablate.interval(0, 0) == (0.0, 1.0)
+    for larger, smaller, p in ((0, 0, 1), (3, 0, 0.25), (8, 1, 20 / 512), (5, 5, 1), (0, 7, 2 / 128)):
+        assert ablate.Comparison(0, 0, larger, smaller, 10).p == pytest.approx(p)
 
 
 def test_a_claim_is_decided_by_its_rule_and_may_come_out_either_way(tmp_path):
@@ -173,7 +171,7 @@ def test_a_claim_is_decided_by_its_rule_and_may_come_out_either_way(tmp_path):
     assert verdict(write_study(tmp_path / "c", {with_ban: sound, without: sound}), "C3") == "not shown"
     # Five of five is p 0.0625.
     assert verdict(write_study(tmp_path / "d", {with_ban: drifting[:5], without: sound[:5]}), "C3") == "not shown"
-    assert verdict(write_study(tmp_path / "e", {with_ban: drifting}), "C3") == "not run here"
+    assert verdict(write_study(tmp_path / "e", {with_ban: drifting}), "C3") == "not run"
     # Loops are no drift.
     assert verdict(write_study(tmp_path / "f", {with_ban: [LOOP] * 8, without: sound}), "C3") == "not shown"
 
@@ -182,7 +180,7 @@ def test_the_loss_that_fell_shows_nothing_unless_the_answers_got_worse(tmp_path)
     base, week4 = ("base", "story-collapse"), ("week4", "story-collapse")
     worse = {base: [SOUND] * 8, week4: [DRIFT] * 8}
     assert verdict(write_study(tmp_path / "a", worse), "C1") == "shown"
-    assert verdict(write_study(tmp_path / "b", worse, loss=(2.0, 3.0)), "C1") == "not shown"
+    assert verdict(write_study(tmp_path / "b", worse, losses=(2.0, 3.0)), "C1") == "not shown"
     assert verdict(write_study(tmp_path / "c", {base: [SOUND] * 8, week4: [SOUND] * 8}), "C1") == "not shown"
     assert verdict(write_study(tmp_path / "d", {base: [DRIFT] * 8, week4: [SOUND] * 8}), "C1") == "the opposite"
 
@@ -198,25 +196,41 @@ def test_a_penalty_is_judged_by_its_loops_and_by_its_harm(tmp_path):
 
 
 def test_feed_forward_modules_must_beat_attention_of_as_many_parameters_too(tmp_path):
-    good = ["; ".join(point.phrases[0] for point in probe.points) for probe in ablate.order_probes()[:8]]
+    good = ["; ".join(point.phrases[0] for point in probe.points) for probe in list(PROBES.values())[:8]]
     arms = {("week4-all-linear", "kit"): good, ("week4", "kit"): ["Nothing."] * 8}
-    assert verdict(write_study(tmp_path / "a", arms), "C6") == "not run here"
+    assert verdict(write_study(tmp_path / "a", arms), "C6") == "not run"
     assert verdict(write_study(tmp_path / "b", arms | {("week4-wide-attention", "kit"): ["Nothing."] * 8}), "C6") == "shown"
     assert verdict(write_study(tmp_path / "c", arms | {("week4-wide-attention", "kit"): good}), "C6") == "not shown"
 
 
-def test_a_question_counts_once_however_many_models_answer_it(tmp_path):
-    """One question of eight that drifts in ten models is one question, and no evidence."""
+def test_shares_are_decided_by_their_interval(tmp_path):
+    cell = ("week4", "story-collapse")
+    assert verdict(write_study(tmp_path / "a", {cell: [DRIFT] * 10}), "C2") == "shown"
+    assert verdict(write_study(tmp_path / "b", {cell: [SOUND] * 10}), "C2") == "the opposite"
+    assert verdict(write_study(tmp_path / "c", {cell: [SOUND] * 4 + [DRIFT] * 6}), "C2") == "not shown"
+
+
+def test_a_cap_is_judged_by_what_it_cuts(tmp_path):
+    short = [(SOUND, "length")] * 8
+    records = write_study(tmp_path, {("week4", "plain-cap-128"): short, ("week4", "plain"): [LOOP] * 8})
+    claim = next(claim for claim in ablate.CLAIMS if claim.id == "C10")
+    found, text = claim.decide(records)
+    assert found == "shown" and text.endswith("cured 0 answers, cut 8 before they became unsound")
+
+
+def test_a_question_counts_once_however_many_arms_answer_it(tmp_path):
+    """One question of eight that drifts in ten arms is one question, and no evidence."""
     arms = [name for name in ablate.TRAINING_ARMS if name.startswith(("week", "fixed", "kit"))][:10]
     texts = {(arm, "collapse-no-ban"): [SOUND] * 8 for arm in arms}
     texts |= {(arm, "story-collapse"): [DRIFT] + [SOUND] * 7 for arm in arms}
     records = write_study(tmp_path, texts)
-    compared = ablate.compare(records.pair_decodings("story-collapse", "collapse-no-ban"), ablate.drifts)
-    assert (compared.pairs, compared.questions, compared.larger, compared.smaller) == (80, 8, 1, 0)
+    pairs = ablate.pair(records.answers, {"decoding": "story-collapse"}, {"decoding": "collapse-no-ban"})
+    compared = ablate.compare(pairs, "drift")
+    assert (len(pairs), compared.questions, compared.larger, compared.smaller) == (80, 8, 1, 0)
     assert verdict(records, "C3") == "not shown"
 
 
-def test_seeds_are_pooled_and_one_that_failed_takes_nothing_with_it(tmp_path):
+def test_seeds_are_pooled_and_one_that_is_missing_takes_nothing_with_it(tmp_path):
     texts = {
         ("base", "story-collapse"): [SOUND] * 2,
         ("week4", "story-collapse", 1): [DRIFT] * 2,
@@ -226,26 +240,34 @@ def test_seeds_are_pooled_and_one_that_failed_takes_nothing_with_it(tmp_path):
         ("week4-rebalanced", "story-collapse"): [SOUND] * 2,
     }
     records = write_study(tmp_path, texts)
-    assert len(records.row("week4", "story-collapse").answers) == 4
+    assert len(records.select("week4", "story-collapse")) == 4
     # The base model stands for every seed; another training does not.
-    assert len(records.pair_arms("week4", "base")) == 4 and records.pair_arms("week4", "week4-rebalanced") == []
-    page = ablate.make_page(records)
-    assert "| 2 of 4 |" in page and "One question, three answers" in page
+    assert len(ablate.pair(records.answers, {"arm": "week4"}, {"arm": "base"})) == 4
+    assert len(ablate.pair(records.answers, {"arm": "week4"}, {"arm": "week4-rebalanced"})) == 0
+    report = make_report(records)
+    assert "| 2 of 4 (15% to 85%) |" in report and "⟦ ⟧ mark what" in report
 
 
-def test_a_loss_that_is_no_number_and_an_accuracy_that_is_missing_leave_a_page(tmp_path):
-    write_study(tmp_path, {(arm, "kit"): [SOUND] * 2 for arm in ("base", "week4", "kit")}, loss=(3.0, float("nan")))
-    for path in tmp_path.glob("cells/*/result.json"):
-        path.write_text(path.read_text().replace('"mean_token_accuracy": 0.5', '"mean_token_accuracy": null'))
-    ablate.write_page(tmp_path)
-    assert "| nan |  |" in (tmp_path / "ablation.md").read_text() and (tmp_path / "ablation.png").is_file()
-
-
-def test_arms_cut_from_one_run_count_once(tmp_path):
+def test_decodings_cut_from_one_generation_count_once(tmp_path):
     names = ("story-collapse", "collapse-stop", "collapse-cap-128", "kit")
     texts = {(arm, name): [SOUND] * 3 for arm in ("base", "week4") for name in names}
     records = write_study(tmp_path, texts)
-    assert len(records.pair_arms("week4", "base")) == 2 * 3
+    assert len(ablate.pair(records.answers, {"arm": "week4"}, {"arm": "base"})) == 2 * 3
+
+
+def test_the_report_names_the_step_that_each_metric_selects(tmp_path):
+    write_study(tmp_path, {("week4", "kit"): [SOUND] * 2})
+    steps = [
+        {"step": step, "eval_loss": loss, "eval_answers": 8, "eval_sound_and_ended": good}
+        for step, loss, good in ((0, 3.0, 8), (2, 2.5, 6), (4, 2.0, 3))
+    ]
+    write_run(tmp_path / "runs" / "week4", (3.0, 2.0), steps)
+    run = json.loads((tmp_path / "runs" / "week4" / "run.json").read_text())
+    run["numbers"]["selected"] = {"answers": 2, "eval_loss": 4, "rouge_l": 4}
+    (tmp_path / "runs" / "week4" / "run.json").write_text(json.dumps(run))
+    report = make_report(ablate.read_records(tmp_path))
+    assert "| week4 | step 2: 6 of 8 | step 4: 3 of 8 | step 4: 3 of 8 | step 2: 6 |" in report
+    assert "| most | 1 of 1 | 0 of 1 | 0 of 1 |  |" in report
 
 
 NASTY = (
@@ -258,35 +280,29 @@ def render(page):
     return MarkdownIt("commonmark").enable("table").parse(page)
 
 
-def test_no_answer_breaks_the_page(tmp_path):
+def test_no_answer_breaks_the_report(tmp_path):
     texts = {
         ("week3", "week3"): [NASTY] * 2,
         ("week4", "story-collapse"): ["- " + NASTY, "1) x"],
         ("fixed", "story-fix"): [DRIFT + "|" + NASTY] * 2,
     }
-    page = ablate.make_page(write_study(tmp_path, texts))
-    tokens = render(page)
+    records = write_study(tmp_path, texts)
+    (tmp_path / "failures").mkdir()
+    (tmp_path / "failures" / "week4.txt").write_text(NASTY)
+    report = make_report(dataclasses.replace(records, failures={"week4": NASTY}))
+    tokens = render(report)
     tables = [place for place, token in enumerate(tokens) if token.type == "table_open"]
-    assert len(tables) == 3
-    for place, (rows, columns) in zip(tables, ((4, len(ablate.COLUMNS)), (1 + len(ablate.CLAIMS), 5), (2, 3)), strict=True):
+    for place, (rows, columns) in zip(tables, ((4, 5), (2, 3)), strict=True):
         end = next(at for at in range(place, len(tokens)) if tokens[at].type == "table_close")
         kinds = [token.type for token in tokens[place:end]]
         assert kinds.count("tr_open") == rows
         assert kinds.count("th_open") + kinds.count("td_open") == rows * columns
-    # Headings are the page's own, and nothing of an answer became mark-up.
+    # Headings are the report's own, and nothing of an answer became mark-up.
     titles = [tokens[at + 1].content.split(":")[0] for at, token in enumerate(tokens) if token.type == "heading_open"]
-    assert titles == ["Ablation", "The story's claims, on these records", "One question, three answers", "Answers"]
+    assert titles[:2] == ["Ablation", "Claims"] and len(titles) == 3
     inline = [child.type for token in tokens if token.type == "inline" for child in token.children]
-    assert "strong_open" not in inline and "code_inline" in inline and inline.count("image") == 1
-    assert page.count("<script") == 0 and "\x1b" not in page
-    assert page.count("<pre>") == page.count("</pre>") == 6 and page.count("</details>") == 3
-
-
-def test_an_answer_that_two_decodings_share_is_written_once(tmp_path):
-    names = ("story-collapse", "collapse-stop")
-    page = ablate.make_page(write_study(tmp_path, {("week4", name): [SOUND, DRIFT] for name in names}))
-    assert page.count("<pre>") == 2
-    assert page.count("The same answer as under [story-collapse](#week4.story-collapse).") == 2
+    assert inline.count("image") == 1 and "html_block" not in [token.type for token in tokens]
+    assert "<script" not in report and "\x1b" not in report
 
 
 @pytest.mark.parametrize("text", [NASTY, "- a", "1. a", "   # a", "a_b*c|d", "&lt;", "+ a", "=== a", "10) a", "a\n- b"])
@@ -299,21 +315,15 @@ def test_a_cell_reads_as_the_answer_was_written(text):
     assert shown.split() == expected.split()
 
 
-def test_what_speaks_against_an_answer_is_marked_in_it():
-    marked = ablate.mark_findings(make_record(QUESTIONS[0], "Drink water. " + LOOP))
+def test_what_a_finding_is_about_is_marked_in_the_answer(tmp_path):
+    texts = ["Drink water. " + LOOP, SOUND, (SOUND, "length")]
+    records = write_study(tmp_path, {("week4", "kit"): texts})
+    marked, *others = [ablate.mark_findings(answer) for answer in records.answers.itertuples()]
     assert re.fullmatch(r"(Drink water\. )?⟦.*The pain is in the chest\..*⟧.*", marked) and marked.count("⟦") == 1
-    assert "⟦" not in ablate.mark_findings(make_record(QUESTIONS[0], SOUND))
-    assert "⟦" not in ablate.mark_findings(make_record(QUESTIONS[0], SOUND, "length"))
+    assert "⟦" not in "".join(others)
 
 
-def test_a_row_is_bold_only_beyond_the_interval_of_the_next(tmp_path):
-    rows = {("base", "plain"): [DRIFT] * 10, ("base", "kit"): [SOUND] * 10, ("base", "story-fix"): [SOUND] * 9 + [DRIFT]}
-    assert "**" not in ablate.make_page(write_study(tmp_path / "a", rows)).split("## The story")[0]
-    rows["base", "story-fix"] = [SOUND] * 3 + [DRIFT] * 7
-    assert "| **10 of 10** |" in ablate.make_page(write_study(tmp_path / "b", rows))
-
-
-def test_page_and_picture_made_twice_are_the_same_bytes(tmp_path):
+def test_report_and_picture_made_twice_are_the_same_bytes(tmp_path):
     study = tmp_path / "runs" / "ablate" / "all"
     texts = {(arm, name): [SOUND, DRIFT] for arm in ("base", "week3", "week4") for name in ("kit", "story-fix", "week3")}
     write_study(study, texts)
@@ -321,101 +331,137 @@ def test_page_and_picture_made_twice_are_the_same_bytes(tmp_path):
     for _ in range(2):
         ran = run_script("ablate.py", "--table", cwd=tmp_path)
         assert ran.returncode == 0 and ran.stderr == ""
-        made.append([(study / name).read_bytes() for name in ("ablation.md", "ablation.png")])
+        made.append([(study / name).read_bytes() for name in ("ablation.md", "ablation.png", "cells.csv")])
     assert made[0] == made[1] and made[0][1].startswith(b"\x89PNG")
+    assert len(made[0][0]) < 30_000 and made[0][2].count(b"\n") == 10
 
 
-def test_a_failed_cell_is_a_row_that_says_so_and_older_answers_stay(tmp_path):
+def test_the_published_report_is_that_of_its_records(tmp_path):
+    published = ROOT / "docs" / "ablation"
+    shutil.copytree(published, tmp_path / "study")
+    (tmp_path / "study" / "ablation.md").unlink()
+    ablate.write_report(tmp_path / "study")
+    for name in ("ablation.md", "cells.csv"):
+        assert (tmp_path / "study" / name).read_bytes() == (published / name).read_bytes()
+
+
+@pytest.mark.parametrize("study", ablate.STUDIES)
+def test_every_study_has_a_report_of_little_and_of_much(tmp_path, study):
+    """With one cell alone, and with all cells of 26 questions and two seeds: under 30 KB, at most six columns."""
+    arms = ablate.STUDIES[study]
+    little = write_study(tmp_path / "a", {(list(arms)[-1], "kit"): [SOUND]}, study=study)
+    assert "# Ablation" in make_report(little)
+    texts = {
+        (arm, name, seed): ([SOUND, DRIFT, LOOP, (SOUND * 8, "length")] * 7)[:26]
+        for arm, names in arms.items()
+        for name in names
+        for seed in range(2)
+    }
+    records = write_study(tmp_path / "b", texts, study=study)
+    report = make_report(records)
+    assert len(report.encode()) < 30_000
+    assert all(line.count("|") <= 7 for line in report.splitlines())
+    ablate.draw_picture(records, tmp_path / "picture.png")
+
+
+def test_a_failed_arm_is_a_row_with_its_reason_and_older_answers_stay(tmp_path):
     write_study(tmp_path, {("base", "kit"): [SOUND] * 2, ("week4", "kit"): [SOUND] * 2})
-    answers = tmp_path / "cells" / "week4.kit" / "generations.jsonl"
-    settings = {"arm": "week4", "seed": 0, "decoding": "kit", "flags": "others"}
-    failed = {"settings": settings, "error": "The process ended.\n\x1b[31ma | line\nout of `memory`"}
-    ablate.failed_file(tmp_path, "week4", "kit").write_text(json.dumps(failed))
     about = json.loads((tmp_path / "study.json").read_text())
-    about["models"][1][2]["kit"] = ablate.digest_json(settings)
+    about["arms"]["week4"][2]["kit"] = "other settings"
     (tmp_path / "study.json").write_text(json.dumps(about))
-    page = ablate.make_page(ablate.read_records(tmp_path))
-    assert "failed: out of &#96;memory&#96;" in page and "\x1b" not in page
-    assert [token.type for token in render(page)].count("table_open") == 2
-    assert answers.is_file()
+    (tmp_path / "failures").mkdir()
+    (tmp_path / "failures" / "week4.txt").write_text("train.py failed (exit code 2). out of `memory`")
+    report = make_report(ablate.read_records(tmp_path))
+    assert re.search(r"\| week4 \|  \| failed \| failed \| failed \|", report)
+    assert "- week4 failed: train.py failed (exit code 2). out of &#96;memory&#96;" in report
+    assert (tmp_path / "cells" / "week4.kit.jsonl").is_file()
 
 
-def test_a_cell_of_other_settings_is_not_in_the_table(tmp_path):
-    write_study(tmp_path, {("base", "kit"): [SOUND] * 2, ("week4", "kit"): [SOUND] * 2})
-    result = json.loads((tmp_path / "cells" / "week4.kit" / "result.json").read_text())
-    result["settings"]["seed"] = 1
-    (tmp_path / "cells" / "week4.kit" / "result.json").write_text(json.dumps(result))
-    assert list(ablate.read_records(tmp_path).rows) == ["base.kit"]
+def test_a_reason_is_the_last_message_of_the_process():
+    words = "a bar 1%\ra bar 2%\rwarning\nerror: The disk is full.\nFree some space."
+    assert ablate.describe_exit("train.py", 2, words) == (
+        "train.py failed (exit code 2). error: The disk is full. Free some space."
+    )
+    assert "SIGKILL, possibly for lack of memory" in ablate.describe_exit("answering", -9, "")
+
+
+def test_probes_of_a_user_need_only_questions(tmp_path):
+    points = [{"name": "rest", "phrases": ["rest", "lie down"]}]
+    rows = [{"question": "How is a sprain treated?"}, {"question": "What is a stye?", "points": points}]
+    path = write_rows(tmp_path / "mine.jsonl", rows)
+    probes = infer.read_probes(str(path))
+    assert [probe.question for probe in probes] == [row["question"] for row in rows]
+    assert infer.check_facts("Rest.", probes[1]).named == ("rest",)
+    plan = run_script("ablate.py", "--probes", path, "--profile", "cpu", "--dry-run", cwd=tmp_path)
+    assert "69 cells of 2 questions, 69 to do, in runs/ablate/all-mine" in plan.stdout
+    assert plan.stdout.count(f"--probes {path}") == 10
 
 
 # --- A real study ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_stopped_study_goes_on_to_a_row_a_cell_and_every_answer(ablated):
+def test_a_stopped_study_resumes_to_a_cell_for_each_arm_and_decoding(ablated):
     study, _ = ablated
-    page = (study / "ablation.md").read_text(encoding="utf-8")
-    rows = re.findall(r"(?m)^\| (base|kit-by-loss) \| (\S+) \|", page.split("## ")[0])
-    assert rows == [(model, name) for model in ("base", "kit-by-loss") for name in tiny_study.DECODINGS]
-    assert page.count("<pre>") + page.count("The same answer as under") == 2 * len(rows)
-    for model, name in rows:
-        answers = read_lines(study / "cells" / f"{model}.{name}" / "generations.jsonl")
-        for answer in answers:
-            assert answer["answer_tokens"] == len(answer["token_ids"]) <= 12
-            assert (answer["finish_reason"] == "stop") == (answer["token_ids"][-1] == 2)
-        result = json.loads((study / "cells" / f"{model}.{name}" / "result.json").read_text())
-        assert result["again"] == {"asked": 1, "same": 1, "tokens": 12} and len(answers) == 2
+    report = (study / "ablation.md").read_text(encoding="utf-8")
+    assert re.search(r"\| base \|  \| not run \| not run \| \d of 2", report)
+    assert re.search(rf"\| {tiny_study.ARM} \| \d\.\d+ \| not run \| not run \| \d of 2", report)
+    for arm in ("base", tiny_study.ARM):
+        for name in tiny_study.DECODINGS:
+            answers = read_lines(study / "cells" / f"{arm}.{name}.jsonl")
+            assert len(answers) == 2 and all(answer["repeats"] for answer in answers)
+            for answer in answers:
+                assert answer["answer_tokens"] == len(answer["token_ids"]) <= 12
+                assert (answer["finish_reason"] == "stop") == (answer["token_ids"][-1] == 2)
 
 
 @pytest.mark.slow
 def test_answers_of_a_study_are_those_that_infer_gives(ablated, small_model):
-    study, _ = ablated
-    recorded = read_lines(study / "cells" / "base.kit" / "generations.jsonl")[0]
+    recorded = read_lines(ablated[0] / "cells" / "base.kit.jsonl")[0]
     request = infer.Request(QUESTIONS[0], dataclasses.replace(infer.DECODINGS["kit"], max_new_tokens=12))
     [answer] = infer.answer_requests(small_model, [request])
     assert answer.token_ids == recorded["token_ids"]
 
 
 @pytest.mark.slow
-def test_a_study_again_asks_nothing_and_writes_the_same_page(ablated):
+def test_a_finished_study_runs_nothing_and_writes_the_same_report(ablated):
     study, _ = ablated
-    first, cells = (study / "ablation.md").read_bytes(), sorted(path.stat().st_mtime_ns for path in study.glob("cells/*/*"))
+    first, cells = (study / "ablation.md").read_bytes(), [path.stat().st_mtime_ns for path in sorted(study.glob("cells/*"))]
     code, said = run_study(study.parents[2])
-    assert code == 0 and "to be answered" not in said
+    assert code == 0 and "to do" not in said
     assert (study / "ablation.md").read_bytes() == first
-    assert sorted(path.stat().st_mtime_ns for path in study.glob("cells/*/*")) == cells
+    assert [path.stat().st_mtime_ns for path in sorted(study.glob("cells/*"))] == cells
 
 
 @pytest.mark.slow
-def test_a_broken_cell_is_made_again_and_a_model_that_fails_is_recorded_while_the_rest_goes_on(ablated, tmp_path):
+def test_a_broken_cell_is_made_again_and_an_arm_that_fails_is_recorded_while_the_others_run(ablated, tmp_path):
     shutil.copytree(ablated[0].parents[2], tmp_path, dirs_exist_ok=True)
     study = tmp_path / "runs" / "ablate" / "all"
-    before = read_lines(study / "cells" / "base.kit" / "generations.jsonl")
-    cut = study / "cells" / "base.kit" / "generations.jsonl"
-    cut.write_bytes(cut.read_bytes()[:-40])
+    cell = study / "cells" / "base.kit.jsonl"
+    before = cell.read_bytes()
+    cell.write_bytes(before[:-40])
     code, said = run_study(tmp_path, "--table")
-    assert code == 2 and "base.kit/generations.jsonl is cut. Remove" in said
-    # In another folder the rows are other files, so that the trained model's cells are asked again; its run is taken over.
-    older = (study / "cells" / f"{tiny_study.ARM}.plain" / "generations.jsonl").read_bytes()
+    assert code == 2 and "base.kit.jsonl is broken (the last line is cut). Remove it" in said
+    # In another folder the rows are other files, so the trained arm is asked again; its run is kept.
+    older = (study / "cells" / f"{tiny_study.ARM}.plain.jsonl").read_bytes()
     weights = study / "runs" / tiny_study.ARM / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     code, said = run_study(tmp_path)
     assert code == 1, said
-    page = (study / "ablation.md").read_text(encoding="utf-8")
-    assert page.count("| failed: ") == 3 and "adapter&#95;model.safetensors is cut or broken" in page
-    assert (study / "cells" / f"{tiny_study.ARM}.plain" / "generations.jsonl").read_bytes() == older
-    after = read_lines(study / "cells" / "base.kit" / "generations.jsonl")
-    assert [answer["token_ids"] for answer in after] == [answer["token_ids"] for answer in before]
+    report = (study / "ablation.md").read_text(encoding="utf-8")
+    assert "failed: train.py failed (exit code 2)" in report and "adapter&#95;model.safetensors is cut or broken" in report
+    assert (study / "cells" / f"{tiny_study.ARM}.plain.jsonl").read_bytes() == older
+    assert cell.read_bytes() == before
 
 
 @pytest.mark.slow
-def test_the_best_decoding_is_saved(trained, tmp_path):
+def test_the_best_decoding_is_stored(trained, tmp_path):
     shutil.copytree(trained.cwd / "runs", tmp_path / "runs")
     adapter = tmp_path / "runs" / "train" / "tiny" / "adapter"
     code, said = run_study(tmp_path, "--study", "decoding", "--save-best")
     assert code == 0, said
     record, config = (json.loads((adapter / name).read_text()) for name in ("kit.json", "generation_config.json"))
-    name = re.search(r"is asked under (\S+) from now on", said)[1]
+    name = re.search(r"now uses (\S+): sound and ended", said)[1]
     assert record["decoding"] == dataclasses.asdict(dataclasses.replace(infer.DECODINGS[name], max_new_tokens=12))
     assert config["repetition_penalty"] == record["decoding"]["repetition_penalty"]
     assert infer.check_adapter(adapter).record.decoding.max_new_tokens == 12

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, hear_ctrl_c, read_lines, run_script
+from conftest import ROOT, hear_ctrl_c, read_lines, run_script, write_rows
 
 import data
 import infer
@@ -171,7 +171,7 @@ def test_infer_answers_from_the_latest_adapter_with_the_answer_alone_on_stdout(t
     told = ran.stderr.splitlines()
     assert "adapter" in told[0] and told[-1].startswith("Not medical advice")
     assert told[1] in ("sound", "not sound") and "  cut off at 24 tokens (--max-new-tokens)" in told
-    assert told[-2].startswith("  points ") and told[-2].endswith("of the lists in samples/probes.jsonl")
+    assert told[-2].startswith("  points ") and told[-2].endswith("by the probe's lists of phrases")
     assert answer["sound"] == (answer["verdict"] == "sound") == (answer["score"] < 1) == (not answer["findings"])
 
 
@@ -286,7 +286,11 @@ def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(
         for n in range(20)
     ]
     (tmp_path / "my rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + "null\n")
-    flags = ["--rows", "my rows.jsonl", "--max-steps", "1", "--num-probes", "0", "--profile", "cpu"]
+    points = [{"name": "rest", "phrases": ["rest"]}, {"name": "vet", "phrases": ["vet", "clinic"]}]
+    probes = [{"question": "My cat sneezes."}, {"question": "My dog limps.", "points": points}]
+    write_rows(tmp_path / "mine.jsonl", probes)
+    own = ["--rows", "my rows.jsonl", "--probes", "mine.jsonl"]
+    flags = [*own, "--max-steps", "1", "--profile", "cpu"]
     trained = run_script("train.py", *flags, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     run = tmp_path / "runs" / "train" / "cpu-my-rows-all-linear"
@@ -294,6 +298,9 @@ def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(
     assert record["system_prompt"] == system and record["recipe"]["mix"] == "rows"
     assert (record["numbers"]["train_rows"], record["numbers"]["eval_rows"]) == (18, 2)
     assert re.search(r"messages +20 rows, 40 answers", trained.stdout)
+    samples = read_lines(run / "samples" / "1.jsonl")
+    assert [each["question"] for each in samples] == [probe["question"] for probe in probes]
+    assert record["numbers"]["chosen"]["eval_max_points"] == 2
     assert re.search(r"dropped +1 +unreadable record +21\n", trained.stdout)
     card = (run / "adapter" / "README.md").read_text()
     assert "my rows.jsonl" in card and system in card
@@ -304,9 +311,10 @@ def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(
     )
     assert json.loads(other.stdout)["system_prompt"] == "Be brief."
     assert json.loads(asked.stdout)["prompt_tokens"] > json.loads(other.stdout)["prompt_tokens"]
-    plan = run_script("ablate.py", "--rows", "my rows.jsonl", "--profile", "cpu", "--dry-run", cwd=tmp_path)
-    assert plan.returncode == 0 and "runs/ablate/all-my-rows" in plan.stdout
+    plan = run_script("ablate.py", *own, "--profile", "cpu", "--dry-run", cwd=tmp_path)
+    assert plan.returncode == 0 and "runs/ablate/all-my-rows-mine" in plan.stdout
     lines = [line for line in plan.stdout.splitlines() if line.startswith("python train.py")]
-    assert len(lines) == len({re.sub(" --name .*", "", line) for line in lines}) >= 6
+    names = [line.rpartition(" --name ")[2] for line in lines]
+    assert names == ["week3", "week3-native-pad", "week3-2-epochs", "week4", "week4-wide-attention", "fixed", "kit"]
     assert all("--rows 'my rows.jsonl'" in line and "--mix" not in line for line in lines)
     assert plan.stderr == ""

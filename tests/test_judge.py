@@ -372,8 +372,8 @@ def test_mentions(text, phrase, there):
 def test_a_line_that_is_no_probe_is_one_message(tmp_path):
     path = tmp_path / "probes.jsonl"
     path.write_text('{"id": "a", "question": "b?", "points": [{"name": "c"}], "wrong_claims": []}\n')
-    with pytest.raises(data.UsageError, match=r"probes\.jsonl:1: not a probe .*points and wrong_claims"):
-        infer.read_probes(path)
+    with pytest.raises(data.UsageError, match=r"probes\.jsonl:1: not a probe .*`points` and `wrong_claims`"):
+        infer.read_probes(str(path))
 
 
 def test_quality_counts():

@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import io
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -234,37 +233,32 @@ def test_any_answers_of_an_earlier_start(tmp_path, draw):
         assert len(path.read_bytes().splitlines()) == len(answers)
 
 
+def make_report(records):
+    return ablate.make_report(records, {claim.id: claim.decide(records) for claim in ablate.CLAIMS})
+
+
 @EXAMPLES
 @given(draw=st.data())
-def test_any_cell_of_a_study_makes_a_page_or_is_refused(tmp_path, draw):
-    settings_ = {"arm": "base", "seed": 0, "decoding": "kit"}
-    training = {"eval_loss_before": 3.0, "eval_loss": 2.0, "mean_token_accuracy": 0.5, "adapter_bytes": 4_000_000}
-    training |= {"training_seconds": 60.0, "train_rows": 64, "train_tokens": 9000, "steps": 4}
-    result = {
-        "settings": settings_,
-        "training": training,
-        "again": {"asked": 1, "same": 1, "tokens": 64},
-        "stop_ids": [2],
-        "made_by": {"machine": "a", "dtype": "float32", "versions": {}, "commit": None},
+def test_any_cell_of_a_study_makes_a_report_or_is_refused(tmp_path, draw):
+    cell = {"arm": "kit", "seed": 0, "decoding_arm": "kit", "settings": "x", "stop_ids": [2], "repeats": True, "machine": "a"}
+    numbers = {"before": {"eval_loss": 3.0}, "chosen": {"eval_loss": 2.0}, "selected": {"answers": 4}, "steps": 4}
+    numbers |= {"training_seconds": 60.0, "adapter_bytes": 4_000_000, "train_rows": 64, "train_tokens": 9000}
+    about = {"study": "all", "command": "python ablate.py", "base_model": "model", "questions": [ANSWER["question"]]}
+    about |= {"arms": {"kit": ["kit", 0, {"kit": "x"}]}}
+    run = tmp_path / "runs" / "kit"
+    for folder in (tmp_path / "cells", run):
+        folder.mkdir(parents=True, exist_ok=True)
+    records = {
+        tmp_path / "study.json": about,
+        tmp_path / "cells" / "kit.kit.jsonl": cell | ANSWER,
+        run / "run.json": {"numbers": numbers},
+        run / "metrics.jsonl": {"step": 4, "eval_loss": 2.0},
     }
-    about = {
-        "study": "all",
-        "command": "python ablate.py",
-        "base_model": "model",
-        "probes": ["a"],
-        "questions": [ANSWER["question"]],
-    }
-    about |= {"models": [["base", "base", {"kit": ablate.digest_json(settings_)}]]}
-    which = draw.draw(st.integers(0, 2))
-    folder = tmp_path / "cells" / "base.kit"
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, (path, record) in enumerate(
-        ((tmp_path / "study.json", about), (folder / "result.json", result), (folder / "generations.jsonl", ANSWER))
-    ):
-        record = mutate(draw.draw, record) if number == which else record
-        Path(path).write_text(dumps(record) + "\n")
+    chosen = draw.draw(st.sampled_from(list(records)))
+    for path, record in records.items():
+        path.write_text(dumps(mutate(draw.draw, record) if path == chosen else record) + "\n")
     with read_or_refused():
-        ablate.make_page(ablate.read_records(tmp_path))
+        make_report(ablate.read_records(tmp_path))
 
 
 @EXAMPLES
@@ -273,5 +267,5 @@ def test_any_probe(tmp_path, draw):
     line = data.PROBES.read_text(encoding="utf-8").split("\n")[0]
     (tmp_path / "probes.jsonl").write_text(dumps(mutate(draw.draw, json.loads(line))) + "\n")
     with read_or_refused():
-        for probe in infer.read_probes(tmp_path / "probes.jsonl"):
+        for probe in infer.read_probes(str(tmp_path / "probes.jsonl")):
             assert isinstance(probe.question, str)

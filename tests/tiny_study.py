@@ -1,8 +1,8 @@
-"""`ablate.py` with a table of few and short arms, so that a study may be killed often; all else is the real one.
+"""`ablate.py` with few and short arms, so that a study can be killed often.
 
     python -m tests.tiny_study CONVERSATIONAL ENCYCLOPEDIC [FLAG ...]
 
-The base model and one training run of two steps on the rows of the two files, each under three decodings.
+The base model and a training run of two steps on the rows of two files, under three decodings.
 """
 
 import dataclasses
@@ -18,11 +18,13 @@ ARM, DECODINGS = "kit-by-loss", ("plain", "week3", "kit")
 def use_tiny_tables(conversational, encyclopedic):
     ablate.STUDIES["all"] = dict.fromkeys(("base", ARM), DECODINGS)
     ablate.STUDIES["decoding"] = dict.fromkeys(("base", "adapter"), DECODINGS)
-    ablate.TRAINING_ARMS = {ARM: ablate.TRAINING_ARMS[ARM]}
-    ablate.DECODING_ARMS = {name: dataclasses.replace(infer.DECODINGS[name], max_new_tokens=12) for name in DECODINGS}
+    ablate.DECODING_ARMS = {
+        name: dataclasses.replace(infer.DECODINGS[name], max_new_tokens=12) for name in DECODINGS
+    }
     training_flags = ablate.training_flags
     sources = ("--conversational", conversational, "--encyclopedic", encyclopedic)
-    ablate.training_flags = lambda *given: (*training_flags(*given), *sources, "--max-steps", "2", "--save-minutes", "0")
+    steps = ("--max-steps", "2", "--save-minutes", "0")
+    ablate.training_flags = lambda *given: (*training_flags(*given), *sources, *steps)
 
 
 if __name__ == "__main__":

@@ -27,14 +27,11 @@ ROUNDS, CAP = 3, 64
 
 def make_requests(questions, cap):
     """The grid's requests of the base model; caps of 256 and 128 become `cap` and half of it."""
-    grid = ablate.make_grid(ablate.AblateConfig(profile="cpu"))
-    model = grid.models[0]
+    study = ablate.make_study(ablate.AblateConfig(profile="cpu"))
     return [
-        dataclasses.replace(
-            request,
-            decoding=dataclasses.replace(request.decoding, max_new_tokens=request.decoding.max_new_tokens * cap // 256),
-        )
-        for request in ablate.make_requests(model, model.decodings, grid.questions[:questions])
+        infer.Request(probe.question, dataclasses.replace(decoding, max_new_tokens=decoding.max_new_tokens * cap // 256))
+        for decoding in study.arms[0].decodings.values()
+        for probe in study.probes[:questions]
     ]
 
 
