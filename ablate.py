@@ -634,12 +634,12 @@ def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
     for arm in arms:
         study.failure(arm).unlink(missing_ok=True)
     arms = [arm for arm in arms if study.missing(arm)]
-    workers = min(workers, len(arms))
     if workers > 1:
+        # Also if fewer arms are left: the bytes depend on the number of threads.
         cores = len(os.sched_getaffinity(0))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
     context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=work, args=(study, arms)) for _ in range(workers - 1)]
+    others = [context.Process(target=work, args=(study, arms)) for _ in arms[1:workers]]
     try:
         for process in others:
             process.start()
