@@ -465,10 +465,10 @@ def describe_machine(loaded: infer.LoadedModel) -> str:
         machine = torch.cuda.get_device_name()
     else:
         cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        machine = f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads"
+        machine = f"{cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} CPU threads"
     versions = ", ".join(f"{name} {value}" for name, value in train.list_versions().items())
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    return f"{machine}, {dtype}; {versions}; commit {train.commit_id()}"
+    return "; ".join(filter(None, [f"{machine}, {dtype}", versions, train.commit_id()]))
 
 
 def answer_arm(study: Study, arm: Arm, log: Path, show: bool) -> None:
@@ -878,6 +878,7 @@ class Comparison:
     """Questions for which the first has more."""
     smaller: int
     questions: int
+    pairs: int
 
     @property
     def p(self) -> float:
@@ -894,8 +895,9 @@ class Comparison:
     def describe(self, one: str, other: str, outcome: str) -> str:
         """Both means, n and p."""
         return (
-            f"{outcome.replace('_', ' ')}: {one} {self.first:.2f}, {other} {self.second:.2f} "
-            f"(+{self.larger} -{self.smaller} of {self.questions} questions, p = {self.p:.2g})"
+            f"{outcome.replace('_', ' ')}: {one} {self.first:.3g}, {other} {self.second:.3g} "
+            f"(means of {self.pairs} pairs; +{self.larger} -{self.smaller} of {self.questions} "
+            f"questions, p = {self.p:.2g})"
         )
 
 
@@ -903,16 +905,15 @@ def compare(pairs: DataFrame, outcome: str) -> Comparison:
     """The pairs compared by a column."""
     first, second = pairs[outcome].astype(float), pairs[f"{outcome}_other"].astype(float)
     change = (first - second).groupby(pairs.question).sum()
-    return Comparison(
-        first.mean(), second.mean(), int((change > 0).sum()), int((change < 0).sum()), len(change)
-    )
+    larger, smaller = int((change > 0).sum()), int((change < 0).sum())
+    return Comparison(first.mean(), second.mean(), larger, smaller, len(change), len(pairs))
 
 
 # --- Claims --------------------------------------------------------------------------------------
 
 Verdict = Literal["shown", "not shown", "the opposite", "not run"]
 Result = tuple[Verdict, str]
-NOT_RUN: Result = ("not run", "This study does not have these cells.")
+NOT_RUN: Result = ("not run", "the study does not have these cells")
 
 
 @dataclass(frozen=True)
@@ -1026,7 +1027,7 @@ def check_stop(records: Records) -> Result:
         for name in (query.one, query.other)
     )
     if explicit == implicit:
-        return "not run", f"The base model's generation config names the same token, {explicit}."
+        return "not run", f"the base model's generation config already names this token, {explicit}"
     return decide([(query, found)])
 
 
@@ -1072,7 +1073,8 @@ def check_bytes(records: Records) -> Result:
     cells = answers[(answers.place == 0) & answers.distinct & answers.decoding.isin(greedy)]
     if cells.empty:
         return NOT_RUN
-    text = f"equal when asked again in another batch: {format_share(cells.repeats)}"
+    text = "the first question again in another batch, equal up to "
+    text += f"{REPEATED_TOKENS} tokens: {format_share(cells.repeats)}"
     return ("shown" if cells.repeats.all() else "the opposite"), text
 
 
@@ -1288,15 +1290,14 @@ def describe_cell(records: Records, arm: str, decoding: str) -> str:
 def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     """What the story got right and wrong, and which settings to use, in a few sentences."""
     lines, verdicts = [], ("shown", "the opposite", "not shown", "not run")
-    for verdict, words in zip(
-        verdicts, ("Right", "Wrong, the opposite is shown", "Not shown", "Not run"), strict=True
-    ):
+    headings = ("Shown", "Contradicted, the opposite is shown", "Not shown", "Not run")
+    for verdict, heading in zip(verdicts, headings, strict=True):
         own = [claim for claim in CLAIMS if results[claim.id][0] == verdict]
-        texts = [f"{claim.id} {claim.text}" for claim in own]
+        texts = [f'{claim.id} "{claim.text}"' for claim in own]
         if verdict not in verdicts[:2]:
             texts = [", ".join(claim.id for claim in own)]
         if own:
-            lines.append(f"- **{words} ({len(own)} of {len(CLAIMS)}):** {' '.join(texts)}")
+            lines.append(f"- **{heading} ({len(own)} of {len(CLAIMS)}):** {' '.join(texts)}")
     answers = records.answers
     asked = {arm: set(own.decoding) for arm, own in answers.groupby("arm")}
     common = set.intersection(*asked.values())
@@ -1308,7 +1309,10 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
         counts = ", ".join(
             f"{name} {good['sum'][name]} of {good['count'][name]}" for name in (best, *others)
         )
-        lines.append(f"- **Decoding:** {counts} ({best} and {others[0]}: p = {found.p:.2g}).")
+        lines.append(
+            f"- **Decoding:** sound and ended answers of all arms: {counts}. {best} against "
+            f"{others[0]}: p = {found.p:.2g}."
+        )
         own = answers[answers.decoding == best].groupby("arm", sort=False).sound_and_ended.mean()
         top = own.idxmax()
         share = format_share(records.select(top, best).sound_and_ended)
@@ -1332,7 +1336,7 @@ def list_selections(records: Records) -> list[list[str]]:
     Only of runs with several evaluations that answered the probes. The last row counts how often a
     metric selected a step with the most.
     """
-    rows: list[list[str]] = [["arm", *train.METRICS, "best step"]]
+    rows: list[list[str]] = [["arm", *(f"by {name}" for name in train.METRICS), "most"]]
     hits = dict.fromkeys(train.METRICS, 0)
     for run in records.runs.to_dict("records"):
         steps = {n: e for n, e in run["evaluations"].items() if e.get("eval_answers")}
@@ -1344,18 +1348,21 @@ def list_selections(records: Records) -> list[list[str]]:
         for name in train.METRICS:
             step = run["selected"][name]
             hits[name] += good[step] == good[best]
-            row.append(f"step {step}: {good[step]} of {steps[step]['eval_answers']}")
+            row.append(f"step {step}: {good[step]} of {int(steps[step]['eval_answers'])}")
         rows.append([*row, f"step {best}: {good[best]}"])
     count = len(rows) - 1
-    return [*rows, ["most", *(f"{hits[n]} of {count}" for n in hits), ""]] if count else []
+    return [*rows, ["has the most", *(f"{hits[n]} of {count}" for n in hits), ""]] if count else []
 
 
 NOTES = """*Sound and ended*: the judge finds no defect of form, and the stop token ended the answer
-before the limit; with a 95% interval (Wilson). *Eval loss*: of the weights that were kept, on rows
-held out from the sources that the arm trains on, so only arms with equal sources compare. Claims
-are decided by sign tests over the questions, p < 0.05, two-sided: `+a -b` counts the questions for
-which the first has more or fewer. With few questions only large differences show. None of this says
-that an answer is medically correct, and none of it is medical advice."""
+before the limit; in parentheses a 95% interval (Wilson). *Drift*: the answer surprises the base
+model, continues as another speaker, or invents a medicine. *Eval loss*: of the weights that were
+kept, on rows held out from the sources that the arm trains on, so only arms with equal sources
+compare. Claims are decided by sign tests over the questions, p < 0.05, two-sided: `+a -b` means
+that the first has more on *a* questions and less on *b*. With few questions only large differences
+show. None of this says that an answer is medically correct, and none of it is medical advice."""
+SELECTION_NOTE = """The evaluation that each metric selects, and how many of its probe answers are
+sound and ended; they have a lower token limit. `answers` ranks by sound answers, then by points."""
 
 
 def make_report(records: Records, results: Mapping[str, Result]) -> str:
@@ -1363,14 +1370,22 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
     about, answers = records.about, records.answers
     header, *rows = list_main_cells(records)
     questions = about["questions"]
+    trained = len(select(records.runs, {"seed": 0})) if len(records.runs) else 0
+    rows_each = f", trained on {records.runs.train_rows.max():.0f} rows each" if trained else ""
     lines = [
-        f"# Ablation: {escape_markdown(about['study'])}, {escape_markdown(about['base_model'])}",
+        f"# Ablation `{about['study']}` of {escape_markdown(about['base_model'])}",
+        "",
+        f"The base model and {trained or 'an'} adapter{'s' * (trained > 1)}{rows_each}, answered "
+        f"{len(questions)} questions under up to {len(set(answers.get('decoding', ())))} "
+        "decodings. C1 to C15 are claims of the story that README tells.",
         "",
         *(summarise(records, results) if len(answers) else ["No arm has finished."]),
         "",
         "![Verdicts, and eval loss against sound answers](ablation.png)",
         "",
-        f"Sound and ended answers of {len(questions)} questions:",
+        NOTES.replace("\n", " "),
+        "",
+        f"Sound and ended answers to {len(questions)} questions:",
         "",
         *format_table(header, rows),
         "",
@@ -1384,13 +1399,14 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
         verdict, numbers = results[claim.id]
         note = " It is about the story's questions; these are yours." if own else ""
         lines.append(
-            f"- **{claim.id}: {verdict}.** {claim.text} {numbers[0].upper()}{numbers[1:]}"
+            f"- **{claim.id}: {verdict}.** {claim.text} {numbers[0].upper()}{numbers[1:]}."
             f"{note if claim.about_questions else ''}"
         )
     if selections := list_selections(records):
         header, *rows = selections
-        lines += ["", "## Steps that each metric selects", "", *format_table(header, rows)]
-    lines += ["", *format_side_by_side(records), NOTES.replace("\n", " "), ""]
+        lines += ["", "## What each metric selects", "", SELECTION_NOTE.replace("\n", " "), ""]
+        lines += format_table(header, rows)
+    lines += ["", *format_side_by_side(records)]
     machines = dict.fromkeys(answers.machine) if len(answers) else ()
     lines += [f"- {escape_markdown(machine)}" for machine in machines]
     lines += [
@@ -1409,7 +1425,9 @@ def format_side_by_side(records: Records) -> list[str]:
     if len(found) < len(names):
         return []
     header = [
-        f"{each.arm}, {each.decoding}: {each.verdict}, {each.finish_reason}" for each in found
+        f"arm {each.arm}, decoding {each.decoding}: {each.verdict}, "
+        + ("ended" if each.ended else "cut at the limit")
+        for each in found
     ]
     return [
         f"## {escape_markdown(records.about['questions'][0])}",
@@ -1418,7 +1436,7 @@ def format_side_by_side(records: Records) -> list[str]:
             [escape_markdown(each) for each in header], [[mark_findings(each) for each in found]]
         ),
         "",
-        "⟦ ⟧ mark what the findings are about.",
+        "⟦ ⟧ mark what the findings are about. *Sound* is about form, not about facts.",
         "",
     ]
 
@@ -1490,7 +1508,8 @@ def draw_grid(
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel(f"one square per question ({size})")
+    axes.set_xlabel(f"decodings, with one square per question (1 to {size})")
+    axes.set_ylabel("decoding" if is_decoding else "arm")
     handles = [Patch(facecolor=colour, label=name) for name, (_, colour) in COLOURS.items()]
     axes.legend(
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False
@@ -1519,15 +1538,19 @@ def draw_losses(axes: Axes, records: Records, losses: Any) -> None:
         axes.annotate(
             arm,
             (x, y),
-            (high, height - shift),
+            (1.04, height - shift),
+            textcoords=axes.get_yaxis_transform(),
             va="center",
             fontsize=9,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": "0.8", "lw": 0.7, "shrinkA": 0, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": "0.7", "lw": 0.7, "relpos": (0, 0.5)},
         )
+    if len(base := records.select("base", "kit")):
+        axes.axhline(base.sound_and_ended.mean(), color="0.5", ls=":", label="base model", zorder=0)
+        axes.legend(loc="lower right", frameon=False)
     axes.set(xlim=(low, high), ylim=(-0.02, 1.02), xlabel="eval loss (nats per token)")
     axes.locator_params("x", nbins=4)
-    axes.set_ylabel("sound and ended under kit")
+    axes.set_ylabel("sound and ended, decoding kit")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.spines[["top", "right"]].set_visible(False)
 

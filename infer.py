@@ -161,7 +161,7 @@ class Decoding:
 
 
 # `story-*` and `week3` are the story's, whose library counted the prompt. `kit` is ours, chosen by
-# the table in README.
+# the table in docs/judge.md.
 DECODINGS: dict[DecodingName, Decoding] = {
     "plain": Decoding(),
     "story-collapse": Decoding(no_repeat_ngram_size=3, count_prompt=True, stop="generation-config"),

@@ -160,7 +160,7 @@ def test_intervals_and_p_by_hand():
         assert ablate.interval(count, total) == pytest.approx(expected, abs=1e-6)
     assert ablate.interval(0, 0) == (0.0, 1.0)
     for larger, smaller, p in ((0, 0, 1), (3, 0, 0.25), (8, 1, 20 / 512), (5, 5, 1), (0, 7, 2 / 128)):
-        assert ablate.Comparison(0, 0, larger, smaller, 10).p == pytest.approx(p)
+        assert ablate.Comparison(0, 0, larger, smaller, 10, 10).p == pytest.approx(p)
 
 
 def test_a_claim_is_decided_by_its_rule_and_may_come_out_either_way(tmp_path):
@@ -267,7 +267,7 @@ def test_the_report_names_the_step_that_each_metric_selects(tmp_path):
     (tmp_path / "runs" / "week4" / "run.json").write_text(json.dumps(run))
     report = make_report(ablate.read_records(tmp_path))
     assert "| week4 | step 2: 6 of 8 | step 4: 3 of 8 | step 4: 3 of 8 | step 2: 6 |" in report
-    assert "| most | 1 of 1 | 0 of 1 | 0 of 1 |  |" in report
+    assert "| has the most | 1 of 1 | 0 of 1 | 0 of 1 |  |" in report
 
 
 NASTY = (
@@ -299,7 +299,7 @@ def test_no_answer_breaks_the_report(tmp_path):
         assert kinds.count("th_open") + kinds.count("td_open") == rows * columns
     # Headings are the report's own, and nothing of an answer became mark-up.
     titles = [tokens[at + 1].content.split(":")[0] for at, token in enumerate(tokens) if token.type == "heading_open"]
-    assert titles[:2] == ["Ablation", "Claims"] and len(titles) == 3
+    assert titles[:2] == ["Ablation `all` of model", "Claims"] and len(titles) == 3
     inline = [child.type for token in tokens if token.type == "inline" for child in token.children]
     assert inline.count("image") == 1 and "html_block" not in [token.type for token in tokens]
     assert "<script" not in report and "\x1b" not in report
