@@ -931,7 +931,7 @@ class Query:
     trained: bool = False
     """Of decodings: only for trained arms; otherwise for all."""
     is_harm: bool = False
-    """If it comes out this way, it speaks against the claim."""
+    """Whether this outcome counts against the claim."""
 
     def run(self, answers: DataFrame) -> Comparison | None:
         """The comparison, or None if an answer has no partner."""
@@ -957,7 +957,7 @@ class Claim:
     text: str
     queries: Sequence[Sequence[Query]] = ()
     check: Callable[[Records], Result] | None = None
-    """Decides instead of the queries, or after them if it takes their result."""
+    """Decides in place of queries."""
     about_questions: bool = False
     """Whether it is about the story's own questions."""
 
@@ -967,9 +967,8 @@ class Claim:
             return self.check(records)
         for queries in self.queries:
             found = [query.run(records.answers) for query in queries]
-            if None in found:
-                continue
-            return decide(list(zip(queries, found, strict=True)))
+            if None not in found:
+                return decide(list(zip(queries, found, strict=True)))
         return NOT_RUN
 
 
