@@ -1,4 +1,4 @@
-"""How well the judge tells collapsed answers from sound ones, on answers that were labelled by reading.
+"""Measures how well the judge separates collapsed from sound answers, on labelled answers.
 
     python -m tests.calibrate                      the tables of docs/judge.md, from recorded surprisals
     python -m tests.calibrate --people ROWS ...    and how many answers by people it flags (columns input, output)
@@ -46,7 +46,7 @@ def key_of(record):
 
 
 def record_surprisals(labelled):
-    """Lets the small model read all labelled answers, and writes their largest surprisals and the reference."""
+    """Reads all labelled answers with the small model; writes their largest surprisals and the reference."""
     from tqdm import tqdm
 
     infer.prepare_environment(data.PROFILES["cpu"])
@@ -111,7 +111,7 @@ HEADER = "| | AUROC | collapsed, flagged | borderline, flagged | sound, flagged 
 
 
 def format_length_table(texts):
-    """How many sound texts are flagged by text findings, by the words of the text that are read."""
+    """Counts the sound texts that text findings flag, by the number of words read."""
     lines = ["| first words | texts | flagged |", "|---|---|---|"]
     for size in (50, 100, 200, 300):
         cut = [(" ".join(text.split(" ")[:size]), question) for text, question in texts if len(text.split()) >= size]

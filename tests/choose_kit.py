@@ -1,4 +1,4 @@
-"""Which decoding the preset `kit` is: the candidates over all probe questions, base and adapter, judged by reading.
+"""Chooses the preset `kit`: candidate decodings on all probe questions, base model and adapter, judged by readers.
 
     python -m tests.choose_kit                          the table, from tests/labelled/kit_answers.jsonl
     python -m tests.choose_kit ADAPTER ANSWERS.jsonl    ask again (half an hour on two cores); the verdicts are then to be given

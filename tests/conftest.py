@@ -1,4 +1,4 @@
-"""What the tests share: the scripts run as a user runs them, without a network, on one small adapter."""
+"""Shared fixtures: the scripts run as a user runs them, without a network, on one small adapter."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ CAN_CUT_NETWORK = (
 
 
 def hear_ctrl_c():
-    """For a process that is started: tests that run in the background have SIGINT ignored, and hand that down."""
+    """For child processes: tests that run in the background ignore SIGINT, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -57,7 +57,7 @@ def rounds(request):
 
 
 def run_script(*arguments, cwd, env=None, stdin=""):
-    """`python SCRIPT ...` in the folder `cwd`, offline; returns the finished process with its text. Bytes go as they are."""
+    """`python SCRIPT ...` in the folder `cwd`, offline; returns the finished process with its output. Bytes are passed unchanged."""
     prefix = NO_NETWORK if CAN_CUT_NETWORK else []
     script, *flags = (each if isinstance(each, bytes) else str(each) for each in arguments)
     return subprocess.run(
@@ -89,7 +89,7 @@ def make_row(question, answer, source="conversational", system=None):
 
 
 def load_llama_tokenizer():
-    """Llama 3.2's tokenizer: vocabulary and special tokens out of a package, chat template out of Unsloth's."""
+    """Llama 3.2's tokenizer: vocabulary and special tokens from a package, chat template from Unsloth."""
     from unsloth.chat_templates import CHAT_TEMPLATES  # isort: skip
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -134,8 +134,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu_process(request, tmp_path_factory):
-    """`(folder, started)` of the run through Unsloth's GPU code, stopped after its first step and gone on with. It is begun
-    with the first test: it takes minutes of one core, beside which the other tests run."""
+    """`(folder, started)` of the run through Unsloth's GPU code, stopped after its first step and resumed. It starts
+    with the first test, since it takes minutes of one core while other tests run."""
     if not any(item.get_closest_marker("gpu_path") for item in request.session.items):
         yield None
         return
@@ -150,7 +150,7 @@ def gpu_process(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_model():
-    """The small base model, loaded as infer.py loads it for asking."""
+    """The small base model, loaded as infer.py loads it."""
     import data
     import infer
 
@@ -159,7 +159,7 @@ def small_model():
 
 
 def start_study(cwd, *flags):
-    """The real ablate.py on the tables of tests.tiny_study, begun; what it says goes to `words.txt`."""
+    """Starts the real ablate.py on the tables of tests.tiny_study; its output goes to `words.txt`."""
     command = [sys.executable, "-m", "tests.tiny_study", *map(str, faults.write_rows(cwd)), "--num-probes", "2", *flags]
     env = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     with (cwd / "words.txt").open("w") as words:
@@ -167,13 +167,13 @@ def start_study(cwd, *flags):
 
 
 def run_study(cwd, *flags):
-    """Its exit code and words."""
+    """Exit code and output of `start_study`."""
     return start_study(cwd, *flags).wait(), (cwd / "words.txt").read_text()
 
 
 @pytest.fixture(scope="session")
 def ablated(tmp_path_factory):
-    """A study of a base model and a training run: asked to end while it trains, and started again."""
+    """A study of the base model and one training run: stopped while it trains, then resumed."""
     cwd = tmp_path_factory.mktemp("ablated")
     study = cwd / "runs" / "ablate" / "all"
     stopped = start_study(cwd)

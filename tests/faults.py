@@ -1,4 +1,4 @@
-"""Kills real runs with SIGKILL at random moments, starts them again, and counts what was lost and what came out different.
+"""Kills real runs with SIGKILL at random moments, resumes them, and counts lost and different results.
 
     python -m tests.faults train --rounds 20        a short training run
     python -m tests.faults ablation --rounds 20     a study of two models under three decodings
@@ -53,7 +53,7 @@ def tiny_flags(cwd):
 
 
 def check_file(path):
-    """Raises if a file is not whole."""
+    """Raises if a file is incomplete."""
     content = path.read_bytes()
     if path.suffix == ".json":
         json.loads(content)
@@ -82,7 +82,7 @@ class Training:
         return [sys.executable, str(ROOT / "train.py"), *tiny_flags(self.cwd), "--save-minutes", "0"]
 
     def observe(self):
-        """What may not get lost, each with how far it has come: `(name, number)`."""
+        """What must not get lost, with its progress: `{name: number}`."""
         folder = self.cwd / RUN
         steps = []
         for checkpoint in train.list_checkpoints(folder):
@@ -121,7 +121,7 @@ class Training:
 
 @dataclass
 class Study:
-    """`python ablate.py` on a tiny table: one training, six cells."""
+    """`python ablate.py` on tiny tables: one training run, six cells."""
 
     cwd: Path
 
@@ -172,7 +172,7 @@ def read(words):
 
 
 def run_to_the_end(case):
-    """Seconds that it took."""
+    """Runs a case without interruption; returns its seconds."""
     began = time.monotonic()
     process, words = start(case)
     if process.wait():
@@ -181,7 +181,7 @@ def run_to_the_end(case):
 
 
 def kill(process, draw, alone):
-    """Kills the process, with all that it started or, if `alone`, one of them; returns the command lines of its children."""
+    """Kills the process and its children or, if `alone`, one of them; returns the children's command lines."""
     try:
         children = psutil.Process(process.pid).children(recursive=True)
         lines = [child.cmdline() for child in children]
@@ -213,7 +213,7 @@ class Figures:
 
 
 def run_rounds(make_case, reference, seconds, rounds, seed=0, report=lambda text: None):
-    """Kills `rounds` times; `reference` is the result of a run that was not stopped, which took so many seconds."""
+    """Kills `rounds` times; `reference` is the result of an uninterrupted run of this many `seconds`."""
     draw, figures = random.Random(seed), Figures(phases=Counter())
     case, known = make_case(), {}
     while True:
@@ -261,9 +261,9 @@ def run_rounds(make_case, reference, seconds, rounds, seed=0, report=lambda text
 class FaultsConfig:
     case: tyro.conf.Positional[Literal["train", "ablation"]]
     rounds: int = 20
-    """Kills."""
+    """Number of kills."""
     seed: int = 0
-    """Of the moments."""
+    """Seed of the random moments."""
 
 
 def main(config):

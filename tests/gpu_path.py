@@ -1,4 +1,4 @@
-"""The t4 profile's values through Unsloth's GPU code, or through its CPU backend, on a small Llama and without a GPU.
+"""Runs the t4 profile through Unsloth's GPU code, or its CPU backend, on a small Llama without a GPU.
 
     python -m tests.gpu_path {gpu,cpu} BASE_MODEL {train,infer} FLAG ...
 
@@ -24,7 +24,7 @@ T4 = types.SimpleNamespace(
 
 
 class NoStream:
-    """Stands for a CUDA stream, event or device context: everything is done at once, and there is nothing to wait for."""
+    """Replaces a CUDA stream, event or device context: everything is synchronous."""
 
     cuda_stream = idx = 0
 
@@ -42,7 +42,7 @@ class NoStream:
 
 
 def pretend_t4():
-    """Makes torch.cuda describe a T4, and puts what goes to it into host memory."""
+    """Makes torch.cuda describe a T4 whose memory is the host's."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -93,7 +93,7 @@ def pretend_t4():
 
 
 def import_gpu_unsloth(*, host_device_map=True):
-    """Imports Unsloth's GPU code, trainers rewritten as on a GPU, its 4-bit loader unlocked and kept from asking the driver."""
+    """Imports Unsloth's GPU code as on a GPU, with its 4-bit loader and without driver calls."""
     os.environ.update(UNSLOTH_ALLOW_CPU="1", TRITON_INTERPRET="1", UNSLOTH_COMPILE_DISABLE="1")
     import torch  # noqa: F401 - before the pretence, which it must not see while it is imported
 

@@ -1,4 +1,4 @@
-"""What the scripts pass to Unsloth and TRL, held against the signatures of the GPU path: python -m tests.gpu_signatures
+"""Checks the arguments passed to Unsloth and TRL against the GPU path's signatures: python -m tests.gpu_signatures
 
 Prints JSON: for each call the keywords that the GPU path has no parameter for; of SFTConfig what it printed, the fields that
 came out otherwise than they went in, and the fields that were left to a default which differs from stock TRL's.
@@ -19,7 +19,7 @@ from tests import gpu_path
 
 
 class BoundError(Exception):
-    """Ends a call when its arguments have been looked at."""
+    """Ends a call after its arguments were checked."""
 
 
 def unknown_to(function, call):

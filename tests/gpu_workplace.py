@@ -1,4 +1,4 @@
-"""Where the t4 profile runs through Unsloth's GPU code: a narrow Llama, a few rows, and the line that trains on them."""
+"""A small Llama, a few rows, and the command that trains on them through Unsloth's GPU code."""
 
 import json
 import shlex
@@ -25,7 +25,7 @@ def start_module(*arguments, cwd, twice=()):
 
 
 def finish(started):
-    """The process when it has ended, with its text."""
+    """The finished process with its output."""
     process, files = started
     process.wait()
     for file in files.values():

@@ -1,4 +1,4 @@
-"""How well the cleaning of data.py does on published rows, against labels made by reading.
+"""Measures the cleaning rules of data.py on published rows with labels.
 
     python -m tests.measure_cleaning FOLDER
 

@@ -49,7 +49,7 @@ def make_requests(cap):
 
 
 def ask(config):
-    """The digests of all answers, base model first, asked in one way."""
+    """Digests of all answers generated in one way, base model first."""
     import torch
 
     adapter = infer.check_adapter(config.adapter)

@@ -1,4 +1,4 @@
-"""The scripts run one after the other, on one small adapter, as a user runs them."""
+"""The scripts in sequence on one small adapter, as a user runs them."""
 
 import contextlib
 import html
@@ -86,7 +86,7 @@ def test_the_gate_judges_the_answers_of_every_evaluation_beside_the_loss(trained
 
 
 def test_curves_are_grey(trained):
-    """Told apart without colours, so that they read in black and white."""
+    """Lines differ without colours, so the picture is readable in black and white."""
     from matplotlib.image import imread
 
     pixels = imread(trained.folder / "curves.png")[..., :3]
@@ -239,7 +239,7 @@ def test_compare_shows_base_and_adapter(trained):
 
 
 def test_a_chat_on_a_terminal(trained):
-    """A real terminal: questions are edited in it, answers appear in it, Ctrl-C stops one of them, and /quit ends it."""
+    """In a real terminal: editing a question, an answer, Ctrl-C during another, and /quit."""
     import pty
 
     leader, follower = pty.openpty()

@@ -1,4 +1,4 @@
-"""What goes wrong beside the user: kills, full disks, cut files, no memory, clocks, signals, secrets."""
+"""Failures of the environment: kills, full disks, truncated files, lack of memory, clocks, signals, secrets."""
 
 import ast
 import dataclasses
@@ -70,7 +70,7 @@ def test_a_cache_folder_with_a_file_of_another_size_is_made_again(tmp_path, monk
 
 
 def put_checkpoint(folder, step):
-    """Files of the kinds that the Trainer writes, without a model."""
+    """A checkpoint with the Trainer's files, without a model."""
     import safetensors.numpy
     import torch
 
@@ -141,7 +141,7 @@ def test_a_disk_without_room_is_told_before_anything_is_trained(tmp_path, monkey
 
 
 def start_training(trained, cwd, *flags):
-    """The run of the fixture, begun in another folder; what it says goes to `words.txt`."""
+    """Starts the fixture's run in another folder; its output goes to `words.txt`."""
     env = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1"}
     with (cwd / "words.txt").open("w") as words:
         command = [sys.executable, str(ROOT / "train.py"), *trained.flags, *flags]
@@ -156,7 +156,7 @@ def wait_for(process, happened):
 
 @pytest.mark.slow
 def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes(trained, tmp_path):
-    """Ctrl-C in a step and SIGTERM in an evaluation; between them a second process, other values and other rows."""
+    """Ctrl-C during a step, SIGTERM during an evaluation, and between them a second process and other values."""
     folder = tmp_path / "runs" / "train" / "tiny"
     process = start_training(trained, tmp_path)
     wait_for(process, lambda: (folder / "metrics.jsonl").is_file() and "eval_loss" in (folder / "metrics.jsonl").read_text())
@@ -197,7 +197,7 @@ def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes
 @pytest.mark.slow
 @pytest.mark.skipif(not CAN_CUT_NETWORK, reason="a disk of its own needs a user namespace")
 def test_a_disk_that_fills_up_takes_nothing_with_it(trained, tmp_path):
-    """On a real disk of 330 MB, which another file fills up while the second step is trained."""
+    """On a real disk of 330 MB, which another file fills during the second step."""
     script = f"""
 mount -t tmpfs -o size=330m tmpfs disk
 "$@" --output-dir disk --save-minutes 0 & run=$!
@@ -224,7 +224,7 @@ cp -a disk/tiny/adapter {tmp_path}/adapter
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "infer.py"])
 def test_too_little_memory_is_one_message_that_says_what_to_lower(trained, tmp_path, script):
-    """With so much address space libraries and model fit in, and no batch: 6.5 GB in training; for an answer 4.2 GB."""
+    """The address space holds libraries and model, but no batch."""
     flags = {
         "train.py": [*trained.flags, "--per-device-train-batch-size", "16"],
         "infer.py": ["What is croup?", "--base", "--profile", "cpu"],
@@ -303,7 +303,7 @@ def test_studies_that_are_killed_lose_nothing_and_come_to_the_same_bytes(make_ca
 
 @pytest.mark.parametrize("script", ["data", "infer", "train", "ablate"])
 def test_no_script_goes_by_a_clock_that_may_be_set_back(script):
-    """Seconds are differences of a monotonic clock, and nothing is decided by a date."""
+    """Durations use a monotonic clock, and no decision depends on the date."""
     tree = ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8"))
     clocks = {
         ast.unparse(node)
@@ -355,7 +355,7 @@ def test_the_card_shows_answers_as_they_are_and_obeys_nothing_in_them():
 
 
 def test_a_process_that_nobody_reads_ends_without_a_word(tmp_path):
-    """`python data.py --json | head -1`, with more than a pipe holds."""
+    """`python data.py --show 285 | head -c 100`, with more output than a pipe buffers."""
     line = f"{sys.executable} {ROOT / 'data.py'} --profile cpu --show 285 | head -c 100"
     ran = subprocess.run(
         ["bash", "-c", line + '; echo "${PIPESTATUS[0]}"'], cwd=tmp_path, capture_output=True, text=True, check=True

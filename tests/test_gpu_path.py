@@ -1,4 +1,4 @@
-"""The t4 profile held against Unsloth's GPU code, on a machine without a GPU."""
+"""The t4 profile against Unsloth's GPU code, on a machine without a GPU."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_losses_and_gradients_agree_with_the_cpu_backend(workplace, gpu_run):
 @pytest.mark.slow
 @pytest.mark.gpu_path
 def test_an_adapter_of_the_gpu_path_is_asked_through_its_generate(workplace, gpu_run):
-    """A model that has learned nothing repeats one token; a ban on repeating any, which is ours to pass, has to act."""
+    """An untrained model repeats one token, so the n-gram ban must change its answer."""
     flags = ["--adapter", "runs/train/gpu/adapter", "--max-new-tokens", "6", "--no-repeat-ngram-size", "1", "--json"]
     ran = run_module("tests.gpu_path", "gpu", workplace / "base", "infer", "What is it?", *flags, cwd=workplace)
     assert ran.returncode == 0, ran.stderr

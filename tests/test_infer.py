@@ -1,4 +1,4 @@
-"""Measures, noise and decoding. What needs the small model is marked slow."""
+"""Adapters, decoding and generation. Tests with the small model are marked slow."""
 
 import dataclasses
 import itertools
@@ -493,7 +493,7 @@ def test_the_small_model_is_made_once_and_whole_by_two_processes_after_one_was_k
 
 
 def make_gumbel_processor(seed):
-    """Gumbel noise on the first row's scores, written apart from infer.py's."""
+    """Gumbel noise on the first row's scores, implemented independently of infer.py."""
     import torch
     from transformers import LogitsProcessor
 
@@ -510,7 +510,7 @@ def make_gumbel_processor(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DECODINGS)
 def test_every_preset_gives_the_ids_of_the_librarys_own_generate(small_model, name):
-    """The same processors, batch and dtype, put together from the library's keywords: our batching changes no answer."""
+    """The library's own processors with equal batch and dtype: our batching changes no answer."""
     import torch
     from transformers import (
         RepetitionPenaltyLogitsProcessor,
@@ -628,7 +628,7 @@ def test_a_prompt_that_rows_share_gives_the_same_answers_read_once_or_row_by_row
 
 @pytest.mark.slow
 def test_prompts_of_any_length_are_answered_together_as_they_are_alone(small_model):
-    """The bytes are the same: the padding of a prompt does not depend on the others."""
+    """Equal bytes, since the padding of a prompt does not depend on the others."""
     decoding = infer.Decoding(max_new_tokens=6, repetition_penalty=1.1)
     questions = ["What is a stye?", "Why?", "How long does a cold last?", "I cough. " * 30 + "What is it?"]
     requests = [Request(question, decoding) for question in questions]
@@ -641,7 +641,7 @@ def test_prompts_of_any_length_are_answered_together_as_they_are_alone(small_mod
 
 @pytest.mark.slow
 def test_grouped_attention_is_the_librarys_attention(small_model):
-    """Left padding included, whose own outputs nobody reads."""
+    """Including left padding, whose outputs are not used."""
     import torch
 
     ids = torch.randint(100, 10_000, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -684,7 +684,7 @@ def test_answers_that_differ_only_in_cap_or_stop_may_be_cut_from_one_run(small_m
 
 @pytest.mark.slow
 def test_a_run_without_a_stop_goes_on_behind_the_stop_token(small_model):
-    """An answer that ends within the cap is the beginning of the one that has no stop; cut from one row, as asked alone."""
+    """Answers cut from one generation equal those generated alone."""
     decoding = Decoding(144, repetition_penalty=1.1)
     requests = [
         Request("What are the early symptoms of type 2 diabetes?", each)
@@ -699,7 +699,7 @@ def test_a_run_without_a_stop_goes_on_behind_the_stop_token(small_model):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "story-collapse", "story-fix", "week3", "kit"])
 def test_overruled_tokens_are_those_where_the_model_would_have_gone_elsewhere(small_model, name):
-    """Counted again by one forward pass over the whole answer. Sampling by itself overrules nothing."""
+    """Counted again by one forward pass over the whole answer. Sampling alone overrules nothing."""
     import torch
 
     decoding = dataclasses.replace(infer.DECODINGS[name], max_new_tokens=40)

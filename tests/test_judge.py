@@ -1,4 +1,4 @@
-"""The verdict on an answer and its facts, and how well they tell collapsed answers from sound ones."""
+"""Verdicts and facts, and how well they separate collapsed from sound answers."""
 
 import dataclasses
 import json
@@ -207,7 +207,7 @@ def test_the_largest_surprisal_is_the_worst_160_bytes(monkeypatch):
 
 
 def test_findings_do_not_grow_with_length():
-    """Ten different sound answers, one after the other, are no loop and no list."""
+    """Ten different sound answers in a row are neither a loop nor a list."""
     rows = [json.loads(line)["output"] for line in (ROOT / "samples" / "conversational.jsonl").open(encoding="utf-8")]
     assert sum(not judge(row).sound for row in rows) <= 0.01 * len(rows)
     assert all(judge(" ".join(rows[at : at + 10])).sound for at in range(0, 270, 10))

@@ -1,4 +1,4 @@
-"""Whatever stands in a file of rows, questions or records: it is read, or refused in one message."""
+"""Any content of a file of rows, questions or records is read, or rejected with one message."""
 
 import contextlib
 import csv
@@ -30,12 +30,12 @@ JSON = st.recursive(
 
 
 def objects(*names):
-    """JSON objects that have some of the names that are looked for, with anything as their values."""
+    """JSON objects with some of the expected names and any values."""
     return st.dictionaries(st.sampled_from(names) | TEXTS, JSON, max_size=len(names) + 1) | JSON
 
 
 def mutate(draw, value):
-    """The JSON value with one of its parts, however deep, put in place by any other, or left out."""
+    """The JSON value with one of its parts, at any depth, replaced or removed."""
     if isinstance(value, dict) and value and draw(st.booleans() | st.just(True)):
         name = draw(st.sampled_from(sorted(value)))
         if draw(st.integers(0, 5)) == 0:
@@ -53,7 +53,7 @@ def dumps(value):
 
 @contextlib.contextmanager
 def read_or_refused():
-    """A refusal is one message, which ends nothing and steers nothing once it is printed."""
+    """A rejection is one message that is safe to print."""
     try:
         yield
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""The four scripts as programs: their chain, their start, what they refuse."""
+"""The four scripts as programs: import order, start-up time, rejected input."""
 
 import ast
 import json
@@ -219,7 +219,7 @@ REFUSED = {
 
 
 def make_bad_files(folder):
-    """What the cases above name, beside a question that could be asked."""
+    """Creates the files that the cases above name, and a valid question."""
     for name, content in {
         "q.txt": b"What is croup?\n",
         "empty.txt": b"\n",
@@ -260,7 +260,7 @@ def test_bad_input_is_one_message_and_exit_2(case, tmp_path):
 
 
 def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_way_out(tmp_path):
-    """The machine's own `nvidia-smi` is what tells; here one stands in that sees a T4, and torch sees none."""
+    """A fake `nvidia-smi` reports a T4 that torch does not see."""
     nvidia_smi = tmp_path / "nvidia-smi"
     nvidia_smi.write_text("#!/bin/sh\necho 'GPU 0: Tesla T4 (UUID: GPU-0)'\n")
     nvidia_smi.chmod(0o755)

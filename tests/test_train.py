@@ -1,4 +1,4 @@
-"""Plan, guard, order of rows and exports of train.py; what trains is marked slow."""
+"""Plan, model checks, order of rows and exports of train.py. Tests that train are marked slow."""
 
 import dataclasses
 import json
@@ -346,7 +346,7 @@ def test_the_console_says_when_the_loss_improves_and_the_answers_get_worse():
 
 
 class Quality(dict):
-    """Counts of judged answers, in place of `infer.measure_quality`'s."""
+    """Counts of judged answers, replacing those of `infer.measure_quality`."""
 
     __getattr__ = dict.__getitem__
 
@@ -389,7 +389,7 @@ def test_metrics_leave_out_what_differs_from_run_to_run():
 
 
 def read_metrics(folder):
-    """Steps, losses and gradients, without what the answers add."""
+    """Steps, losses and gradient norms, without answer metrics."""
     names = {"step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate"}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: line[name] for name in line.keys() & names} for line in lines]
@@ -515,7 +515,7 @@ def test_the_storys_pad_makes_the_planned_huge_adapter_which_can_be_asked_and_me
 
 
 def make_lora_pair(dtype):
-    """Two equal tiny models with the same LoRA, whose B is not zero; the second one's products are joined."""
+    """Two equal tiny models with the same nonzero LoRA; the second uses joined products."""
     import copy
 
     import torch
@@ -555,7 +555,7 @@ def test_joined_products_are_pefts_with_the_same_gradients():
 
 
 def test_joined_products_keep_what_a_sum_in_16_bits_loses():
-    """An adapter was judged in bfloat16 by PEFT's sum: its eval loss fell by 0.075 where it had fallen by 0.112."""
+    """PEFT's sum in bfloat16 reported a decrease of 0.075 in eval loss instead of 0.112."""
     import torch
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m tests.bench NAME`. They print figures; nothing is asserted about time, for machines are noisy."""
+"""Benchmarks: `python -m tests.bench NAME`. They print figures and assert nothing about time, since machines are noisy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 
 @dataclass(frozen=True)
 class Panel:
-    """Part of a picture: what was measured over what, with units, as lines of (x, y) by their names."""
+    """A panel of a picture: axis labels with units, and lines of (x, y) by name."""
 
     xlabel: str
     ylabel: str
@@ -23,7 +23,7 @@ class Panel:
 
 
 def draw(name: str, panels: Sequence[Panel]) -> None:
-    """Draws docs/bench-NAME.png, told apart by dashes and marks, so that it reads in black and white."""
+    """Draws docs/bench-NAME.png, with dashes and markers, so it is readable in black and white."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -43,7 +43,7 @@ def draw(name: str, panels: Sequence[Panel]) -> None:
 
 
 def draw_bars(name: str, xlabel: str, values: Mapping[str, float]) -> None:
-    """Draws docs/bench-NAME.png with one bar a value, the number beside it."""
+    """Draws docs/bench-NAME.png with one bar per value and its number."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 0.6 + 0.32 * len(values)), layout="constrained")

@@ -1,4 +1,4 @@
-"""How fast answers are generated: the ablation's grid through the kit, and by transformers' `generate`.
+"""Compares generation speed of the kit and of transformers' `generate`, on the ablation's grid.
 
     python -m tests.bench answer [--questions N] [--max-new-tokens N] [--rounds N]
 
@@ -36,7 +36,7 @@ def make_requests(questions, cap):
 
 
 def answer_plainly(plain, loaded, requests, questions_per_call):
-    """Token ids of each request's answer; a call answers so many questions under one decoding."""
+    """Token ids of each answer; each call answers several questions under one decoding."""
     import torch
 
     pad, answers = loaded.tokenizer.pad_token_id, {}
@@ -67,7 +67,7 @@ def answer_plainly(plain, loaded, requests, questions_per_call):
 
 
 def load_both():
-    """The kit's base model, and transformers' own of the same weights."""
+    """The kit's base model, and transformers' model with the same weights."""
     infer.prepare_environment(data.PROFILES["cpu"])
     loaded = infer.load_for_inference(data.PROFILES["cpu"])
     from transformers import AutoModelForCausalLM
@@ -85,13 +85,13 @@ def timed(work):
 
 
 def rate(loaded, requests):
-    """Tokens a second of the kit's answers, those that the caller is given."""
+    """Tokens per second of the kit's answers, counting returned tokens."""
     seconds, answers = timed(lambda: infer.answer_requests(loaded, requests))
     return sum(answer.answer_tokens for answer in answers) / seconds
 
 
 def compare(loaded, plain, requests, rounds):
-    """Asks in three ways by turns, checks that the answers are the same, and prints the medians."""
+    """Generates in three ways in turn, checks that answers are equal, and prints medians."""
     seconds, equal = {"one by one": [], "stock batches": [], "kit": []}, []
     for _ in range(rounds):
         spent, alone = timed(lambda: answer_plainly(plain, loaded, requests, 1))

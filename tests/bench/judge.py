@@ -1,4 +1,4 @@
-"""How long judging takes: 1,000 answers of about 256 tokens, on one core, by text.
+"""Times the text findings of the judge: 1,000 answers of about 256 tokens on one core.
 
     python -m tests.bench judge
 

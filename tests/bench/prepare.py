@@ -1,4 +1,4 @@
-"""How preparing rows grows: cleaning, search for repeated questions, split and mix, on generated rows.
+"""Times the preparation of generated rows by their number: cleaning, duplicates, split and mix.
 
     python -m tests.bench prepare [ROWS ...]
 
