@@ -763,21 +763,6 @@ class Quality:
     num_points: int
     num_wrong_claims: int
 
-    @property
-    def sound_rate(self) -> float:
-        """Share of sound answers; 0 without answers."""
-        return self.num_sound / max(1, self.num_answers)
-
-    @property
-    def stop_rate(self) -> float:
-        """Share of answers that the stop token ended; 0 without answers."""
-        return self.num_ended / max(1, self.num_answers)
-
-    @property
-    def points_rate(self) -> float:
-        """Share of the points that are named; 0 without points."""
-        return self.num_named / max(1, self.num_points)
-
 
 def measure_quality(judged: Sequence[JudgedAnswer]) -> Quality:
     """Counts of a set of judged answers."""
