@@ -147,7 +147,7 @@ def test_the_same_run_again_is_told_to_be_done_and_another_is_refused(trained):
     again = run_script("train.py", *trained.flags, cwd=trained.cwd)
     assert again.returncode == 0 and "already trained" in again.stdout
     other = run_script("train.py", *trained.flags, "--r", "8", cwd=trained.cwd)
-    assert other.returncode == 2
+    assert other.returncode == 3
     assert "r: 16 there, 8 now" in other.stderr and "--restart" in other.stderr
     rows = trained.cwd / "conversational.jsonl"
     whole = rows.read_text(encoding="utf-8")
@@ -156,7 +156,7 @@ def test_the_same_run_again_is_told_to_be_done_and_another_is_refused(trained):
         edited = run_script("train.py", *trained.flags, cwd=trained.cwd)
     finally:
         rows.write_text(whole, encoding="utf-8")
-    assert edited.returncode == 2 and "data_fingerprint: " in edited.stderr
+    assert edited.returncode == 3 and "data_fingerprint: " in edited.stderr
     assert (trained.folder / "run.json").read_bytes() == before
 
 

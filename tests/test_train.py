@@ -421,7 +421,7 @@ def test_a_run_that_was_stopped_by_the_clock_and_asks_nothing_comes_to_the_same_
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == old
     assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "checkpoint-1"}
     other = run_script(*flags, "--r", "8", cwd=tmp_path)
-    assert other.returncode == 2 and "  r: 16 there, 8 now\n" in other.stderr
+    assert other.returncode == 3 and "  r: 16 there, 8 now\n" in other.stderr
     resumed = run_script(*flags, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming runs/train/tiny after step 1 of 4" in resumed.stdout
