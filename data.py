@@ -1440,18 +1440,22 @@ def read_architecture(base_model: str) -> Architecture:
     Raises:
         UsageError: it cannot be read, or is not a Llama model's.
     """
-    name = "config.json"
+    name, is_offline = "config.json", False
     try:
         if Path(base_model).is_dir():
             path = Path(base_model, name)
         else:
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(base_model, name))
+            # Without a network, the client would retry for some 20 seconds.
+            is_offline = not reaches_hub()
+            path = Path(hf_hub_download(base_model, name, local_files_only=is_offline))
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        reason = "the hub cannot be reached, and it is not in the cache"
         raise UsageError(
-            f"{base_model}: its {name} could not be read ({first_line(error)}). "
+            f"{base_model}: its {name} could not be read "
+            f"({reason if is_offline else first_line(error)}). "
             "Expected a folder with a model, or a hub id (owner/name); the hub needs the network "
             "once."
         ) from None
@@ -1525,7 +1529,7 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
         raise UsageError(
             f"This machine has a GPU ({gpu}), but torch {torch.__version__} cannot use it: it "
             f"needs a driver for CUDA {torch.version.cuda} or newer (nvidia-smi shows yours). "
-            "Update the driver, install the torch build for it (README, 'Kaggle and Colab'), or "
+            "Update the driver, install the torch build for it (docs/t4.md), or "
             "train the small model on the CPU with --profile cpu."
         )
     return load_profile("cpu", base_model)

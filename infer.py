@@ -894,7 +894,7 @@ def load_base(
         if profile.name == "t4" and DEVICE_TYPE == "cpu":
             raise UsageError(
                 f"The profile t4 needs a GPU, and torch {torch.__version__} finds none. Use a "
-                "machine with one (README, 'Kaggle and Colab'), or --profile cpu."
+                "machine with one (docs/t4.md), or --profile cpu."
             )
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -949,13 +949,16 @@ def find_adapter(name: str) -> Path:
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         from huggingface_hub import snapshot_download
 
+        is_offline = not data.reaches_hub()
         try:
             patterns = ["*.json", "*.safetensors", "*.jinja"]
-            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            found = snapshot_download(name, allow_patterns=patterns, local_files_only=is_offline)
+            folder = Path(found)
         except (OSError, ValueError) as error:
+            reason = "it cannot be reached" if is_offline else data.first_line(error)
             raise UsageError(
                 f"{name} is not a folder, and could not be downloaded from the hub "
-                f"({data.first_line(error)}). {expected}"
+                f"({reason}). {expected}"
             ) from None
     if not folder.is_dir():
         found = "is a file" if folder.is_file() else "does not exist"
