@@ -194,7 +194,7 @@ def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes
     assert {path.name for path in folder.iterdir()} == {path.name for path in trained.folder.iterdir()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not CAN_CUT_NETWORK, reason="a disk of its own needs a user namespace")
 def test_a_disk_that_fills_up_takes_nothing_with_it(trained, tmp_path):
     """On a real disk of 330 MB, which another file fills during the second step."""
@@ -282,14 +282,14 @@ def make_case(tmp_path, request):
     return make
 
 
-@pytest.mark.kills
+@pytest.mark.long
 @pytest.mark.parametrize("make_case", ["train"], indirect=True)
 def test_training_runs_that_are_killed_lose_nothing_and_come_to_the_same_bytes(make_case, trained, rounds):
     figures = faults.run_rounds(make_case, faults.Training(trained.cwd).result(), 50, rounds, seed=time.time_ns(), report=print)
     assert (figures.rounds, figures.lost, figures.different) == (rounds, 0, 0), figures
 
 
-@pytest.mark.kills
+@pytest.mark.long
 @pytest.mark.parametrize("make_case", ["ablation"], indirect=True)
 def test_studies_that_are_killed_lose_nothing_and_come_to_the_same_bytes(make_case, ablated, rounds):
     study, seconds = ablated

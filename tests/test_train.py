@@ -452,7 +452,7 @@ def test_an_adapter_is_trained_further(trained, tmp_path):
     assert "python infer.py --adapter 'a b/tiny/adapter' " in ran.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_as_one_does_with_twice_the_accumulation(trained, tmp_path):
     """With a stop after the first step, from which both go on. On whole steps: where rows do not fill an epoch's last one,
     accelerate repeats some for the processes to be even."""
