@@ -298,7 +298,7 @@ PROFILES: dict[ProfileName, Profile] = {
         measured="on two cores of an AMD EPYC: 285 rows in 4.1 minutes, 3.7 GiB at the peak",
         ablation_rows=64,
         ablation_probes=10,
-        # On two cores, two processes of one thread answer 1.4 times as fast as one of two.
+        # On two cores, two processes of one thread answer 1.2 to 1.6 times as fast as one of two.
         workers=2,
     ),
 }
