@@ -1357,9 +1357,10 @@ NOTES = """*Sound and ended*: the judge finds no defect of form, and the stop to
 before the limit; in parentheses a 95% interval (Wilson). *Drift*: the answer surprises the base
 model, continues as another speaker, or invents a medicine. *Eval loss*: of the weights that were
 kept, on rows held out from the sources that the arm trains on, so only arms with equal sources
-compare. Claims are decided by sign tests over the questions, p < 0.05, two-sided: `+a -b` means
-that the first has more on *a* questions and less on *b*. With few questions only large differences
-show. None of this says that an answer is medically correct, and none of it is medical advice."""
+compare. C2 and C12 are decided by whether the interval of a share is above or below one half, the
+other comparisons by sign tests over the questions, p < 0.05, two-sided: `+a -b` means that the
+first has more on *a* questions and less on *b*. With few questions only large differences show.
+None of this says that an answer is medically correct, and none of it is medical advice."""
 SELECTION_NOTE = """The evaluation that each metric selects, and how many of its probe answers are
 sound and ended; they have a lower token limit. `answers` ranks by sound answers, then by points."""
 

@@ -642,11 +642,11 @@ class Probe:
 def read_probes(source: str | None = None) -> list[Probe]:
     """The probes of a file, by default samples/probes.jsonl, in its order.
 
-    Only `question` is required. Repeated questions are read once.
+    Only `question` is required.
 
     Raises:
-        UsageError: a line is not a probe, and the message names the line and the problem; or the
-            file is empty.
+        UsageError: a line is not a probe, or repeats a question, and the message names the line
+            and the problem; or the file is empty.
     """
 
     def texts(values: Any) -> tuple[str, ...]:
@@ -672,7 +672,9 @@ def read_probes(source: str | None = None) -> list[Probe]:
             claims = tuple(build(WrongClaim, each) for each in record.get("wrong_claims") or ())
             names = texts([record.get("id", f"probe-{len(probes) + 1}"), record["question"]])
             check_question(names[1])
-            probes.setdefault(names[1], Probe(*names, points, claims))
+            if names[1] in probes:
+                raise UsageError(f"an earlier line has the same question, {shorten(names[1])}")
+            probes[names[1]] = Probe(*names, points, claims)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise UsageError(
                 f"{place}: not a probe ({error}). Expected `question` and, if you like, `points` "

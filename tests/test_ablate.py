@@ -393,6 +393,9 @@ def test_probes_of_a_user_need_only_questions(tmp_path):
     assert [probe.question for probe in probes] == [row["question"] for row in rows]
     assert infer.check_facts("Rest.", probes[1]).named == ("rest",)
     plan = run_script("ablate.py", "--probes", path, "--profile", "cpu", "--dry-run", cwd=tmp_path)
+    twice = write_rows(tmp_path / "twice.jsonl", [rows[0], rows[0]])
+    with pytest.raises(data.UsageError, match=r"twice\.jsonl:2: not a probe \(an earlier line has the same question"):
+        infer.read_probes(str(twice))
     assert "69 cells of 2 questions, 69 to do, in runs/ablate/all-mine" in plan.stdout
     assert plan.stdout.count(f"--probes {path}") == 10
 
