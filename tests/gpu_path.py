@@ -10,9 +10,11 @@ as they are; only the base model in their table is another.
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 import types
+from pathlib import Path
 
 import data
 import infer
@@ -117,6 +119,22 @@ def import_gpu_unsloth(*, host_device_map=True):
     unsloth.FastLanguageModel.from_pretrained = staticmethod(lambda **given: real(**given, device_map={"": "cpu"}))
 
 
+def log_kernels():
+    """Lets Unsloth print which layers it patched, and records of each loss its tokens and the number it is divided by."""
+    from unsloth.models import llama
+
+    llama.logger.warning_once = print
+    fused_loss = llama.unsloth_fused_ce_loss
+
+    def recorded(*args, labels, n_items, **kwargs):
+        counts = {"tokens": int((labels[..., 1:] != -100).sum()), "divisor": None if n_items is None else int(n_items)}
+        with Path("losses.jsonl").open("a") as file:
+            file.write(json.dumps(counts) + "\n")
+        return fused_loss(*args, labels=labels, n_items=n_items, **kwargs)
+
+    llama.unsloth_fused_ce_loss = recorded
+
+
 def use_t4_values(profile, base_model):
     """Puts the t4 profile's values, with another base model, into the tables under `profile`, and makes a run short.
 
@@ -136,14 +154,20 @@ def main(backend, base_model, script, *flags):
     profile = "t4" if backend == "gpu" else "cpu"
     use_t4_values(profile, base_model)
     infer.prepare_environment(data.PROFILES[profile], offline=True)
-    if backend == "gpu":
-        import_gpu_unsloth()
-        from transformers.utils import logging
+    quiet_libraries = infer.quiet_libraries
 
-        logging.set_verbosity_error = lambda: None
+    @contextlib.contextmanager
+    def keep_output():
+        """As `infer.quiet_libraries`, but what it hides goes to a file."""
+        with quiet_libraries(), Path("libraries.txt").open("a") as file, contextlib.redirect_stdout(file):
+            yield
+
+    infer.quiet_libraries = keep_output
+    if backend == "gpu":
+        with keep_output():
+            import_gpu_unsloth()
+        log_kernels()
     config, run = {"train": (train.TrainConfig, train.main), "infer": (infer.InferConfig, infer.main)}[script]
-    # The tests look for what Unsloth prints and logs about its kernels.
-    infer.quiet_libraries = lambda: contextlib.redirect_stdout(sys.stderr)
     sys.argv = [f"{script}.py", *flags, "--profile", profile]
     data.run_command(config, run, None)
 

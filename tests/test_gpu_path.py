@@ -45,8 +45,9 @@ def gpu_run(gpu_process):
 @pytest.mark.gpu_path
 def test_the_t4_recipe_runs_through_unsloths_gpu_code(workplace, gpu_run):
     assert gpu_run.returncode == 0, gpu_run.stderr
-    assert "Tesla T4" in gpu_run.stderr and "patched 2 layers with 2 QKV layers, 2 O layers and 2 MLP layers" in gpu_run.stderr
-    assert "Padding-free enabled" in gpu_run.stderr
+    log = (workplace / "libraries.txt").read_text()
+    assert "Tesla T4" in log and "patched 2 layers with 2 QKV layers, 2 O layers and 2 MLP layers" in log
+    assert "Padding-free enabled" in log
     assert "adapter" in gpu_run.stdout and "as planned" in gpu_run.stdout
     stopped, went_on = "Stopped by --max-hours after 1 of 2 steps", "resuming runs/train/gpu after step 1 of 2"
     assert gpu_run.stdout.index(stopped) < gpu_run.stdout.index(went_on)
@@ -56,6 +57,25 @@ def test_the_t4_recipe_runs_through_unsloths_gpu_code(workplace, gpu_run):
         lines = (workplace / "runs" / "train" / "gpu" / "samples" / f"{step}.jsonl").read_text().splitlines()
         assert len(lines) == 2 and all(json.loads(line)["token_ids"] for line in lines)
     assert not (workplace / "unsloth_compiled_cache").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.gpu_path
+def test_the_terminal_shows_nothing_of_the_libraries(gpu_run):
+    for word in ("nsloth", "Warning", "WARNING", "num_items"):
+        assert word not in gpu_run.stdout + gpu_run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.gpu_path
+def test_the_loss_of_a_step_is_a_mean_over_all_tokens_of_its_passes(workplace, gpu_run):
+    """Not a mean of the means of its passes, which would weigh a token of a pass with few of them more."""
+    losses = [json.loads(line) for line in (workplace / "losses.jsonl").read_text().splitlines()]
+    trained = [loss for loss in losses if loss["divisor"] is not None]  # an evaluation takes plain means
+    assert len(trained) == 2 * 2
+    for passes in (trained[:2], trained[2:]):
+        assert {loss["divisor"] for loss in passes} == {sum(loss["tokens"] for loss in passes)}
+    assert any(loss["tokens"] != trained[0]["tokens"] for loss in trained)
 
 
 @pytest.mark.slow
