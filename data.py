@@ -411,13 +411,23 @@ _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
 _OUT_OF_MEMORY = re.compile(r"out of memory|an(?:'t|not) allocate memory|alloc_cpu|map segment")
 
 
-def storage_problem(error: BaseException) -> str | None:
-    """The system's reason why nothing could be written, or None for any other error."""
+def storage_error(error: BaseException, path: Path) -> UsageError | None:
+    """The message for a file or folder that could not be written; None for any other error."""
     found = _OS_ERROR.search(str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     if number in _STORAGE_ERRORS:
-        return os.strerror(number)
-    return "the disk is full, or a quota is reached" if _TORCH_WRITER.search(str(error)) else None
+        reason = os.strerror(number)
+    elif _TORCH_WRITER.search(str(error)):
+        reason = "the disk is full, or a quota is reached"
+    else:
+        return None
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free / 2**20
+    return UsageError(
+        f"{path} could not be written ({reason}; {free:,.0f} MiB are free there). What was there "
+        "before is still there. Free disk space, or fix the permissions, and run the same command "
+        "again."
+    )
 
 
 @contextlib.contextmanager
@@ -430,15 +440,14 @@ def writing(path: Path, part: Path | None = None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if part and part.is_dir():
+        if part:
             shutil.rmtree(part, ignore_errors=True)
-        elif part:
             with contextlib.suppress(OSError):
                 part.unlink()
-        problem = None if isinstance(error, UsageError) else storage_problem(error)
-        if problem is None:
-            raise
-        raise UsageError(explain_storage(path, problem)) from error
+        problem = storage_error(error, path)
+        if problem:
+            raise problem from error
+        raise
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -454,17 +463,6 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             with contextlib.suppress(OSError):  # not every file system can
                 os.fsync(file.fileno())
         part.replace(path)
-
-
-def explain_storage(path: Path | str, reason: str | None) -> str:
-    """The message for a file or folder that could not be written."""
-    folder = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free / 2**20
-    return (
-        f"{path} could not be written ({reason}; {free:,.0f} MiB are free there). What was there "
-        "before is still there. Free disk space, or fix the permissions, and run the same command "
-        "again."
-    )
 
 
 def first_line(error: BaseException) -> str:
@@ -1825,6 +1823,7 @@ def run_command(
     if isinstance(sys.stdout, io.TextIOWrapper):
         # An answer may hold characters that the terminal's encoding does not have.
         sys.stdout.reconfigure(errors="backslashreplace")
+    message = ""
     try:
         try:
             code = run(tyro.cli(config_type, description=description))
@@ -1837,17 +1836,16 @@ def run_command(
     except BrokenPipeError:
         # The reader of stdout has closed it; the rest of the buffer is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code, message = 128 + signal.SIGPIPE, ""
+        code = 128 + signal.SIGPIPE
     except Exception as error:
-        code, message = getattr(error, "exit_code", 2), f"error: {error}"
+        filename = getattr(error, "filename", None) or "stdout"
+        problem = storage_error(error, Path(filename)) or error
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-            message = f"error: Out of memory ({first_line(error)}). {memory_advice}"
-        elif isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
-            message = f"error: {explain_storage(error.filename or 'stdout', error.strerror)}"
-        elif not isinstance(error, UsageError):
+            problem = UsageError(f"Out of memory ({first_line(error)}). {memory_advice}")
+        if isinstance(problem, UsageError):
+            code, message = problem.exit_code, f"error: {problem}"
+        else:
             code, message = 1, traceback.format_exc().rstrip()
-    else:
-        message = ""
     # Of several processes on a machine, which all meet the same error, one reports it.
     if message and os.environ.get("LOCAL_RANK", "0") == "0":
         print(escape_controls(message), file=sys.stderr)

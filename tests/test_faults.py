@@ -42,10 +42,10 @@ def test_what_cannot_be_written_is_one_message_and_nothing_else_is_touched(tmp_p
 def test_errors_of_other_kinds_are_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(RuntimeError, match="other"), data.writing(tmp_path / "x"):
         raise RuntimeError("other")
-    assert data.storage_problem(RuntimeError("I/O error: No space left on device (os error 28)")) == os.strerror(errno.ENOSPC)
-    assert "disk is full" in data.storage_problem(
-        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-    )
+    full = data.storage_error(RuntimeError("I/O error: No space left on device (os error 28)"), tmp_path / "x")
+    assert os.strerror(errno.ENOSPC) in str(full)
+    full = data.storage_error(RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), tmp_path / "x")
+    assert "disk is full" in str(full)
 
 
 def test_a_cache_folder_with_a_file_of_another_size_is_made_again(tmp_path, monkeypatch):
