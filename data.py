@@ -498,28 +498,27 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
         UsageError: the source does not exist, or is corrupt as a whole.
     """
     path, suffix = Path(source), Path(source).suffix.lower()
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", source)
+    is_file = suffix in FILE_SUFFIXES
+    if not is_file and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", source):
+        return _read_hub(source)
+    if not is_file or not path.is_file():
+        found = "is a folder" if path.is_dir() else "has another suffix"
+        raise UsageError(
+            f"{source!r} {found if path.exists() else 'does not exist'}. Expected a file of rows "
+            f"({', '.join(FILE_SUFFIXES)}) or a hub id (owner/name)."
+        )
     try:
-        if is_hub_id and suffix not in FILE_SUFFIXES and not path.exists():
-            return _read_hub(source)
-        if not path.is_file() or suffix not in FILE_SUFFIXES:
-            found = "is a folder" if path.is_dir() else "has another suffix"
-            found = found if path.exists() else "does not exist"
-            raise UsageError(
-                f"{source!r} {found}. Expected a file of rows "
-                f"({', '.join(FILE_SUFFIXES)}) or a hub id (owner/name)."
-            )
         if suffix != ".parquet":
-            text = decode_text(path.read_bytes(), source)
-            return (read_json if "json" in suffix else _read_csv)(text, source)
+            content = path.read_bytes()
+            read = read_json if "json" in suffix else _read_csv
+            return read(decode_text(content, source), source)
         import pyarrow.parquet
 
         records = pyarrow.parquet.read_table(path).to_pylist()
     except UsageError:
         raise
     except (OSError, ValueError, OverflowError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UsageError(f"{source}: cannot be read ({reason}). Check the file.") from None
+        raise UsageError(f"{source}: cannot be read ({first_line(error)}).") from None
     return ((f"{source}, row {number}", record) for number, record in enumerate(records, 1))
 
 
@@ -550,16 +549,15 @@ def read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
         return
     is_list = text.lstrip().startswith("[") and getattr(whole, "msg", "") != "Extra data"
     if is_list or (isinstance(whole, dict) and "\n" in text.strip()):
-        found = f"broken JSON: {whole}" if is_list else "one JSON object over several lines"
-        raise UsageError(f"{source}: {found}. Expected a list, or one object per line.")
+        found = whole if is_list else "one object over several lines"
+        raise UsageError(f"{source}: broken JSON ({found}). Expected a list, or lines of objects.")
     for number, line in enumerate(_LINE.finditer(text), 1):
         if line[0].strip():
             try:
                 record = json.loads(line[0])
             except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", str(error))
-                shown = line[0].strip()[:60]
-                record = BadRecord("unreadable record", f"broken JSON: {reason}: {shown}")
+                reason = f"broken JSON: {error}: {line[0].strip()[:60]}"
+                record = BadRecord("unreadable record", reason)
             yield f"{source}:{number}", record
 
 
@@ -569,33 +567,25 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
     header = next((line for line in lines if line.strip()), "")
     delimiter = max(",;\t|", key=lambda each: len(next(csv.reader([header], delimiter=each), ())))
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
-    names: list[str] = []
-    while True:
-        place = f"{source}:{reader.line_num + 1}"
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            # Where the next record begins is unknown, so no row after it could be trusted.
-            raise UsageError(
-                f"{place}: broken CSV ({error}). Fix the quotes of the field."
-            ) from None
-        if fields is None:
-            return
-        if not any(map(str.strip, fields)):
-            continue
-        if not names:
-            names = [name.strip() for name in fields]
-            known = Counter(name.casefold() for name in names if name)
-            name, count = known.most_common(1)[0]
-            if count > 1:
-                raise UsageError(f"{place}: the column {name!r} occurs twice. Rename one of them.")
-        elif any(fields[len(names) :]):
-            reason = f"{len(fields)} fields, and the header has {len(names)}"
-            yield place, BadRecord("unreadable record", reason)
-        else:
-            fields += [""] * (len(names) - len(fields))
-            pairs = enumerate(zip(names, fields, strict=False), 1)
-            yield place, {name or f"column {n}": text for n, (name, text) in pairs if name or text}
+    place, names = f"{source}:1", None
+    try:
+        for fields in reader:
+            if not any(map(str.strip, fields)):
+                pass
+            elif names is None:
+                names = [name.strip() or f"column {n}" for n, name in enumerate(fields, 1)]
+                name, count = Counter(map(str.casefold, names)).most_common(1)[0]
+                if count > 1:
+                    raise UsageError(f"{place}: the column {name!r} occurs twice. Rename one.")
+            elif any(fields[len(names) :]):
+                reason = f"{len(fields)} fields, and the header has {len(names)}"
+                yield place, BadRecord("unreadable record", reason)
+            else:
+                yield place, dict(itertools.zip_longest(names, fields[: len(names)], fillvalue=""))
+            place = f"{source}:{reader.line_num + 1}"
+    except csv.Error as error:
+        # Where the next record begins is unknown, so no row after it could be trusted.
+        raise UsageError(f"{place}: broken CSV ({error}). Fix the quotes of the field.") from None
 
 
 def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
@@ -632,20 +622,19 @@ def _read_text(value: Any, name: str) -> str:
         return ""
     if not isinstance(value, str):
         raise BadRecord("not text", f"the {name} is {reprlib.repr(value)}")
-    if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
+    if re.search(r"[\ud800-\udfff]", value):
         raise BadRecord("not text", f"the {name} holds half of a surrogate pair")
     return value.strip()
 
 
 def _read_turns(turns: Any) -> tuple[list[Message], set[str]]:
     """`(messages, unused fields)` of a chat: `role` and `content`, or `from` and `value`."""
-    if not isinstance(turns, list | None) or not all(
-        isinstance(turn, dict) for turn in turns or ()
-    ):
+    turns = turns or []
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadRecord("not text", f"the messages are {reprlib.repr(turns)}")
     messages: list[Message] = []
     unused: set[str] = set()
-    for number, turn in enumerate(turns or (), 1):
+    for number, turn in enumerate(turns, 1):
         given, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         role = ROLES.get(str(given).casefold())
         if not role or (role == "system" and any(known != "system" for known, _ in messages)):
@@ -653,12 +642,12 @@ def _read_turns(turns: Any) -> tuple[list[Message], set[str]]:
             raise BadRecord("unexpected turn", f"turn {number} has {reason}")
         if turn.get("tool_calls") or turn.get("weight") == 0:
             raise BadRecord("unexpected turn", f"turn {number} has tool_calls, or weight 0")
-        if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-            kinds = {str(part.get("type", "text")) for part in content}
-            if kinds - {"text"}:
-                raise BadRecord("not text", f"turn {number} has a part of type {min(kinds)}")
-            content = "\n".join(_read_text(part.get("text"), "content") for part in content)
-        messages.append((role, _read_text(content, f"text of turn {number}")))
+        texts = []
+        for part in content if isinstance(content, list) else [content]:
+            is_text = isinstance(part, dict) and part.get("type", "text") == "text"
+            part = part.get("text") if is_text else part
+            texts.append(_read_text(part, f"text of turn {number}"))
+        messages.append((role, "\n".join(texts)))
         unused |= {name for name, value in turn.items() if value is not None}
     return messages, unused - {"role", "from", "content", "value", "tool_calls", "weight"}
 
@@ -684,7 +673,7 @@ def parse_record(
     def find(given: str | None, known: Sequence[str]) -> str | None:
         names = known if given is None else (given.strip().casefold(),)
         there = [name for name in names if name in columns]
-        return next((name for name in there if columns[name] is not None), (there or [None])[0])
+        return min(there, key=lambda name: columns[name] is None, default=None)
 
     def read(name: str) -> str:
         text = _read_text(columns[name], name)
@@ -709,16 +698,14 @@ def parse_record(
         else:
             messages = [(role, read(name)) for name, role in used.items()]
     else:
-        wanted = [name for name in (question_column, answer_column) if name] or [
-            "a question, an answer"
-        ]
+        wanted = f"{question_column or 'a question'}, {answer_column or 'an answer'}"
         found = ", ".join(map(str, record))[:200] or "none"
-        raise BadRecord("unknown columns", f"expected {' and '.join(wanted)}, found {found}")
+        raise BadRecord("unknown columns", f"expected {wanted}, found {found}")
     form = "/".join(used)
     if isinstance(columns.get("system", 0), str | None):
         used["system"] = "system"
         messages.insert(0, ("system", read("system")))
-    unused |= {name for name in columns.keys() - used.keys() if columns[name] is not None}
+    unused |= {name for name in columns.keys() - used.keys() if columns[name] not in (None, "")}
     return form, messages, unused
 
 

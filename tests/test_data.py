@@ -253,12 +253,12 @@ BAD_RECORDS = [
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "not text",
-        "turn 1 has a part of type image_url",
+        "the text of turn 1 is {'type': 'image_url'}",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}]},
         "not text",
-        "turn 1 has a part of type image",
+        "the text of turn 1 is {'text': None, 'type': 'image'}",
     ),
     (
         {"messages": [*chat(("u", "q?")), {"role": "assistant", "content": "a", "weight": 0}]},
@@ -368,7 +368,7 @@ REFUSED_FILES = [
     ("rows.jsonl", b"\n \n", "holds no rows"),
     ("rows.json", b"[]", "holds no rows"),
     ("rows.json", b"[1, ", "rows.json: broken JSON"),
-    ("rows.json", b'{\n "question": "q"\n}', "one JSON object over several lines"),
+    ("rows.json", b'{\n "question": "q"\n}', "broken JSON (one object over several lines)"),
     ("rows.jsonl", b"[" * 100_000 + b"\n", "broken JSON"),
     ("rows.csv", b'question,answer\nq?,"a" b\nr?,c\n', "rows.csv:2: broken CSV"),
     ("rows.csv", "question,answer\nq?,a\n".encode("utf-16-le"), "rows.csv:1: not UTF-8"),
