@@ -178,49 +178,36 @@ class Profile:
     """A base model and the values for its hardware, from which flags left at None are filled."""
 
     name: ProfileName
-    base_model: str
-    """Hub id, folder, or `SMALL_MODEL`."""
-    licence: str
-    """Of the base model, and so of adapters for it, as the hub names licences."""
+    base_model: str  # hub id, folder, or `SMALL_MODEL`
+    licence: str  # of the base model, and so of adapters for it, as the hub names licences
     architecture: Architecture
     conversational: str
     encyclopedic: str
     load_in_4bit: bool
-    dtype: str
-    """Compute dtype of answers. A T4 has no bf16; on the CPU, bf16 logits have ties."""
+    dtype: str  # of answers; a T4 has no bf16, and on the CPU, bf16 logits have ties
+    # Recompute activations in the backward pass; "unsloth" also offloads them to host memory.
     use_gradient_checkpointing: Literal["unsloth"] | bool
-    """Recompute activations in the backward pass; "unsloth" also offloads them to host memory."""
+    # Attention of answers: `infer.register_grouped_attention`, or Unsloth's for a GPU.
     attn_implementation: Literal["grouped"] | None
-    """Attention of answers: `infer.register_grouped_attention`, or Unsloth's for a GPU."""
-    shares_prompts: bool
-    """Whether a prompt is read once for all rows that have it; Unsloth's GPU path cannot."""
+    shares_prompts: bool  # read a prompt once for all its rows; Unsloth's GPU path cannot
 
     # Training.
     per_device_train_batch_size: int
     optim: str
-    train_sampling_strategy: Literal["random", "sequential"]
-    """`sequential` is the order of `train.order_rows`."""
-    padding_free: bool
-    """Unsloth packs a GPU's batch into one row."""
-    pad_to_multiple_of: int | None
-    """Batch lengths are rounded up to it: the CPU's matrix library caches a kernel per length."""
-    joined_lora: bool
-    """Whether LoRA and frozen weights are multiplied at once, see `train.join_lora`."""
-    eager_attention_tokens: int
-    """Longest row with which attention is computed by plain matrix products; 0 is none."""
-    eval_every: float
-    """Share of the steps between two evaluations."""
-    num_probes: int
-    """Questions that each evaluation asks."""
+    train_sampling_strategy: Literal["random", "sequential"]  # the latter by `train.order_rows`
+    padding_free: bool  # Unsloth packs a GPU's batch into one row
+    pad_to_multiple_of: int | None  # the CPU's matrix library caches a kernel per batch length
+    joined_lora: bool  # multiply LoRA and frozen weights at once, see `train.join_lora`
+    eager_attention_tokens: int  # longest row with plain attention; 0 is none
+    eval_every: float  # share of the steps between two evaluations
+    num_probes: int  # questions that each evaluation asks
     gate_max_new_tokens: int
-    measured: str
-    """Speed and memory of training, with the machine they were measured on."""
+    measured: str  # speed and memory of training, with the machine they were measured on
 
     # Ablations.
     ablation_rows: int
     ablation_probes: int
-    workers: int
-    """Arms that are trained and asked at the same time."""
+    workers: int  # arms that are trained and asked at the same time
 
     @property
     def hub_id(self) -> str:
@@ -434,8 +421,7 @@ def storage_error(error: BaseException, path: Path) -> UsageError | None:
 def writing(path: Path, part: Path | None = None) -> Iterator[None]:
     """A context that writes `path` by way of the file or folder `part`, removed on failure.
 
-    Raises:
-        UsageError: the disk is full, the folder is not writable, or the like.
+    Raises UsageError: the disk is full, the folder is not writable, or the like.
     """
     try:
         yield
@@ -453,8 +439,7 @@ def writing(path: Path, part: Path | None = None) -> Iterator[None]:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a temporary file and renames it: readers find the old content or the new one.
 
-    Raises:
-        UsageError: as `writing`.
+    Raises UsageError: as `writing`.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path, part):
@@ -494,8 +479,7 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
     JSON holds one object per line, or a list of objects. In `.csv` and `.tsv` the delimiter is
     detected. A hub id (`owner/name` or `owner/name@commit`) is loaded by `datasets`, split `train`.
 
-    Raises:
-        UsageError: the source does not exist, or is corrupt as a whole.
+    Raises UsageError: the source does not exist, or is corrupt as a whole.
     """
     path, suffix = Path(source), Path(source).suffix.lower()
     is_file = suffix in FILE_SUFFIXES
@@ -660,8 +644,7 @@ def parse_record(
     Column names are compared in lower case; a null column counts as missing. Prompts and
     completions may be lists of messages. Texts lose the white space around them.
 
-    Raises:
-        BadRecord: it has no known columns, or a value that is not text.
+    Raises BadRecord: it has no known columns, or a value that is not text.
     """
     if not isinstance(record, dict):
         reason = "null" if record is None else f"a JSON {type(record).__name__}"
@@ -714,8 +697,7 @@ def complete_messages(
 ) -> tuple[tuple[Message, ...], list[tuple[str, str]]]:
     """The messages of a row, with a system message and in order; and `(rule, text)` of changes.
 
-    Raises:
-        BadRecord: no question is followed by an answer.
+    Raises BadRecord: no question is followed by an answer.
     """
     log: list[tuple[str, str]] = []
     system = [text for role, text in messages if role == "system" and text]
@@ -770,8 +752,7 @@ def load_source(
 
     The flags that name columns are not meant for the `is_default` source of a profile.
 
-    Raises:
-        UsageError: as `read_records`, or it holds no rows.
+    Raises UsageError: as `read_records`, or it holds no rows.
     """
     report = Report(source, "other" if flags.clean == "auto" else flags.clean)
     columns = (None, None) if is_default else (flags.question_column, flags.answer_column)
@@ -1019,8 +1000,7 @@ def split_words(text: str) -> list[str]:
 def read_probe_questions(source: str | None = None) -> Iterator[str]:
     """The questions of a file of probes, by default samples/probes.jsonl.
 
-    Raises:
-        UsageError: as `read_records`, or a line has no question.
+    Raises UsageError: as `read_records`, or a line has no question.
     """
     for place, record in read_records(source or str(PROBES)):
         question = record.get("question") if isinstance(record, dict) else None
@@ -1122,8 +1102,7 @@ def draw_mix(
     Rows are ordered by the sha256 of seed and row, so the draw is the same on every machine and
     for every order of the files.
 
-    Raises:
-        UsageError: a source has no row to draw, or none to hold out.
+    Raises UsageError: a source has no row to draw, or none to hold out.
     """
     splits = {name: split_rows(row for row in rows if row.source == name) for name in wanted}
     available = {name: len(train) for name, (train, _) in splits.items()}
@@ -1218,8 +1197,7 @@ def fit_mix(
     A conversation keeps the first turns that fit. No answer is truncated: without its end-of-turn
     token it would teach the model not to stop.
 
-    Raises:
-        UsageError: most rows of a source are too long, or no row of a split is left.
+    Raises UsageError: most rows of a source are too long, or no row of a split is left.
     """
     reports = copy.deepcopy(mix.reports)
     lengths = {name: Report(report.source) for name, report in reports.items()}
@@ -1717,8 +1695,7 @@ class RowsConfig(RowsFlags):
     def load(self, profile: Profile) -> Mix:
         """Reads the sources, cleans them and draws the mix.
 
-        Raises:
-            UsageError: as `load_source`, `check_losses` and `draw_mix`.
+        Raises UsageError: as `load_source`, `check_losses` and `draw_mix`.
         """
         rows: list[Row] = []
         reports: dict[SourceName, Report] = {}
