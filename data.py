@@ -540,7 +540,7 @@ def read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
             try:
                 record = json.loads(line[0])
             except (ValueError, RecursionError) as error:
-                reason = f"broken JSON: {error}: {line[0].strip()[:60]}"
+                reason = f"broken JSON: {getattr(error, 'msg', error)}: {line[0].strip()[:60]}"
                 record = BadRecord("unreadable record", reason)
             yield f"{source}:{number}", record
 
@@ -586,7 +586,7 @@ def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
             f"{name}: could not be loaded from the hub ({first_line(error)}). Connect to the "
             "network, or use files: --rows FILE, or --conversational FILE --encyclopedic FILE."
         ) from error
-    return ((f"{name}, row {number}", record) for number, record in enumerate(rows, 1))
+    return ((f"{source}, row {number}", record) for number, record in enumerate(rows, 1))
 
 
 def reaches_hub() -> bool:
@@ -998,18 +998,6 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def read_probe_questions(source: str | None = None) -> Iterator[str]:
-    """The questions of a file of probes, by default samples/probes.jsonl.
-
-    Raises UsageError: as `read_records`, or a line has no question.
-    """
-    for place, record in read_records(source or str(PROBES)):
-        question = record.get("question") if isinstance(record, dict) else None
-        if not isinstance(question, str) or not question.strip():
-            raise UsageError(f"{place}: not a probe. Expected `question`: samples/README.md.")
-        yield question
-
-
 def drop_repeats(
     rows: Iterable[Row], probe_questions: Iterable[str], reports: Mapping[SourceName, Report]
 ) -> list[Row]:
@@ -1294,24 +1282,20 @@ def gguf_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def build_small_tokenizer(folder: Path) -> None:
-    """Writes the small model's tokenizer, read from its GGUF file, into `folder`."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=GGUF_FILE)
-    # transformers takes GGUF's bos for its eos and leaves pad empty. The turn ends with <|im_end|>;
-    # pad differs from it, so that a padded prompt does not look like one that ended.
-    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    tokenizer.clean_up_tokenization_spaces = False
-    tokenizer.save_pretrained(folder)
-
-
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
     """The tokenizer of the profile's base model, with the special tokens of `set_special_tokens`.
 
     Raises UsageError: it has to come from the hub and cannot, or its chat template is unsuitable.
     """
     from transformers import AutoTokenizer
+
+    def build_small_tokenizer(folder: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=GGUF_FILE)
+        # transformers takes GGUF's bos for its eos and leaves pad empty. The turn ends with
+        # <|im_end|>; pad differs, so that a padded prompt does not look like one that ended.
+        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+        tokenizer.clean_up_tokenization_spaces = False
+        tokenizer.save_pretrained(folder)
 
     name: str | Path = profile.base_model
     if name == SMALL_MODEL:
@@ -1425,16 +1409,6 @@ def read_architecture(base_model: str) -> Architecture:
     return Architecture(**sizes)
 
 
-def installed_gpu() -> str | None:
-    """The GPU that the NVIDIA driver reports, whether or not torch can use it; None without one."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    listed = subprocess.run(
-        ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False
-    )
-    return listed.stdout.partition(" (UUID")[0] if listed.stdout.startswith("GPU ") else None
-
-
 def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Profile:
     """The profile to use, with another base model if one is named.
 
@@ -1447,13 +1421,18 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
         import torch
 
         choice = "t4" if torch.cuda.is_available() else "cpu"
-        if choice == "cpu" and (gpu := installed_gpu()):
-            raise UsageError(
-                f"This machine has a GPU ({gpu}), but torch {torch.__version__} cannot use it: it "
-                f"needs a driver for CUDA {torch.version.cuda} or newer (nvidia-smi shows yours). "
-                "Update the driver, install the torch build for it (docs/t4.md), or train the "
-                "small model on the CPU with --profile cpu."
+        if choice == "cpu" and shutil.which("nvidia-smi"):
+            listed = subprocess.run(
+                ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False
             )
+            if listed.stdout.startswith("GPU "):
+                raise UsageError(
+                    f"This machine has a GPU ({listed.stdout.partition(' (UUID')[0]}), but torch "
+                    f"{torch.__version__} cannot use it: it needs a driver for CUDA "
+                    f"{torch.version.cuda} or newer (nvidia-smi shows yours). Update the driver, "
+                    "install the torch build for it (docs/t4.md), or train the small model on the "
+                    "CPU with --profile cpu."
+                )
     profile = PROFILES[choice]
     if base_model in (None, profile.base_model, profile.hub_id):
         return profile
@@ -1683,14 +1662,21 @@ class RowsConfig(RowsFlags):
     def load(self, profile: Profile) -> Mix:
         """Reads the sources, cleans them and draws the mix.
 
-        Raises UsageError: as `load_source`, `check_losses` and `draw_mix`.
+        Raises UsageError: as `load_source`, `check_losses` and `draw_mix`, or a line of --probes
+        has no question.
         """
         rows: list[Row] = []
         reports: dict[SourceName, Report] = {}
         for name, source in self.sources(profile).items():
             read, reports[name] = load_source(name, source, self, getattr(self, name) is None)
             rows += clean_rows(read, reports[name])
-        rows = drop_repeats(rows, list(read_probe_questions(self.probes)), reports)
+        questions = []
+        for place, record in read_records(self.probes or str(PROBES)):
+            question = record.get("question") if isinstance(record, dict) else None
+            if not isinstance(question, str) or not question.strip():
+                raise UsageError(f"{place}: not a probe. Expected `question`: samples/README.md.")
+            questions.append(question)
+        rows = drop_repeats(rows, questions, reports)
         for report in reports.values():
             check_losses(report)
         return draw_mix(rows, self.wanted, self.seed, reports)
