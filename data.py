@@ -411,9 +411,8 @@ def storage_error(error: BaseException, path: Path) -> UsageError | None:
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free / 2**20
     return UsageError(
-        f"{path} could not be written ({reason}; {free:,.0f} MiB are free there). What was there "
-        "before is still there. Free disk space, or fix the permissions, and run the same command "
-        "again."
+        f"{path} could not be written ({reason}; {free:,.0f} MiB are free there). Earlier content "
+        "is kept. Free disk space, or fix the permissions, and run the same command again."
     )
 
 
@@ -1098,8 +1097,7 @@ def draw_mix(
         ratio = " : ".join("all" if n is None else f"{n:,}" for n in wanted.values())
         raise UsageError(
             f"Rows left after cleaning: {left}. They are too few, or all the same, to train on "
-            f"{ratio} of them and to hold others out for evaluation. Give more rows, or change the "
-            "mix."
+            f"{ratio} and to hold others out. Give more rows, or change the mix."
         )
     train = [
         row
@@ -1388,8 +1386,7 @@ def read_architecture(base_model: str) -> Architecture:
         reason = "the hub cannot be reached, and it is not in the cache"
         raise UsageError(
             f"{base_model}: its config.json could not be read "
-            f"({reason if is_offline else first_line(error)}). Expected a folder with a model, or "
-            "a hub id (owner/name); the hub needs the network once."
+            f"({reason if is_offline else first_line(error)}). Expected a model's folder or hub id."
         ) from None
     found = config.get("model_type") if isinstance(config, dict) else config
     if found != "llama":

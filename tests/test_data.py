@@ -160,10 +160,7 @@ FORMATS = {
     ),
     "thinking, markdown and code": (
         {"question": ASK, "answer": "<think>Hm.</think>\n\n## Yes\n\n| a | b |\n\n```x  y```"},
-        (
-            *STORY[:2],
-            ("assistant", "<think>Hm.</think>\n\n## Yes\n\n| a | b |\n\n```x  y```"),
-        ),
+        (*STORY[:2], ("assistant", "<think>Hm.</think>\n\n## Yes\n\n| a | b |\n\n```x  y```")),
         [],
     ),
 }
