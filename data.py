@@ -1743,7 +1743,7 @@ def run_command(
         code = 128 + signal.SIGPIPE
     except Exception as error:
         filename = getattr(error, "filename", None) or "stdout"
-        problem = storage_error(error, Path(filename)) or error
+        problem = storage_error(error, Path(str(filename))) or error
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
             problem = UsageError(f"Out of memory ({first_line(error)}). {memory_advice}")
         if isinstance(problem, UsageError):
