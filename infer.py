@@ -131,23 +131,6 @@ class Decoding:
             if not (least <= value <= most or (name == "temperature" and value == 0)):
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected {expected}.")
 
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Decoding:
-        """The decoding of a record.
-
-        Raises:
-            KeyError, TypeError, ValueError: a field is missing, unknown, of another type or out
-                of range.
-        """
-        for each in dataclasses.fields(cls):
-            value, expected = fields[each.name], type(each.default)
-            if type(value) is not expected and (expected, type(value)) != (float, int):
-                raise TypeError(f"{each.name} is {value!r}")
-        decoding = cls(**fields)
-        if decoding.stop not in get_args(StopName):
-            raise ValueError(f"stop is {decoding.stop!r}")
-        return decoding
-
     def __str__(self) -> str:
         """The nearest preset's name, and the fields that differ from it."""
 
@@ -205,65 +188,27 @@ class Answer:
 
 # --- The judge -----------------------------------------------------------------------------------
 
-FindingName = Literal[
-    "empty", "loop", "repetition", "list", "leak", "invented-medicine", "surprisal"
-]
 Measure = tuple[float, tuple[int, int]]  # a score, and the characters of the text it comes from
 NOTHING: Measure = (0.0, (0, 0))
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a finding measures, and from which value on the answer fails."""
+    """From which value on a measure is a finding, and what it then says of a place in the text."""
 
-    measures: str
     threshold: float
     message: str
-    """`{}` is the place in the text."""
 
 
 # How each threshold was chosen: docs/judge.md.
-CHECKS: dict[FindingName, Check] = {
-    "empty": Check(
-        "1 if the answer has no words, or its stop token follows an article or a conjunction",
-        1,
-        "it says nothing, or stops mid-sentence: {}",
-    ),
-    "loop": Check(
-        "most words in a row within sequences of six words that occurred before in the answer "
-        "(after seq-rep-n of Welleck et al. 2020); half of them unless they follow at once",
-        20,
-        "it repeats itself word for word: {}",
-    ),
-    "repetition": Check(
-        "bytes that zlib saves in the worst 512 bytes, over bytes that remain (the compression "
-        "ratio of Radford et al. 2022, less 1)",
-        1.5,
-        "it says nearly the same again and again: {}",
-    ),
-    "list": Check(
-        "items of the longest list, if the question asks for no list of that length",
-        21,
-        "a list does not end: {}",
-    ),
-    "leak": Check(
-        "template tokens, role names, other speakers, code, web mark-up, undecoded characters, "
-        "and runs of another script",
-        1,
-        "this is not part of an answer: {}",
-    ),
-    "invented-medicine": Check(
-        "words with an ending of the WHO's names for medicines that are not the name of one",
-        1,
-        "no medicine has this name: {}",
-    ),
-    "surprisal": Check(
-        "largest surprisal of the answer under the base model in nats per byte, mean over 160 "
-        "bytes, as a multiple of the reference: the largest in the base model's plain answers to "
-        "the probe questions",
-        2.5,
-        "the base model finds this unlikely: {}",
-    ),
+CHECKS: dict[str, Check] = {
+    "empty": Check(1, "it says nothing, or stops mid-sentence: {}"),
+    "loop": Check(20, "it repeats itself word for word: {}"),
+    "repetition": Check(1.5, "it says nearly the same again and again: {}"),
+    "list": Check(21, "a list does not end: {}"),
+    "leak": Check(1, "this is not part of an answer: {}"),
+    "invented-medicine": Check(1, "no medicine has this name: {}"),
+    "surprisal": Check(2.5, "the base model finds this unlikely: {}"),
 }
 
 
@@ -271,9 +216,10 @@ CHECKS: dict[FindingName, Check] = {
 class Finding:
     """A defect of an answer's form. It never says whether the answer is medically correct."""
 
-    name: FindingName
+    name: str
+    """One of `CHECKS`."""
     score: float
-    """In the unit of `CHECKS[name].measures`."""
+    """In the unit of its measure."""
     span: tuple[int, int]
     """Characters of the text: the first, and the one after the last."""
     message: str
@@ -334,7 +280,7 @@ _DANGLING = frozenset(("an", "and", "of", "or", "the", "to", "with"))
 
 
 def measure_empty(text: str, ended: bool) -> Measure:
-    """See `CHECKS`."""
+    """1 if the answer has no words, or its stop token follows an article or a conjunction."""
     words = text.split()
     is_broken_off = ended and bool(words) and words[-1] in _DANGLING
     # Letters, numbers, and symbols such as emoji.
@@ -345,7 +291,8 @@ def measure_empty(text: str, ended: bool) -> Measure:
 
 
 def measure_loop(plain: str, size: int = 6) -> Measure:
-    """See `CHECKS`; `plain` is without markdown."""
+    """Most words in a row within sequences of `size` words that occurred before in the answer
+    (after seq-rep-n of Welleck et al. 2020); half of them unless they follow at once."""
     matches = list(_NUMBER_OR_WORD.finditer(plain))
     words = [match[0].lower() for match in matches]
     last_at: dict[tuple[str, ...], int] = {}
@@ -367,22 +314,20 @@ def measure_loop(plain: str, size: int = 6) -> Measure:
 
 
 def measure_repetition(plain: str, window: int = 512, stride: int = 256) -> Measure:
-    """See `CHECKS`; `plain` is without markdown."""
+    """Bytes that zlib saves in the worst `window` bytes, over bytes that remain (the compression
+    ratio of Radford et al. 2022, less 1)."""
     # Runs of spaces, which markdown leaves behind, compress well and say nothing.
     encoded = re.sub(r"[ \t]+", " ", plain).encode("utf-8", "replace")
-    starts = range(0, max(1, len(encoded) - window + stride), stride) if encoded else ()
-    worst = max(
-        (
-            (len(part) / len(zlib.compress(part, 9)), start)
-            for start in starts
-            if (part := encoded[start : start + window])
-        ),
-        default=(1.0, 0),
-    )
+    worst, at = 1.0, 0
+    for start in range(0, max(1, len(encoded) - window + stride), stride):
+        part = encoded[start : start + window]
+        ratio = len(part) / len(zlib.compress(part, 9))
+        if ratio >= worst:
+            worst, at = ratio, start
     # The place is proportional, as bytes are not characters, and spaces are missing.
     share = len(plain) / max(1, len(encoded))
-    start, end = (round(at * share) for at in (worst[1], min(worst[1] + window, len(encoded))))
-    return max(0.0, worst[0] - 1), (start, end)
+    end = min(at + window, len(encoded))
+    return worst - 1, (round(at * share), round(end * share))
 
 
 _SENTENCE = re.compile(r"[^\n]+?(?:[^\d\s][.!?;:](?=\s)|\n|\Z)")
@@ -392,7 +337,8 @@ _NUMBERED = re.compile(r"(?<![\w.,/])(\d{1,3})[.)]\s+(?=\D)")
 
 
 def measure_list(text: str, question: str = "", short: int = 5) -> Measure:
-    """See `CHECKS`: short items in a row within a sentence, lines of one list, or numbers in a row.
+    """Items of the longest list: short items in a row within a sentence, lines of one list, or
+    numbers in a row.
 
     A short item has at most `short` words. A list ends where another line follows, or where the
     numbers begin again; lines that are indented below an item are not counted. A list of as many
@@ -488,7 +434,8 @@ _OTHER_SCRIPT = re.compile(
 
 
 def measure_leak(text: str, question: str = "") -> Measure:
-    """See `CHECKS`. Another script is one that the question is not written in."""
+    """Template tokens, role names, other speakers, code, web mark-up, undecoded characters, and
+    runs of a script that the question is not written in."""
     found = list(_LEAK.finditer(text))
     if not _ASKED_FOR.search(question):
         found += _LEAK_UNLESS_ASKED.finditer(text)
@@ -513,25 +460,20 @@ _LONG_WORD = re.compile(r"(?<![-\w])[^\W\d_]{6,}(?![\w])")
 
 def build_medicines(folder: Path) -> None:
     """Writes the words of drug-named-entity-recognition's names into `folder`, one per line."""
-    from drug_named_entity_recognition.drugs_finder import drug_variant_to_canonical
-
-    names = " ".join(drug_variant_to_canonical).lower()
-    words = sorted(set(re.findall(r"[^\W\d_]+", names)))
-    (folder / "words.txt").write_text("\n".join(words), encoding="utf-8")
-
-
-def _build_medicines_apart(folder: Path) -> None:
+    module = "drug_named_entity_recognition.drugs_finder"
+    program = f"from {module} import drug_variant_to_canonical as names; print(*names)"
     # In a process of its own: the library keeps several hundred MiB of indices.
-    program = "import pathlib, sys, infer; infer.build_medicines(pathlib.Path(sys.argv[1]))"
-    command = [sys.executable, "-c", program, str(folder.resolve())]
-    subprocess.run(command, cwd=data.HERE, check=True)
+    command = [sys.executable, "-X", "utf8", "-c", program]
+    names = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
+    words = sorted(set(re.findall(r"[^\W\d_]+", names.lower())))
+    (folder / "words.txt").write_text("\n".join(words), encoding="utf-8")
 
 
 @functools.cache
 def load_medicines() -> frozenset[str]:
     """Words of the names of medicines, in lower case, from the cache."""
     version = importlib.metadata.version("drug-named-entity-recognition")
-    folder = data.cached_folder(f"medicines-{version}", _build_medicines_apart)
+    folder = data.cached_folder(f"medicines-{version}", build_medicines)
     return frozenset((folder / "words.txt").read_text(encoding="utf-8").split("\n"))
 
 
@@ -546,7 +488,10 @@ def is_medicine(word: str) -> bool:
 
 
 def measure_medicine(text: str, question: str = "") -> Measure:
-    """See `CHECKS`. A name that the question contains is not counted, nor a bare ending."""
+    """Words with an ending of the WHO's names for medicines that are not the name of one.
+
+    A name that the question contains is not counted, nor a bare ending.
+    """
     asked, spans = question.lower(), {}
     for match in _LONG_WORD.finditer(text):
         word = match[0].lower()
@@ -558,11 +503,10 @@ def measure_medicine(text: str, question: str = "") -> Measure:
 
 def measure_answer(
     text: str, question: str = "", finish_reason: str = "stop", surprisal: Measure = NOTHING
-) -> dict[FindingName, Measure]:
+) -> dict[str, Measure]:
     """Every measure of an answer, in the order of `CHECKS`; loads no model.
 
-    `surprisal` is the measure of that name, see `measure_surprisal`, if a model has read the
-    answer.
+    `surprisal` is that of `measure_surprisal`, if a model has read the answer.
     """
     plain = blank_markdown(text)
     return {
@@ -610,23 +554,15 @@ def shorten(text: str, limit: int = 90) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """What a sound answer names. It is named where any of the phrases occurs."""
+    """What a sound answer names, or must not claim: any of the phrases."""
 
     name: str
-    phrases: tuple[str, ...]
+    phrases: Sequence[str]
     """Lower-case words; `...` stands for up to six words of the same sentence."""
     guideline: str = ""
     """The published reference."""
-
-
-@dataclass(frozen=True)
-class WrongClaim:
-    """What an answer must not claim: any of the phrases, with no `unless_after` before it."""
-
-    name: str
-    phrases: tuple[str, ...]
-    guideline: str = ""
-    unless_after: tuple[str, ...] = ()
+    unless_after: Sequence[str] = ()
+    """Phrases that excuse a wrong claim which comes after one of them."""
 
 
 @dataclass(frozen=True)
@@ -635,8 +571,14 @@ class Probe:
 
     id: str
     question: str
-    points: tuple[Point, ...]
-    wrong_claims: tuple[WrongClaim, ...]
+    points: Sequence[Point]
+    wrong_claims: Sequence[Point]
+
+
+def _check_texts(values: Any) -> None:
+    is_list = isinstance(values, list | tuple)
+    if not is_list or not all(isinstance(text, str) and text.strip() for text in values):
+        raise TypeError(f"{reprlib.repr(values)} is not a list of texts")
 
 
 def read_probes(source: str | None = None) -> list[Probe]:
@@ -645,36 +587,25 @@ def read_probes(source: str | None = None) -> list[Probe]:
     Only `question` is required.
 
     Raises:
-        UsageError: a line is not a probe, or repeats a question, and the message names the line
-            and the problem; or the file is empty.
+        UsageError: a line is not a probe, or repeats a question; or the file is empty.
     """
-
-    def texts(values: Any) -> tuple[str, ...]:
-        valid = isinstance(values, list) and all(
-            isinstance(value, str) and value.strip() for value in values
-        )
-        if not valid:
-            raise TypeError(f"{reprlib.repr(values)} is not a list of texts")
-        return tuple(values)
-
-    def build(kind: type, record: dict[str, Any]) -> Any:
-        lists = ("phrases", "unless_after")
-        item = kind(**{n: texts(v) if n in lists else v for n, v in record.items()})
-        texts([item.name, item.guideline or "none"])
-        return item
-
     probes: dict[str, Probe] = {}
     for place, record in data.read_records(source or str(data.PROBES)):
         try:
             if isinstance(record, data.BadRecord):
                 raise TypeError(record)
-            points = tuple(build(Point, each) for each in record.get("points") or ())
-            claims = tuple(build(WrongClaim, each) for each in record.get("wrong_claims") or ())
-            names = texts([record.get("id", f"probe-{len(probes) + 1}"), record["question"]])
-            check_question(names[1])
-            if names[1] in probes:
-                raise UsageError(f"an earlier line has the same question, {shorten(names[1])}")
-            probes[names[1]] = Probe(*names, points, claims)
+            points = [Point(**each) for each in record.get("points") or ()]
+            claims = [Point(**each) for each in record.get("wrong_claims") or ()]
+            for each in (*points, *claims):
+                _check_texts([each.name])
+                _check_texts(each.phrases)
+                _check_texts(each.unless_after)
+            name, question = record.get("id", f"probe-{len(probes) + 1}"), record["question"]
+            _check_texts([name, question])
+            check_question(question)
+            if question in probes:
+                raise UsageError(f"an earlier line has the same question, {shorten(question)}")
+            probes[question] = Probe(name, question, points, claims)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise UsageError(
                 f"{place}: not a probe ({error}). Expected `question` and, if you like, `points` "
