@@ -34,7 +34,6 @@ import math
 import os
 import re
 import reprlib
-import shlex
 import signal
 import statistics
 import subprocess
@@ -48,7 +47,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -862,13 +861,11 @@ def latest_adapter() -> Path:
             "or ask the base model: python infer.py --base"
         )
     name = LATEST.read_text(encoding="utf-8", errors="replace").strip()
-    if not RUN_NAME.fullmatch(name):
-        raise UsageError(
-            f"{LATEST} does not name a run: {name[:100]!r}. Remove it, and use --adapter FOLDER."
-        )
     adapter = TRAIN_RUNS / name / "adapter"
-    if not adapter.is_dir():
-        raise UsageError(f"{adapter}, of the latest run, is missing. Use --adapter FOLDER.")
+    if not RUN_NAME.fullmatch(name) or not adapter.is_dir():
+        raise UsageError(
+            f"{LATEST} does not name a run with an adapter: {name[:100]!r}. Use --adapter FOLDER."
+        )
     return adapter
 
 
@@ -882,16 +879,16 @@ def find_adapter(name: str) -> Path:
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         from huggingface_hub import snapshot_download
 
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
         is_offline = not data.reaches_hub()
         try:
-            patterns = ["*.json", "*.safetensors", "*.jinja"]
-            found = snapshot_download(name, allow_patterns=patterns, local_files_only=is_offline)
-            folder = Path(found)
+            return Path(
+                snapshot_download(name, allow_patterns=patterns, local_files_only=is_offline)
+            )
         except (OSError, ValueError) as error:
-            reason = "it cannot be reached" if is_offline else data.first_line(error)
             raise UsageError(
                 f"{name} is not a folder, and could not be downloaded from the hub "
-                f"({reason}). {expected}"
+                f"({data.first_line(error)}). {expected}"
             ) from None
     if not folder.is_dir():
         found = "is a file" if folder.is_file() else "does not exist"
@@ -968,39 +965,7 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_adapter_files(folder: Path) -> None:
-    """Checks that an adapter's files are there and readable, and that its weights are safetensors.
-
-    Raises:
-        UsageError: they are not; the message names the file.
-    """
-    for name in (CONFIG, WEIGHTS, ADAPTER_RECORD):
-        try:
-            (folder / name).open("rb").close()
-        except PermissionError as error:
-            quoted = shlex.quote(str(folder / name))
-            raise UsageError(
-                f"{folder / name} cannot be read ({error.strerror}). Its owner has to allow it: "
-                f"chmod a+r {quoted}"
-            ) from None
-        except OSError:
-            if name == ADAPTER_RECORD:
-                continue  # other programs' adapters have none
-            problem = f"{name} is missing"
-            pickles = [
-                file.name
-                for file in folder.glob("*")
-                if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-            ]
-            if pickles and name == WEIGHTS:
-                problem += (
-                    f", and {pickles[0]} is a pickle, which can run code when it is loaded: only "
-                    "safetensors are accepted"
-                )
-            raise UsageError(
-                f"{folder} is not an adapter: {problem}. Give a folder such as "
-                "runs/train/NAME/adapter."
-            ) from None
+_COPY_AGAIN = "Train the adapter again, or copy it again."
 
 
 def check_adapter(
@@ -1019,18 +984,17 @@ def check_adapter(
     config, record = _read_object(folder / CONFIG), read_adapter_record(folder)
     profile = resolve_adapter_profile(folder, record, choice, base_model)
     # An empty list or mapping is equal to none.
-    asked = [
+    found = [
         f"{name} {str(config[name])[:40]!r}"
         for name, plain in _PLAIN_LORA.items()
         if config.get(name) and config[name] not in plain
     ]
-    if asked or config.get("peft_type") != "LORA":
-        asked = asked or [f"peft_type {config.get('peft_type')!r}"]
+    if found:
         raise UsageError(
-            f"{folder / CONFIG}: expected plain LoRA, found {', '.join(asked[:5])}. Merge the "
+            f"{folder / CONFIG}: expected plain LoRA, found {', '.join(found[:5])}. Merge the "
             "adapter into its base model with the program that made it."
         )
-    r, alpha, scaled = (config.get(n) for n in ("r", "lora_alpha", "use_rslora"))
+    r, alpha, scaled = (config.get(name) for name in ("r", "lora_alpha", "use_rslora"))
     is_number = type(alpha) in (int, float) and 0 < alpha < math.inf
     if type(r) is not int or r < 1 or not is_number or scaled not in (None, True, False):
         values = f"r {r!r}, lora_alpha {alpha!r}, use_rslora {scaled!r}"
@@ -1039,7 +1003,31 @@ def check_adapter(
     return Adapter(folder, record, profile, r, alpha, bool(scaled), modules)
 
 
-_COPY_AGAIN = "Train the adapter again, or copy it again."
+def check_adapter_files(folder: Path) -> None:
+    """Raises UsageError if a file of an adapter is missing or unreadable, or a pickle."""
+    for name in (CONFIG, WEIGHTS, ADAPTER_RECORD):
+        try:
+            (folder / name).open("rb").close()
+        except FileNotFoundError:
+            if name == ADAPTER_RECORD:
+                continue  # other programs' adapters have none
+            problem = f"{name} is missing"
+            suffixes = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+            pickles = [file.name for file in folder.glob("*") if file.suffix in suffixes]
+            if pickles and name == WEIGHTS:
+                problem += (
+                    f", and {pickles[0]} is a pickle, which can run code when it is loaded: only "
+                    "safetensors are accepted"
+                )
+            raise UsageError(
+                f"{folder} is not an adapter: {problem}. Give a folder such as "
+                "runs/train/NAME/adapter."
+            ) from None
+        except OSError as error:
+            raise UsageError(
+                f"{folder / name} cannot be read ({error.strerror}). Its owner has to allow it: "
+                "chmod a+r FILE"
+            ) from None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -1061,39 +1049,39 @@ def read_adapter_record(folder: Path) -> AdapterRecord:
         UsageError: the file is broken.
     """
     path = folder / ADAPTER_RECORD
+    if path.is_file():
+        content = _read_object(path)
+    else:
+        path = folder / CONFIG
+        content = {"base_model": _read_object(path).get("base_model_name_or_path")}
+    names = [each.name for each in dataclasses.fields(AdapterRecord)]
     try:
-        if not path.is_file():
-            path = folder / CONFIG
-            record = AdapterRecord(_read_object(path)["base_model_name_or_path"])
-        else:
-            content = _read_object(path)
-            names = [each.name for each in dataclasses.fields(AdapterRecord)]
-            record = AdapterRecord(**{name: content[name] for name in names if name in content})
-            decoding = content["decoding"]
-            if decoding is not None:
-                record = dataclasses.replace(record, decoding=Decoding.from_json(decoding))
-        reference = record.surprisal_reference
-        valid = {
-            "base_model": isinstance(record.base_model, str) and record.base_model.strip(),
-            "profile": record.profile in (None, *data.PROFILES),
-            "prompt_fingerprint": isinstance(record.prompt_fingerprint, str | None),
-            "pad": record.pad in get_args(PadName),
-            "system_prompt": isinstance(record.system_prompt, str) and record.system_prompt.strip(),
-            "surprisal_reference": reference is None
-            or (type(reference) is float and 0 < reference < math.inf),
-            "load_in_4bit": record.load_in_4bit in (None, True, False),
-        }
+        record = AdapterRecord(**{name: content[name] for name in names if name in content})
+        if record.decoding is not None:
+            record = dataclasses.replace(record, decoding=Decoding(**record.decoding))
+            _check_types(record.decoding)
+        _check_types(record)
+        if not 0 < (record.surprisal_reference or 1) < math.inf:
+            raise ValueError(f"surprisal_reference is {record.surprisal_reference}")
         record.system_prompt.encode()
-        wrong = [
-            f"{name} {getattr(record, name)!r:.60}" for name, each in valid.items() if not each
-        ]
-        if wrong:
-            raise ValueError(", ".join(wrong))
-    except UsageError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(f"{path} is broken ({error!r}). {_COPY_AGAIN}") from None
     return record
+
+
+def _check_types(values: Any) -> None:
+    """Raises TypeError if a field of a dataclass has another type than it is declared with."""
+
+    def is_of(value: Any, expected: Any) -> bool:
+        if get_origin(expected) is Literal:
+            return value in get_args(expected)
+        if get_args(expected):  # of a union
+            return any(is_of(value, each) for each in get_args(expected))
+        return type(value) is expected or (expected is float and type(value) is int)
+
+    for name, expected in get_type_hints(type(values)).items():
+        if not is_of(getattr(values, name), expected):
+            raise TypeError(f"{name} is {getattr(values, name)!r:.60}")
 
 
 def resolve_adapter_profile(
@@ -1149,8 +1137,7 @@ def check_adapter_weights(
     arch = profile.architecture
     try:
         with safetensors.safe_open(folder / WEIGHTS, framework="np") as file:
-            names = file.keys()
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{folder / WEIGHTS} is cut or broken ({error}). {_COPY_AGAIN}") from None
     problems, modules = [], set()
@@ -1160,20 +1147,14 @@ def check_adapter_weights(
             rows, columns = arch.linear_shapes[lora[2]]
             expected = (r, columns) if lora[3] == "A" else (rows, r)
             modules.add(lora[2])
-        elif name in EMBEDDINGS:
-            expected = (arch.vocab_size + (record.pad == "added"), arch.hidden_size)
-            if record.pad != "added":
-                problems.append(
-                    f"it contains an embedding of {found[0]:,} tokens, and the base model's "
-                    f"vocabulary has {arch.vocab_size:,}"
-                )
-                continue
+        elif name in EMBEDDINGS and record.pad == "added":
+            expected = (arch.vocab_size + 1, arch.hidden_size)
         else:
-            problems.append(f"{name[:100]} is not a LoRA tensor of the base model")
+            problems.append(f"{name[:100]} {found} is not a LoRA tensor of the base model")
             continue
         if found != expected:
             problems.append(f"{name}: expected the shape {expected}, found {found}")
-    if not problems and not modules:
+    if not modules:
         problems.append("it contains no LoRA tensors")
     if problems:
         raise UsageError(
