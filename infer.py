@@ -20,7 +20,6 @@ import cmd
 import contextlib
 import dataclasses
 import difflib
-import errno
 import fcntl
 import functools
 import gc
@@ -1347,6 +1346,7 @@ def make_row_processor(
             chain.append(TopPLogitsWarper(decoding.top_p))
         return chain
 
+    padding = padding or [0] * len(decodings)
     chains = [build_chain(decoding) for decoding in decodings]
     generators = [torch.Generator().manual_seed(each.sampling_seed) for each in decodings]
 
@@ -1359,9 +1359,7 @@ def make_row_processor(
             first_choice = scores[: len(decodings)].argmax(dim=-1)
             scores = scores.clone()
             for row, (decoding, chain) in enumerate(zip(decodings, chains, strict=True)):
-                start = (
-                    prompt_tokens if not decoding.count_prompt else padding[row] if padding else 0
-                )
+                start = padding[row] if decoding.count_prompt else prompt_tokens
                 seen, own = input_ids[row : row + 1, start:], scores[row : row + 1]
                 for processor in chain:
                     own = processor(seen, own)
@@ -1491,7 +1489,7 @@ def answer_requests(
     loaded: LoadedModel,
     requests: Sequence[Request],
     progress: Callable[[int], object] = lambda tokens: None,
-    on_text: Callable[[str], object] = lambda text: None,
+    on_text: Callable[[str], object] | None = None,
 ) -> list[Answer]:
     """One `Answer` per request, in their order, which depends on no other request.
 
@@ -1506,6 +1504,18 @@ def answer_requests(
     """
     prompts = [encode_request(loaded, request) for request in requests]
     stops = [stop_ids(each.decoding, loaded.model, loaded.tokenizer) for each in requests]
+    written = ""
+
+    def write_first(ids: list[int]) -> None:
+        """Passes to `on_text` what the newest of the first request's ids adds to its text."""
+        nonlocal written
+        kept, _ = cut_answer(ids, requests[0].decoding.max_new_tokens, stops[0])
+        text = _decode(loaded.tokenizer, kept, stops[0])
+        # Trailing spaces and partial characters wait for what follows.
+        if on_text and not text.endswith("\ufffd") and text.startswith(written):
+            on_text(text[len(written) :])
+            written = text
+
     by_width: dict[int, list[list[int]]] = {}
     for places in merge_requests(requests):
         by_width.setdefault(padded_width(len(prompts[places[0]])), []).append(places)
@@ -1519,12 +1529,9 @@ def answer_requests(
                 own = requests[max(places, key=lambda n: requests[n].decoding.max_new_tokens)]
                 decodings.append(own.decoding)
                 ends.append(set.intersection(*(set(stops[place]) for place in places)))
-            writer = None
-            if batch[0][0] == 0:
-                cap = requests[0].decoding.max_new_tokens
-                writer = _TextWriter(loaded.tokenizer, stops[0], cap, on_text).add
-            started = time.perf_counter()
             own_prompts = [prompts[places[0]] for places in batch]
+            writer = write_first if on_text and batch[0][0] == 0 else None
+            started = time.perf_counter()
             new_ids, overruled = _generate(
                 loaded, own_prompts, width, decodings, ends, progress, writer
             )
@@ -1550,6 +1557,11 @@ def answer_requests(
     return [answers[place] for place in range(len(requests))]
 
 
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[int]) -> str:
+    kept = [token for token in ids if token not in stop]
+    return tokenizer.decode(kept, skip_special_tokens=False).strip()
+
+
 def _generate(
     loaded: LoadedModel,
     prompts: Sequence[list[int]],
@@ -1557,42 +1569,39 @@ def _generate(
     decodings: Sequence[Decoding],
     ends: Sequence[set[int]],
     progress: Callable[[int], object],
-    on_token: Callable[[int], object] | None,
+    on_ids: Callable[[list[int]], object] | None,
 ) -> tuple[list[list[int]], list[list[bool]]]:
     """New ids of each prompt, and `overruled` of `make_row_processor`.
 
-    `ends` are the stop ids of each row; what follows one in the result is meaningless. `on_token`
-    gets the tokens of the first row.
+    `ends` are the stop ids of each row; what follows one in the result is meaningless. `on_ids`
+    gets the first row's new ids after every step.
     """
     import torch
     from transformers import StoppingCriteria
 
     caps = [decoding.max_new_tokens for decoding in decodings]
+    running = set(range(len(prompts)))
 
     class AllRowsEnded(StoppingCriteria):
-        def __init__(self) -> None:
-            self.running = set(range(len(prompts)))
-            self.steps = 0
-
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             """`input_ids` (B, T) -> (B,)."""
-            self.steps += 1
+            steps = input_ids.shape[1] - width
             newest = input_ids[: len(prompts), -1].tolist()
-            for row in tuple(self.running):
-                if newest[row] in ends[row] or self.steps >= caps[row]:
-                    self.running.discard(row)
-            progress(sum(self.steps <= cap for cap in caps))
-            if on_token:
-                on_token(newest[0])
-            return torch.full((len(input_ids),), not self.running, device=input_ids.device)
+            for row in tuple(running):
+                if newest[row] in ends[row] or steps >= caps[row]:
+                    running.discard(row)
+            progress(sum(steps <= cap for cap in caps))
+            if on_ids:
+                on_ids(input_ids[0, width:].tolist())
+            return torch.full((len(input_ids),), not running, device=input_ids.device)
 
     pad, device = loaded.tokenizer.pad_token_id, loaded.model.device
     padding = [width - len(prompt) for prompt in prompts]
     filled = [min(row, len(prompts) - 1) for row in range(ROWS)]
     rows = [[pad] * padding[row] + prompts[row] for row in filled]
     mask = [[0] * padding[row] + [1] * len(prompts[row]) for row in filled]
-    processor, criterion = make_row_processor(decodings, width, padding), AllRowsEnded()
     input_ids, attention_mask = (torch.tensor(each, device=device) for each in (rows, mask))
+    processor = make_row_processor(decodings, width, padding)
     # No id ends a row before the criterion does; an empty list would mean the model's own ids.
     no_id = loaded.model.config.vocab_size
     # Not inference mode: tensors that the model caches may be needed in a training step later.
@@ -1606,10 +1615,11 @@ def _generate(
             **cache,
             generation_config=make_generation_config(max(caps), [no_id], pad),
             logits_processor=[processor],
-            stopping_criteria=[criterion],
+            stopping_criteria=[AllRowsEnded()],
         )
-    progress(sum(max(0, cap - criterion.steps) for cap in caps))
-    return output[: len(prompts), width:].tolist(), processor.overruled
+    new_ids = output[: len(prompts), width:].tolist()
+    progress(sum(max(0, cap - len(new_ids[0])) for cap in caps))
+    return new_ids, processor.overruled
 
 
 def _read_prompts(
@@ -1641,36 +1651,6 @@ def _read_prompts(
         values = torch.cat([parts[row].layers[layer].values for row in rows])
         cache.update(keys, values, layer)
     return cache
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[int]) -> str:
-    kept = [token for token in ids if token not in stop]
-    return tokenizer.decode(kept, skip_special_tokens=False).strip()
-
-
-class _TextWriter:
-    """Writes an answer piece by piece as its tokens come; all pieces together are its text."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        stop: Sequence[int],
-        cap: int,
-        write: Callable[[str], object],
-    ) -> None:
-        self.tokenizer, self.stop, self.cap, self.write = tokenizer, stop, cap, write
-        self.ids: list[int] = []
-        self.written = ""
-
-    def add(self, token: int) -> None:
-        """Takes the next token. Trailing spaces and partial characters wait for what follows."""
-        if len(self.ids) == self.cap or (self.ids and self.ids[-1] in self.stop):
-            return
-        self.ids.append(token)
-        text = _decode(self.tokenizer, self.ids, self.stop)
-        if not text.endswith("\ufffd") and text.startswith(self.written):
-            self.write(text[len(self.written) :])
-            self.written = text
 
 
 # --- Surprisal -----------------------------------------------------------------------------------
@@ -1705,14 +1685,10 @@ def read_surprisals(loaded: LoadedModel, prompt: Sequence[int], ids: Sequence[in
 
 
 def encode_answer(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    finish_reason: str = "stop",
-    max_tokens: int = data.MAX_SEQ_LENGTH,
+    tokenizer: PreTrainedTokenizerBase, text: str, finish_reason: str = "stop"
 ) -> list[int]:
-    """At most `max_tokens` first token ids of an answer that another program wrote."""
-    ids = data.encode_text(tokenizer, text)
-    return (ids + [tokenizer.eos_token_id] * (finish_reason == "stop"))[:max_tokens]
+    """Token ids of an answer that another program wrote."""
+    return data.encode_text(tokenizer, text) + [tokenizer.eos_token_id] * (finish_reason == "stop")
 
 
 def largest_surprisal(
@@ -1756,41 +1732,30 @@ def surprisal_reference(
 ) -> float:
     """The largest surprisal of the base model's plain answers to the probes, in nats per byte.
 
-    Computed once per base model and cached; an adapter's record contains it too.
+    Computed once per base model and cached; an adapter's record contains it too. `progress` is
+    called, with 0, after every step.
     """
+    questions = [probe.question for probe in read_probes()[:REFERENCE_PROBES]]
+
+    def build(folder: Path) -> None:
+        requests = [Request(each, Decoding(max_new_tokens=REFERENCE_TOKENS)) for each in questions]
+        values = []
+        with loaded.without_adapter() as base:
+            base = dataclasses.replace(base, system_prompt=data.SYSTEM_PROMPT)
+            for answer in answer_requests(base, requests, lambda tokens: progress(0)):
+                prompt = data.encode_prompt(loaded.tokenizer, answer.question)
+                surprisals = read_surprisals(base, prompt, answer.token_ids)
+                values.append(largest_surprisal(loaded.tokenizer, answer.token_ids, surprisals)[0])
+        data.write_atomic(folder / "reference.json", json.dumps({"nats_per_byte": max(values)}))
+
     if loaded.reference is None:
-        probes = [probe.question for probe in read_probes()[:REFERENCE_PROBES]]
-        base = loaded.profile.base_model
-        changed = [file.stat().st_mtime_ns for file in Path(base).glob("*.safetensors")]
-        settings = [base, changed, data.SYSTEM_PROMPT, REFERENCE_TOKENS, *probes]
+        base_model = loaded.profile.base_model
+        changed = [file.stat().st_mtime_ns for file in Path(base_model).glob("*.safetensors")]
+        settings = [base_model, changed, data.SYSTEM_PROMPT, REFERENCE_TOKENS, *questions]
         name = f"reference-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
-        build = functools.partial(_build_reference, loaded, probes, progress)
         content = (data.cached_folder(name, build) / "reference.json").read_text()
         loaded.reference = json.loads(content)["nats_per_byte"]
     return loaded.reference
-
-
-def _build_reference(
-    loaded: LoadedModel, probes: Sequence[str], progress: Callable[[int], object], folder: Path
-) -> None:
-    from tqdm import tqdm
-
-    requests = [Request(each, Decoding(max_new_tokens=REFERENCE_TOKENS)) for each in probes]
-    total, hidden = count_new_tokens(requests), not sys.stderr.isatty()
-    bar = tqdm(total=total, unit="token", desc="reference", leave=False, disable=hidden)
-
-    def advance(tokens: int) -> None:
-        bar.update(tokens)
-        progress(0)
-
-    values = []
-    with loaded.without_adapter() as base, bar:
-        base = dataclasses.replace(base, system_prompt=data.SYSTEM_PROMPT)
-        for answer in answer_requests(base, requests, advance):
-            prompt = data.encode_prompt(loaded.tokenizer, answer.question)
-            surprisals = read_surprisals(base, prompt, answer.token_ids)
-            values.append(largest_surprisal(loaded.tokenizer, answer.token_ids, surprisals)[0])
-    data.write_atomic(folder / "reference.json", json.dumps({"nats_per_byte": max(values)}))
 
 
 def judge_answers(
@@ -1828,12 +1793,6 @@ def judge_answers(
 # --- Verification --------------------------------------------------------------------------------
 
 
-def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """Place of the first id in which two answers differ, the end of one included, or None."""
-    pairs = itertools.zip_longest(one, other)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), None)
-
-
 def verify(loaded: LoadedModel, request: Request, arguments: Sequence[str]) -> bool:
     """Asks in two new processes, in a batch and alone; prints whether the ids are the same.
 
@@ -1841,35 +1800,35 @@ def verify(loaded: LoadedModel, request: Request, arguments: Sequence[str]) -> b
     """
     flags = [each for each in arguments if each != "--verify"]
     command = [sys.executable, str(Path(__file__).resolve()), *flags, "--json"]
-    ids: dict[str, list[int]] = {}
+    digests: dict[str, str] = {}
+
+    def report(name: str, digest: str, num_tokens: int) -> None:
+        digests[name] = digest
+        print(f"{digest}  {num_tokens} tokens  {name}", flush=True)
+
     for name in ("a new process", "another new process"):
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode:
             raise UsageError(f"{name} failed:\n{ran.stderr.strip()}")
-        ids[name] = json.loads(ran.stdout)["token_ids"]
+        record = json.loads(ran.stdout)
+        report(name, record["sha256"], record["answer_tokens"])
     # After probe questions, and with itself under every other decoding in the same forward passes.
-    others = [Request(probe.question, request.decoding) for probe in read_probes()[:3]]
-    cap = request.decoding.max_new_tokens
+    batch = [Request(probe.question, request.decoding) for probe in read_probes()[:3]]
     for decoding in DECODINGS.values():
-        decoding = dataclasses.replace(decoding, max_new_tokens=cap)
-        others.append(dataclasses.replace(request, decoding=decoding))
-    ids["in a batch"] = answer_requests(loaded, [*others, request])[-1].token_ids
-    ids["alone"] = answer_requests(loaded, [request])[0].token_ids
-    reference = ids["a new process"]
-    for name, each in ids.items():
-        digest = hashlib.sha256(json.dumps(each).encode()).hexdigest()
-        place = first_difference(reference, each)
-        note = "" if place is None else f", differs from token {place + 1} on"
-        print(f"{digest}  {len(each)} tokens  {name}{note}")
-    same = all(each == reference for each in ids.values())
-    print("the same bytes" if same else "NOT the same bytes")
-    return same
+        decoding = dataclasses.replace(decoding, max_new_tokens=request.decoding.max_new_tokens)
+        batch.append(dataclasses.replace(request, decoding=decoding))
+    for name, requests in (("in a batch", [*batch, request]), ("alone", [request])):
+        answer = answer_requests(loaded, requests)[-1]
+        report(name, answer.sha256, answer.answer_tokens)
+    is_same = len(set(digests.values())) == 1
+    print("the same bytes" if is_same else "NOT the same bytes")
+    return is_same
 
 
 # --- Files of questions --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class QuestionRow:
     """A row of a file of questions: its place, and all its columns."""
 
@@ -1889,7 +1848,7 @@ class QuestionRow:
 def read_questions(source: str) -> list[QuestionRow]:
     """The questions of a `.txt` file or of stdin (`-`), one per line, or of a column of a table.
 
-    Empty lines of text are left out. A row of a table without a question has a `problem`.
+    Empty lines of text are left out. A row that cannot be asked has a `problem`.
 
     Raises:
         UsageError: the file cannot be read, or contains no valid question.
@@ -1903,17 +1862,12 @@ def read_questions(source: str) -> list[QuestionRow]:
                 f"{source} cannot be read ({error.strerror}). Give an existing file."
             ) from None
         lines = enumerate(data.decode_text(content, name).split("\n"), 1)
-        rows = [QuestionRow(f"{name}:{n}", line.strip()) for n, line in lines if line.strip()]
+        records = [(f"{name}:{n}", {"question": line}) for n, line in lines if line.strip()]
     else:
-        rows = [read_question_row(place, record) for place, record in data.read_records(source)]
+        records = list(data.read_records(source))
+    rows = [read_question_row(place, record) for place, record in records]
     if not rows:
         raise UsageError(f"{name} contains no questions. Expected one per line, or per row.")
-    for place, row in enumerate(rows):
-        try:
-            if not row.problem:
-                check_question(row.question)
-        except UsageError as error:
-            rows[place] = dataclasses.replace(row, problem=str(error))
     if all(row.problem for row in rows):
         raise UsageError(
             f"None of the {len(rows)} questions of {name} is valid. "
@@ -1931,29 +1885,29 @@ def read_question_row(place: str, record: Any) -> QuestionRow:
     names = {str(name).strip().casefold(): name for name in record}
     name = next((names[each] for each in data.QUESTION_COLUMNS if each in names), None)
     columns = {str(each): value for each, value in record.items() if each != name}
-    question = None if name is None else record[name]
-    if isinstance(question, str):
-        return QuestionRow(place, question.strip(), columns)
-    found = f"{question!r:.60}" if name else f"the columns {', '.join(map(str, record))[:200]}"
-    problem = f"It has no question: expected text in a column question or prompt, found {found}."
-    return QuestionRow(place, question, columns, problem)
+    row = QuestionRow(place, record.get(name), columns)
+    if not isinstance(row.question, str):
+        found = f"{row.question!r:.60}" if name else f"the columns {', '.join(columns)[:200]}"
+        row.problem = f"It has no question: expected a column question or prompt, found {found}."
+        return row
+    row.question = row.question.strip()
+    try:
+        check_question(row.question)
+    except UsageError as error:
+        row.problem = str(error)
+    return row
 
 
-def check_rows(
-    loaded: LoadedModel, rows: Sequence[QuestionRow], decoding: Decoding
-) -> list[QuestionRow]:
-    """The rows; those that are too long have a `problem`. Names all that are skipped on stderr."""
-    checked = []
+def check_rows(loaded: LoadedModel, rows: Sequence[QuestionRow], decoding: Decoding) -> None:
+    """Sets the `problem` of rows that are too long, and prints all problems to stderr."""
     for row in rows:
         try:
             if not row.problem:
                 encode_request(loaded, Request(row.question, decoding))
         except UsageError as error:
-            row = dataclasses.replace(row, problem=str(error))
+            row.problem = str(error)
         if row.problem:
             print(data.escape_controls(f"{row.place} is skipped: {row.problem}"), file=sys.stderr)
-        checked.append(row)
-    return checked
 
 
 def read_answered(
@@ -1967,8 +1921,6 @@ def read_answered(
         UsageError: the file contains something else, answers to other questions, or answers with
             other values than `expected`: model, adapter, decoding, system prompt.
     """
-    if not path.exists():
-        return []
     other = "Give another file with --output, or remove it."
     # Bytes, as the last line may end inside a character.
     *lines, rest = path.read_bytes().split(b"\n")
@@ -1984,39 +1936,17 @@ def read_answered(
                 raise TypeError
         except (ValueError, TypeError, KeyError, RecursionError):
             raise UsageError(f"{path}:{number} is not an answer of infer.py. {other}") from None
-        found = expected if is_skipped else {name: record.get(name) for name in expected}
-        if found != expected:
-            different = ", ".join(name for name in expected if found[name] != expected[name])
-            raise UsageError(f"{path} contains answers with another {different}. {other}")
+        different = [name for name in expected if record.get(name) != expected[name]]
+        if different and not is_skipped:
+            raise UsageError(
+                f"{path} contains answers with another {', '.join(different)}. {other}"
+            )
         if number > len(rows) or record.get("question") != rows[number - 1].question:
             raise UsageError(f"{path}:{number} is the answer to another question. {other}")
         answered.append(record)
     if rest:
         os.truncate(path, path.stat().st_size - len(rest))
     return answered
-
-
-@contextlib.contextmanager
-def lock_output(path: Path) -> Iterator[Any]:
-    """The file opened for appending, by one process at a time; removed if nothing was written.
-
-    Raises:
-        UsageError: another process has it open.
-    """
-    with data.writing(path):
-        opened = path.open("ab", buffering=0)
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"Another process writes to {path}. Wait for it, or use another --output."
-            ) from None
-        try:
-            yield file
-        finally:
-            if not path.stat().st_size:
-                path.unlink()
 
 
 def answer_file(
@@ -2026,7 +1956,7 @@ def answer_file(
 
     Raises:
         Interrupted: a signal; the answers of complete batches are kept.
-        UsageError: as `read_answered` and `lock_output`.
+        UsageError: as `read_answered`, or another process has the file open.
     """
     from tqdm import tqdm
 
@@ -2036,32 +1966,37 @@ def answer_file(
         "decoding": dataclasses.asdict(decoding),
         "system_prompt": loaded.system_prompt,
     }
-    with lock_output(path) as file:
+    with data.writing(path), path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"Another process writes to {path}. Wait for it, or use another --output."
+            ) from None
         records = read_answered(path, rows, expected)
-        num_before, cap = len(records), decoding.max_new_tokens
-        total = sum(not row.problem for row in rows[num_before:]) * cap
+        num_before = len(records)
+        starts = range(num_before, len(rows), QUESTIONS_PER_SAVE)
+        batches = [rows[start : start + QUESTIONS_PER_SAVE] for start in starts]
+        requests = [
+            [Request(row.question, decoding) for row in batch if not row.problem]
+            for batch in batches
+        ]
+        total = sum(count_new_tokens(each) for each in requests)
         with tqdm(total=total, unit="token", desc="answering") as bar:
-            for start in range(num_before, len(rows), QUESTIONS_PER_SAVE):
-                batch = rows[start : start + QUESTIONS_PER_SAVE]
-                requests = [Request(row.question, decoding) for row in batch if not row.problem]
-                seen = bar.n
+            for batch, own in zip(batches, requests, strict=True):
                 try:
-                    answers = answer_requests(loaded, requests, bar.update)
-                    judged = iter(judge_answers(loaded, answers))
+                    judged = iter(judge_answers(loaded, answer_requests(loaded, own, bar.update)))
                 except Interrupted as interrupted:
                     message = (
                         f"Interrupted. {path} contains the answers so far; "
                         "run the same command again to continue."
                     )
                     raise Interrupted(interrupted.number, message) from None
-                bar.update(len(requests) * cap - (bar.n - seen))  # repeats are generated once
                 for row in batch:
                     answer = {"error": row.problem} if row.problem else next(judged).to_record()
                     records.append(row.to_record(answer))
-                    line = json.dumps(records[-1], ensure_ascii=False).encode() + b"\n"
-                    with data.writing(path):
-                        if file.write(line) < len(line):
-                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    file.write(json.dumps(records[-1], ensure_ascii=False).encode() + b"\n")
+                    file.flush()
     answers = [record for record in records if "error" not in record]
     good = sum(each["verdict"] == "sound" and each["finish_reason"] == "stop" for each in answers)
     print(f"{len(rows) - num_before} rows now, {num_before} before: {path}", file=sys.stderr)
@@ -2087,15 +2022,14 @@ def judge_file(config: InferConfig) -> int:
         UsageError: the source cannot be read, or is empty.
     """
     assert config.judge
-    source = "stdin" if config.judge == "-" else config.judge
     if config.judge == "-":
-        content = data.decode_text(sys.stdin.buffer.read(), source)
-        pairs = list(data.read_json(content, source))
+        content = data.decode_text(sys.stdin.buffer.read(), "stdin")
+        pairs = list(data.read_json(content, "stdin"))
     else:
-        pairs = list(data.read_records(source))
+        pairs = list(data.read_records(config.judge))
     if not pairs:
         raise UsageError(
-            f'{source} contains no answers. Expected lines of {{"question": ..., "text": ...}}.'
+            'There are no answers to judge. Expected lines of {"question": ..., "text": ...}.'
         )
     problems = {place: each for place, record in pairs if (each := check_judgeable(record))}
     judgeable = [(place, record) for place, record in pairs if place not in problems]
@@ -2113,7 +2047,7 @@ def judge_file(config: InferConfig) -> int:
         surprisal = surprisals.get(place, NOTHING)
         judged = judge(record["text"], record["question"], reason, surprisal)
         print(to_json({**record, **judged.to_record()}), flush=True)
-        counts.update(["sound"] if judged.sound else [each.name for each in judged.findings])
+        counts.update(judged.verdict.split(", "))
     sound = counts.pop("sound", 0)
     found = "".join(f"; {name} {count}" for name, count in counts.most_common())
     skipped = f"; {len(problems)} could not be judged" if problems else ""
@@ -2131,10 +2065,9 @@ def check_judgeable(record: Any) -> str | None:
         value = record.get(name)
         if not isinstance(value, str) or re.search(r"[\ud800-\udfff]", value):
             return f"{name}: expected text, found {value!r:.60}"
-    if not isinstance(record.get("finish_reason"), str | None):
-        return (
-            f"finish_reason: expected stop, length or null, found {record['finish_reason']!r:.60}"
-        )
+    reason = record.get("finish_reason")
+    if not isinstance(reason, str | None):
+        return f"finish_reason: expected stop, length or null, found {reason!r:.60}"
     return None
 
 
@@ -2152,35 +2085,35 @@ def compare_surprisals(
     profile = data.resolve_profile(config.profile, config.base_model)
     prepare_environment(profile)
     loaded = load_for_inference(profile, None, config.system_prompt)
-    nats: dict[str, Measure] = {}
-    for place, record in tqdm(
-        pairs, unit="answer", desc="reading", disable=not sys.stderr.isatty()
-    ):
+    measures: dict[str, Measure] = {}
+    others: dict[str, Measure] = {}
+    hidden = not sys.stderr.isatty()
+    for place, record in tqdm(pairs, unit="answer", desc="reading", disable=hidden):
         # If they exceed the context: the end of the prompt, and the start of the answer.
         prompt = data.encode_prompt(loaded.tokenizer, record["question"], (), loaded.system_prompt)
         prompt = prompt[-data.MAX_SEQ_LENGTH // 2 :]
-        reason, room = record.get("finish_reason") or "stop", data.MAX_SEQ_LENGTH - len(prompt)
-        ids = encode_answer(loaded.tokenizer, record["text"], reason, room)
-        nats[place] = measure_surprisal(loaded, prompt, ids, 1.0)
-    own = {
-        place
-        for place, record in pairs
-        if data.is_same_base(str(record.get("model")), profile.base_model)
-    }
-    others = [nats[place][0] for place, _ in pairs if place not in own]
-    references = {True: surprisal_reference(loaded) if own else math.inf, False: math.inf}
+        reason = record.get("finish_reason") or "stop"
+        ids = encode_answer(loaded.tokenizer, record["text"], reason)
+        ids = ids[: data.MAX_SEQ_LENGTH - len(prompt)]
+        if data.is_same_base(str(record.get("model")), profile.base_model):
+            reference = surprisal_reference(loaded)
+            measures[place] = measure_surprisal(loaded, prompt, ids, reference)
+        else:
+            others[place] = measure_surprisal(loaded, prompt, ids, 1.0)
+    reference = math.inf
     if len(others) >= MIN_ANSWERS_TO_COMPARE:
-        median = statistics.median(others)
-        deviation = statistics.median(abs(each - median) for each in others)
+        nats = [score for score, _ in others.values()]
+        median = statistics.median(nats)
+        deviation = statistics.median(abs(each - median) for each in nats)
         limit = median + 4 * max(deviation, median / 10)
-        references[False] = limit / CHECKS["surprisal"].threshold or math.inf
+        reference = limit / CHECKS["surprisal"].threshold or math.inf
     elif others:
         print(
             f"{len(others)} answers of unknown writers are too few to compare their surprisal "
             f"({MIN_ANSWERS_TO_COMPARE} are needed): they are judged by their text.",
             file=sys.stderr,
         )
-    return {n: (score / references[n in own], span) for n, (score, span) in nats.items()}
+    return measures | {place: (score / reference, span) for place, (score, span) in others.items()}
 
 
 # --- Chat ----------------------------------------------------------------------------------------
@@ -2205,13 +2138,11 @@ class Chat(cmd.Cmd):
 
     def onecmd(self, line: str) -> bool:
         """Executes a command, or asks; True ends the chat."""
-        if line == "EOF":
-            return True
         if line.startswith("/"):
             return bool(super().onecmd(line[1:]))
-        if line.strip():
+        if line.strip() and line != "EOF":
             self.ask(line.strip())
-        return False
+        return line == "EOF"
 
     def ask(self, question: str) -> None:
         """Asks in the conversation, and prints the answer as it is generated."""
@@ -2265,21 +2196,6 @@ class Chat(cmd.Cmd):
     def do_quit(self, _: str) -> bool:
         """/quit: end the chat"""
         return True
-
-
-def run_chat(loaded: LoadedModel, decoding: Decoding) -> None:
-    """Reads questions from the terminal, with line editing and a saved history."""
-    import readline
-
-    saved = data.cache_home() / "chat_history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(saved)
-    try:
-        Chat(loaded, decoding).cmdloop()
-    finally:
-        with contextlib.suppress(OSError):
-            saved.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(saved)
 
 
 # --- Command -------------------------------------------------------------------------------------
@@ -2418,8 +2334,8 @@ def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool) -> Non
     hidden = is_streaming or not sys.stderr.isatty()
     cap = request.decoding.max_new_tokens
     with tqdm(total=cap, unit="token", leave=False, disable=hidden) as bar:
-        on_text = write_piece if is_streaming else lambda text: None
-        [answer] = answer_requests(loaded, [request], bar.update, on_text)
+        writer = write_piece if is_streaming else None
+        [answer] = answer_requests(loaded, [request], bar.update, writer)
     if not as_json:
         print("" if is_streaming else answer.text, flush=True)
     [judged] = judge_answers(loaded, [answer])
@@ -2526,7 +2442,7 @@ def ask(
         else:
             print_answer(loaded, request, as_json=config.json)
     elif rows:
-        rows = check_rows(loaded, rows, decoding)
+        check_rows(loaded, rows, decoding)
         if output:
             answer_file(loaded, rows, decoding, output)
         for place, row in enumerate(() if output else rows):
@@ -2538,7 +2454,7 @@ def ask(
                 print()
             print_answer(loaded, Request(row.question, decoding), as_json=config.json)
     else:
-        run_chat(loaded, decoding)
+        Chat(loaded, decoding).cmdloop()
     skipped = sum(bool(row.problem) for row in rows)
     if skipped:
         print(f"{skipped} of {len(rows)} questions were skipped, see above", file=sys.stderr)

@@ -114,14 +114,6 @@ def test_an_answer_ends_at_its_stop_token_or_its_cap(ids, cap, kept, reason):
     assert infer.cut_answer(ids, cap, [0]) == (kept, reason)
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "place"),
-    [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1, 2], [1, 2, 0], 2), ([], [5], 0), ([], [], None)],
-)
-def test_first_difference(one, other, place):
-    assert infer.first_difference(one, other) == place
-
-
 # --- Files, adapters, chat
 
 
