@@ -379,37 +379,29 @@ def measure_list(text: str, question: str = "", short: int = 5) -> Measure:
 
 
 _LEAK = re.compile(
-    "|".join(
-        (
-            # Tokens of chat templates, and the role names that remain when they are not shown.
-            r"<\|\w+\|>|\[/?INST\]|</?s>|<</?SYS>>|<(?:start|end)_of_turn>",
-            r"^#{2,} ?(?:Instruction|Input|Response):?[ \t]*$|Cutting Knowledge Date:",
-            r"(?<=[^\s\w(\[{\"'/-])[ \t]?(?:assistant|user|system|ipython)[ \t]*$",
-            r"(?<=[a-z0-9])assistant[ \t]*(?:\n[ \t]*\n|\Z)",
-            r"^(?:assistant|user|system|ipython)[ \t]*$",
-            # Text in a wrong encoding, and symbols in a row.
-            r"\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\u00e2\u20ac\S?",
-            r"\u00c3[\x80-\xbf\u00a9\u00a8\u00bc\u00b6]|\u00c2[\x80-\xbf]",
-            r"([?$%^&~])\1{3,}",
-        )
-    ),
+    # Tokens of chat templates, and the role names that remain when they are not shown.
+    r"<\|\w+\|>|\[/?INST\]|</?s>|<</?SYS>>|<(?:start|end)_of_turn>"
+    r"|^#{2,} ?(?:Instruction|Input|Response):?[ \t]*$|Cutting Knowledge Date:"
+    r"|(?<=[^\s\w(\[{\"'/-])[ \t]?(?:assistant|user|system|ipython)[ \t]*$"
+    r"|(?<=[a-z0-9])assistant[ \t]*(?:\n[ \t]*\n|\Z)"
+    r"|^(?:assistant|user|system|ipython)[ \t]*$"
+    # Text in a wrong encoding, and symbols in a row.
+    r"|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\u00e2\u20ac\S?"
+    r"|\u00c3[\x80-\xbf\u00a9\u00a8\u00bc\u00b6]|\u00c2[\x80-\xbf]"
+    r"|([?$%^&~])\1{3,}",
     re.M,
 )
 # What may be asked for.
 _LEAK_UNLESS_ASKED = re.compile(
-    "|".join(
-        (
-            # Other speakers.
-            r"(?:^|(?<=[.!?]\s))\W{0,3}(?:User|Human|Assistant|Bot|USER|HUMAN|ASSISTANT)\W{0,2}:",
-            r"\b[Ii](?: am|'m) (?:an? )?\d{1,2}[- ]?(?:years?|yrs?|y/?o)\b",
-            r"\b(?:[Dd]ear|[Hh]ello|[Hh]i),? (?:[Dd]octor|[Dd]r)\b",
-            # Code and web mark-up.
-            r"^[ \t]*(?:import \w+|from [\w.]+ import |def \w+\(|#include|print\(|function \w*\()",
-            r"</?(?:div|span|p|a|ul|ol|li|table|tr|td|h[1-6]|img|html|body|script|ref)"
-            r"(?:\s[^<>\n=]{0,40}=[^<>\n]{0,80})?\s?/?>|&(?:nbsp|quot|apos|#\d+);",
-            r"\[\[|\]\]|\{\{[^{}\n]*\}\}|\{\|",
-        )
-    ),
+    # Other speakers.
+    r"(?:^|(?<=[.!?]\s))\W{0,3}(?:User|Human|Assistant|Bot|USER|HUMAN|ASSISTANT)\W{0,2}:"
+    r"|\b[Ii](?: am|'m) (?:an? )?\d{1,2}[- ]?(?:years?|yrs?|y/?o)\b"
+    r"|\b(?:[Dd]ear|[Hh]ello|[Hh]i),? (?:[Dd]octor|[Dd]r)\b"
+    # Code and web mark-up.
+    r"|^[ \t]*(?:import \w+|from [\w.]+ import |def \w+\(|#include|print\(|function \w*\()"
+    r"|</?(?:div|span|p|a|ul|ol|li|table|tr|td|h[1-6]|img|html|body|script|ref)"
+    r"(?:\s[^<>\n=]{0,40}=[^<>\n]{0,80})?\s?/?>|&(?:nbsp|quot|apos|#\d+);"
+    r"|\[\[|\]\]|\{\{[^{}\n]*\}\}|\{\|",
     re.M,
 )
 _ASKED_FOR = re.compile(
@@ -456,22 +448,21 @@ _MEDICINE_ENDINGS = tuple(
 _LONG_WORD = re.compile(r"(?<![-\w])[^\W\d_]{6,}(?![\w])")
 
 
-def build_medicines(folder: Path) -> None:
-    """Writes the words of drug-named-entity-recognition's names into `folder`, one per line."""
-    module = "drug_named_entity_recognition.drugs_finder"
-    program = f"from {module} import drug_variant_to_canonical as names; print(*names)"
-    # In a process of its own: the library keeps several hundred MiB of indices.
-    command = [sys.executable, "-X", "utf8", "-c", program]
-    names = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
-    words = sorted(set(re.findall(r"[^\W\d_]+", names.lower())))
-    (folder / "words.txt").write_text("\n".join(words), encoding="utf-8")
-
-
 @functools.cache
 def load_medicines() -> frozenset[str]:
-    """Words of the names of medicines, in lower case, from the cache."""
+    """Words, in lower case, of the names that drug-named-entity-recognition knows; cached."""
+
+    def build(folder: Path) -> None:
+        module = "drug_named_entity_recognition.drugs_finder"
+        program = f"from {module} import drug_variant_to_canonical as names; print(*names)"
+        # In a process of its own: the library keeps several hundred MiB of indices.
+        command = [sys.executable, "-X", "utf8", "-c", program]
+        names = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
+        words = sorted(set(re.findall(r"[^\W\d_]+", names.lower())))
+        (folder / "words.txt").write_text("\n".join(words), encoding="utf-8")
+
     version = importlib.metadata.version("drug-named-entity-recognition")
-    folder = data.cached_folder(f"medicines-{version}", build_medicines)
+    folder = data.cached_folder(f"medicines-{version}", build)
     return frozenset((folder / "words.txt").read_text(encoding="utf-8").split("\n"))
 
 
@@ -774,33 +765,31 @@ def quiet_libraries() -> Iterator[None]:
 # --- Loading -------------------------------------------------------------------------------------
 
 
-def build_small_model(folder: Path) -> None:
-    """Writes the small base model into `folder`: the GGUF's weights in fp32, and the tokenizer.
-
-    fp32, because Q4_1's scale times a 4-bit number plus an offset has no exact 16-bit form.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    tokenizer = data.load_tokenizer(data.PROFILES["cpu"])
-    model = AutoModelForCausalLM.from_pretrained(
-        data.gguf_folder(),
-        gguf_file=data.GGUF_FILE,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    for config in (model.config, model.generation_config):
-        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def base_model_path(base_model: str) -> str:
     """What `from_pretrained` takes: the small model's folder in the cache, or the name itself."""
+
+    def build(folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        tokenizer = data.load_tokenizer(data.PROFILES["cpu"])
+        model = AutoModelForCausalLM.from_pretrained(
+            data.gguf_folder(),
+            gguf_file=data.GGUF_FILE,
+            # Q4_1's scale times a 4-bit number plus an offset has no exact 16-bit form.
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        for config in (model.config, model.generation_config):
+            config.eos_token_id = tokenizer.eos_token_id
+            config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
     if base_model != data.SMALL_MODEL:
         return base_model
     with data.writing(data.cache_home() / data.SMALL_MODEL):
-        return str(data.cached_folder(data.SMALL_MODEL, build_small_model))
+        return str(data.cached_folder(data.SMALL_MODEL, build))
 
 
 def load_base(
@@ -849,11 +838,7 @@ def load_base(
 
 
 def latest_adapter() -> Path:
-    """The adapter of the last run that finished.
-
-    Raises:
-        UsageError: no run has finished here, or its folder is missing.
-    """
+    """The adapter of the last run that finished. Raises UsageError if there is none."""
     if not LATEST.is_file():
         raise UsageError(
             f"There is no adapter yet ({LATEST} is missing). Train one: python train.py\n"
@@ -872,7 +857,7 @@ def find_adapter(name: str) -> Path:
     """The folder of an adapter: `name` itself, or the hub repository of that name, downloaded.
 
     Raises:
-        UsageError: there is neither, or `name` is a file.
+        UsageError: there is neither.
     """
     folder, expected = Path(name), "Give a folder such as runs/train/NAME/adapter, or a hub id."
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -1043,10 +1028,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def read_adapter_record(folder: Path) -> AdapterRecord:
     """The record of an adapter folder; without kit.json only the base model that PEFT names.
-
-    Raises:
-        UsageError: the file is broken.
-    """
+    Raises UsageError if the file is broken."""
     path = folder / ADAPTER_RECORD
     if path.is_file():
         content = _read_object(path)
@@ -1178,11 +1160,7 @@ def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def load_adapter(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Adapter
 ) -> PeftModel:
-    """`model` with the adapter's tensors.
-
-    Raises:
-        UsageError: the adapter was trained with another prompt.
-    """
+    """`model` with the adapter's tensors; UsageError if it was trained with another prompt."""
     record = adapter.record
     prompt = data.prompt_fingerprint(tokenizer, record.system_prompt)
     if record.prompt_fingerprint is None:
@@ -1265,9 +1243,6 @@ def load_for_inference(
     """The profile's base model, with the adapter if there is one.
 
     The system prompt is `system_prompt`, else the adapter's, else the story's.
-
-    Raises:
-        UsageError: as `load_base` and `load_adapter`.
     """
     model, tokenizer = load_base(profile, dtype=profile.dtype)
     from unsloth import FastLanguageModel
@@ -1389,7 +1364,6 @@ def make_generation_config(
 
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        max_length=None,
         min_new_tokens=0,
         do_sample=False,
         num_beams=1,
@@ -1397,14 +1371,6 @@ def make_generation_config(
         repetition_penalty=repetition_penalty,
         encoder_repetition_penalty=1.0,
         no_repeat_ngram_size=no_repeat_ngram_size,
-        bad_words_ids=None,
-        suppress_tokens=None,
-        begin_suppress_tokens=None,
-        forced_bos_token_id=None,
-        forced_eos_token_id=None,
-        exponential_decay_length_penalty=None,
-        sequence_bias=None,
-        guidance_scale=None,
         use_cache=True,
         eos_token_id=list(stop),
         pad_token_id=pad,
@@ -1412,11 +1378,7 @@ def make_generation_config(
 
 
 def check_question(question: str) -> None:
-    """Checks that a question is text with a letter or digit.
-
-    Raises:
-        UsageError: it is not.
-    """
+    """Raises UsageError unless the question is text with a letter or digit."""
     shown = data.escape_controls(question[:40])
     if not any(character.isalnum() for character in question):
         raise UsageError(
@@ -1498,9 +1460,6 @@ def answer_requests(
     per pass if the profile shares them, see `_read_prompts`. `progress` gets the number of tokens
     generated, or skipped after an early end: `count_new_tokens` in total. `on_text` gets the text
     of the first request piece by piece.
-
-    Raises:
-        UsageError: as `encode_request`.
     """
     prompts = [encode_request(loaded, request) for request in requests]
     stops = [stop_ids(each.decoding, loaded.model, loaded.tokenizer) for each in requests]
@@ -1930,19 +1889,15 @@ def read_answered(
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            is_skipped = "error" in record
-            names = ["error"] if is_skipped else ["question", "verdict", "finish_reason"]
-            if not all(isinstance(record[name], str) for name in names):
-                raise TypeError
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise UsageError(f"{path}:{number} is not an answer of infer.py. {other}") from None
-        different = [name for name in expected if record.get(name) != expected[name]]
-        if different and not is_skipped:
-            raise UsageError(
-                f"{path} contains answers with another {', '.join(different)}. {other}"
-            )
-        if number > len(rows) or record.get("question") != rows[number - 1].question:
-            raise UsageError(f"{path}:{number} is the answer to another question. {other}")
+            values = {"question": rows[number - 1].question}
+            if "error" not in record:
+                values |= expected
+            different = [name for name in values if record.get(name) != values[name]]
+        except (ValueError, TypeError, AttributeError, IndexError, RecursionError):
+            raise UsageError(f"{path}:{number} is not an answer to row {number}. {other}") from None
+        if different:
+            names = ", ".join(different)
+            raise UsageError(f"{path}:{number} is an answer with another {names}. {other}")
         answered.append(record)
     if rest:
         os.truncate(path, path.stat().st_size - len(rest))
@@ -1998,7 +1953,9 @@ def answer_file(
                     file.write(json.dumps(records[-1], ensure_ascii=False).encode() + b"\n")
                     file.flush()
     answers = [record for record in records if "error" not in record]
-    good = sum(each["verdict"] == "sound" and each["finish_reason"] == "stop" for each in answers)
+    good = sum(
+        each.get("sound") is True and each.get("finish_reason") == "stop" for each in answers
+    )
     print(f"{len(rows) - num_before} rows now, {num_before} before: {path}", file=sys.stderr)
     print(f"sound and ended: {good} of {len(answers)}", file=sys.stderr)
 
@@ -2015,11 +1972,7 @@ def to_json(value: Any) -> str:
 def judge_file(config: InferConfig) -> int:
     """Judges the answers in a file or on stdin; prints each as a JSON line with its verdict.
 
-    Returns:
-        1 if a record could not be judged, else 0.
-
-    Raises:
-        UsageError: the source cannot be read, or is empty.
+    Returns 1 if a record could not be judged, else 0.
     """
     assert config.judge
     if config.judge == "-":
@@ -2258,42 +2211,38 @@ class InferConfig:
     """Print answers as JSON lines, with token ids, finish reason, decoding, digests, findings."""
 
     def __post_init__(self) -> None:
-        problems, one = [], "Give one of the two."
-        if self.question not in (None, "-"):
-            try:
-                check_question(self.question)
-            except UsageError as error:
-                problems.append(str(error))
-        is_asking = self.question is not None or self.questions or self.adapter
-        if self.judge and (is_asking or self.verify or self.compare):
-            problems.append("--judge reads answers and asks nothing. Remove the other flags.")
-        if not self.surprisal and not self.judge:
-            problems.append("--no-surprisal belongs to --judge FILE.")
-        if self.question is not None and self.questions:
-            problems.append(f"A question and --questions {self.questions}: {one}")
-        if self.base and (self.adapter or self.compare == "models"):
-            other = f"--adapter {self.adapter}" if self.adapter else "--compare models"
-            problems.append(f"--base asks without an adapter, {other} with one. {one}")
-        if self.output and not self.questions:
-            problems.append(f"--output {self.output} belongs to --questions FILE.")
-        if (self.verify or self.compare) and self.question in (None, "-"):
-            flag = "--verify" if self.verify else "--compare"
-            problems.append(f"{flag} takes one question, in quotes.")
-        if self.verify and self.compare:
-            problems.append(f"--verify and --compare: {one}")
-        if self.json and (self.verify or self.questions):
-            flag = "--verify" if self.verify else "--questions"
-            problems.append(f"--json and {flag}, which has its own format: {one}")
-        for flag, value in (("--system-prompt", self.system_prompt), ("--adapter", self.adapter)):
-            if value is not None and not value.strip():
-                problems.append(f"{flag} is empty. Remove it, or give a value.")
-        cores = len(os.sched_getaffinity(0))
-        if self.threads is not None and not 1 <= self.threads <= cores:
-            problems.append(
-                f"--threads {self.threads}: expected 1 to {cores}, the cores of this process."
-            )
-        if problems:
-            raise ValueError("\n".join(problems))
+        is_one = self.question not in (None, "-")
+        if is_one:
+            check_question(self.question)
+        asks = self.question is not None or self.questions or self.adapter
+        flag = "--verify" if self.verify else "--compare"
+        formatted = "--verify" if self.verify else "--questions"
+        adapter = f"--adapter {self.adapter}" if self.adapter else "--compare models"
+        cores, one = len(os.sched_getaffinity(0)), "Give one of the two."
+        problems = {
+            "--judge reads answers and asks nothing. Remove the other flags.": self.judge
+            and (asks or self.verify or self.compare),
+            f"A question and --questions {self.questions}: {one}": self.question is not None
+            and self.questions,
+            f"--base asks without an adapter, {adapter} with one. {one}": self.base
+            and (self.adapter or self.compare == "models"),
+            f"--output {self.output} belongs to --questions FILE.": self.output
+            and not self.questions,
+            f"{flag} takes one question, in quotes.": (self.verify or self.compare) and not is_one,
+            f"--verify and --compare: {one}": self.verify and self.compare,
+            f"--json and {formatted}, which has its own format: {one}": self.json
+            and (self.verify or self.questions),
+            "--system-prompt is empty. Remove it, or give a value.": self.system_prompt is not None
+            and not self.system_prompt.strip(),
+            "--adapter is empty. Remove it, or give a value.": self.adapter is not None
+            and not self.adapter.strip(),
+            f"--threads {self.threads}: expected 1 to {cores}, the cores of this process.": (
+                self.threads is not None and not 1 <= self.threads <= cores
+            ),
+        }
+        found = [message for message, is_given in problems.items() if is_given]
+        if found:
+            raise ValueError("\n".join(found))
         if self.probes:
             read_probes(self.probes)
         self.change_decoding(Decoding())
@@ -2344,6 +2293,18 @@ def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool) -> Non
     print_verdict(judged)
 
 
+def print_answers(
+    loaded: LoadedModel, rows: Sequence[QuestionRow], decoding: Decoding, *, as_json: bool
+) -> None:
+    """Asks the rows one by one, with an empty line between two answers."""
+    for place, row in enumerate(rows):
+        if not row.problem:
+            print("\n" if place and not as_json else "", end="")
+            print_answer(loaded, Request(row.question, decoding), as_json=as_json)
+        elif as_json:
+            print(to_json(row.to_record({"error": row.problem})), flush=True)
+
+
 def print_comparison(loaded: LoadedModel, request: Request, config: InferConfig) -> None:
     """The answers of base and adapter, or with every decoding, side by side if there is room."""
     if config.compare == "models":
@@ -2378,8 +2339,7 @@ def print_comparison(loaded: LoadedModel, request: Request, config: InferConfig)
 def main(config: InferConfig) -> int:
     """Answers on stdout; reports on stderr which model answers, and how.
 
-    Returns:
-        1 if --verify found a difference, or a question or answer was skipped; else 0.
+    Returns 1 if --verify found a difference, or a question or answer was skipped; else 0.
     """
     raise_on_signals()
     if config.judge:
@@ -2389,25 +2349,21 @@ def main(config: InferConfig) -> int:
         rows = read_questions(str(config.questions))
     elif config.question == "-" or (config.question is None and not sys.stdin.isatty()):
         rows = read_questions("-")
-    elif config.question:
-        rows = [QuestionRow("The question", config.question)]
-    elif config.json:
-        raise UsageError('--json needs a question: python infer.py "..." --json')
     output = config.output or (config.questions and config.questions.with_suffix(".answers.jsonl"))
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise UsageError(f"--output {output}: expected a file in an existing folder.")
     adapter = None
-    if not config.base:
+    if config.base:
+        profile = data.resolve_profile(config.profile, config.base_model)
+        decoding, model = DECODINGS["kit"], profile.base_model
+    else:
         folder = find_adapter(config.adapter) if config.adapter else latest_adapter()
         adapter = check_adapter(folder, config.profile, config.base_model)
-    profile = (
-        adapter.profile if adapter else data.resolve_profile(config.profile, config.base_model)
-    )
+        profile = adapter.profile
+        decoding = adapter.record.decoding or DECODINGS["kit"]
+        model = f"{profile.base_model} with {folder}"
     prepare_environment(profile)
-    own = adapter.record.decoding if adapter else None
-    preset = DECODINGS[config.decoding] if config.decoding else own or DECODINGS["kit"]
-    decoding = config.change_decoding(preset)
-    model = f"{profile.base_model} with {adapter.folder}" if adapter else profile.base_model
+    decoding = config.change_decoding(DECODINGS[config.decoding] if config.decoding else decoding)
     print(f"{model}, decoding {decoding}", file=sys.stderr)
     if config.threads:
         import torch
@@ -2415,46 +2371,22 @@ def main(config: InferConfig) -> int:
         torch.set_num_threads(config.threads)
     loaded = load_for_inference(profile, adapter, config.system_prompt)
     loaded.probes = read_probes(config.probes)
-    return ask(config, loaded, rows, decoding, output)
-
-
-def ask(
-    config: InferConfig,
-    loaded: LoadedModel,
-    rows: Sequence[QuestionRow],
-    decoding: Decoding,
-    output: Path | None,
-) -> int:
-    """Asks one question or several, a file of them, a chat, or a comparison.
-
-    Returns:
-        The exit code.
-
-    Raises:
-        UsageError: as `answer_requests`, `answer_file` and `verify`.
-    """
-    if config.question not in (None, "-"):
-        request = Request(rows[0].question, decoding)
+    if rows:
+        check_rows(loaded, rows, decoding)
+        if output:
+            answer_file(loaded, rows, decoding, output)
+        else:
+            print_answers(loaded, rows, decoding, as_json=config.json)
+    elif config.question is None:
+        Chat(loaded, decoding).cmdloop()
+    else:
+        request = Request(config.question, decoding)
         if config.verify:
             return 0 if verify(loaded, request, sys.argv[1:]) else 1
         if config.compare:
             print_comparison(loaded, request, config)
         else:
             print_answer(loaded, request, as_json=config.json)
-    elif rows:
-        check_rows(loaded, rows, decoding)
-        if output:
-            answer_file(loaded, rows, decoding, output)
-        for place, row in enumerate(() if output else rows):
-            if row.problem:
-                if config.json:
-                    print(to_json(row.to_record({"error": row.problem})), flush=True)
-                continue
-            if place and not config.json:
-                print()
-            print_answer(loaded, Request(row.question, decoding), as_json=config.json)
-    else:
-        Chat(loaded, decoding).cmdloop()
     skipped = sum(bool(row.problem) for row in rows)
     if skipped:
         print(f"{skipped} of {len(rows)} questions were skipped, see above", file=sys.stderr)

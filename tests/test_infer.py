@@ -179,11 +179,11 @@ def test_lines_of_an_earlier_start_are_kept_and_a_cut_one_is_removed(tmp_path):
         ("one\ntwo", "ends in something that infer.py did not write"),
         ("hello", "ends in something that infer.py did not write"),
         ("hello\n", r"a\.jsonl:1 is not an answer"),
-        ('{"question": "q?", "n": 1}\n', r"a\.jsonl:1 is not an answer"),
-        ('{"question": "q?", "model": "n", "verdict": "sound", "finish_reason": "stop"}\n', "answers with another model"),
-        ('{"question": "x?", "model": "m", "verdict": "sound", "finish_reason": "stop"}\n', "is the answer to another question"),
-        ('{"question": "x?", "error": "e"}\n', "is the answer to another question"),
-        ('{"error": "e"}\n', "is the answer to another question"),
+        ('{"question": "q?", "n": 1}\n', r"a\.jsonl:1 is an answer with another model"),
+        ('{"question": "q?", "model": "n", "verdict": "sound", "finish_reason": "stop"}\n', r"a\.jsonl:1 is an answer with another model"),
+        ('{"question": "x?", "model": "m", "verdict": "sound", "finish_reason": "stop"}\n', "is an answer with another question"),
+        ('{"question": "x?", "error": "e"}\n', "is an answer with another question"),
+        ('{"error": "e"}\n', "is an answer with another question"),
     ],
 )
 def test_other_files_are_not_continued(tmp_path, content, message):
