@@ -928,10 +928,7 @@ def hash_weights(adapter: Path) -> str:
 _LORA_TENSOR = re.compile(
     r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight"
 )
-EMBEDDINGS = (
-    "base_model.model.model.embed_tokens.weight",
-    "base_model.model.lm_head.weight",
-)
+EMBEDDINGS = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
 # Fields of PEFT's LoraConfig that change the product or the base weights, and the values of plain
 # LoRA. Other fields are metadata of the program that wrote them.
 _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
