@@ -132,13 +132,12 @@ class Decoding:
     def __str__(self) -> str:
         """The nearest preset's name, and the fields that differ from it."""
 
-        def differing(preset: Decoding) -> list[str]:
-            names = [each.name for each in dataclasses.fields(self)]
-            return [name for name in names if getattr(self, name) != getattr(preset, name)]
+        def changes(preset: Decoding) -> list[str]:
+            fields = dataclasses.asdict(self).items()
+            return [f"{name}={value}" for name, value in fields if value != getattr(preset, name)]
 
-        nearest = min(DECODINGS, key=lambda name: len(differing(DECODINGS[name])))
-        changed = [f"{name}={getattr(self, name)}" for name in differing(DECODINGS[nearest])]
-        return " ".join([nearest, *changed])
+        nearest = min(DECODINGS, key=lambda name: len(changes(DECODINGS[name])))
+        return " ".join([nearest, *changes(DECODINGS[nearest])])
 
 
 # `story-*` and `week3` are the story's, whose library counted the prompt. `kit` is ours, chosen by
@@ -1077,16 +1076,15 @@ def resolve_adapter_profile(
     )
     name = record.profile or default
     is_folder = default is None and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", own)
-    if name and choice not in ("auto", name):
-        raise UsageError(
-            f"{folder} was trained on {own} (profile {name}), and --profile {choice} is "
-            f"{data.PROFILES[choice].base_model}. Remove --profile, or give another adapter."
-        )
     is_copy = is_folder or (base_model is not None and Path(base_model).is_dir())
-    if base_model and not (is_copy or data.is_same_base(base_model, own)):
+    other = None
+    if name and choice not in ("auto", name):
+        other = f"--profile {choice} is {data.PROFILES[choice].base_model}"
+    elif base_model and not (is_copy or data.is_same_base(base_model, own)):
+        other = f"--base-model is {base_model}"
+    if other:
         raise UsageError(
-            f"{folder} was trained on {own}, and --base-model is {base_model}. Remove "
-            "--base-model, or give another adapter."
+            f"{folder} was trained on {own}, and {other}. Remove the flag, or give another adapter."
         )
     # A path in another program's file is not followed.
     if is_folder and not base_model and (record.profile is None or not Path(own).is_dir()):
@@ -2208,38 +2206,51 @@ class InferConfig:
     """Print answers as JSON lines, with token ids, finish reason, decoding, digests, findings."""
 
     def __post_init__(self) -> None:
+        problems: list[str] = []
+
+        def refuse(is_given: object, message: str) -> None:
+            if is_given:
+                problems.append(message)
+
         is_one = self.question not in (None, "-")
         if is_one:
             check_question(self.question)
         asks = self.question is not None or self.questions or self.adapter
-        flag = "--verify" if self.verify else "--compare"
-        formatted = "--verify" if self.verify else "--questions"
-        adapter = f"--adapter {self.adapter}" if self.adapter else "--compare models"
-        cores, one = len(os.sched_getaffinity(0)), "Give one of the two."
-        problems = {
-            "--judge reads answers and asks nothing. Remove the other flags.": self.judge
-            and (asks or self.verify or self.compare),
-            f"A question and --questions {self.questions}: {one}": self.question is not None
-            and self.questions,
-            f"--base asks without an adapter, {adapter} with one. {one}": self.base
-            and (self.adapter or self.compare == "models"),
-            f"--output {self.output} belongs to --questions FILE.": self.output
-            and not self.questions,
-            f"{flag} takes one question, in quotes.": (self.verify or self.compare) and not is_one,
-            f"--verify and --compare: {one}": self.verify and self.compare,
-            f"--json and {formatted}, which has its own format: {one}": self.json
-            and (self.verify or self.questions),
-            "--system-prompt is empty. Remove it, or give a value.": self.system_prompt is not None
-            and not self.system_prompt.strip(),
-            "--adapter is empty. Remove it, or give a value.": self.adapter is not None
-            and not self.adapter.strip(),
-            f"--threads {self.threads}: expected 1 to {cores}, the cores of this process.": (
-                self.threads is not None and not 1 <= self.threads <= cores
-            ),
-        }
-        found = [message for message, is_given in problems.items() if is_given]
-        if found:
-            raise ValueError("\n".join(found))
+        both, one = "which has its own format", "Give one of the two."
+        cores = len(os.sched_getaffinity(0))
+        refuse(
+            self.judge and (asks or self.verify or self.compare),
+            "--judge reads answers and asks nothing. Remove the other flags.",
+        )
+        refuse(
+            self.question is not None and self.questions,
+            f"A question and --questions {self.questions}: {one}",
+        )
+        refuse(
+            self.base and self.adapter,
+            f"--base asks without an adapter, --adapter {self.adapter} with one. {one}",
+        )
+        refuse(
+            self.base and self.compare == "models",
+            f"--base asks without an adapter, --compare models with one. {one}",
+        )
+        refuse(
+            self.output and not self.questions,
+            f"--output {self.output} belongs to --questions FILE.",
+        )
+        refuse(self.verify and not is_one, "--verify takes one question, in quotes.")
+        refuse(self.compare and not is_one, "--compare takes one question, in quotes.")
+        refuse(self.verify and self.compare, f"--verify and --compare: {one}")
+        refuse(self.json and self.verify, f"--json and --verify, {both}: {one}")
+        refuse(self.json and self.questions, f"--json and --questions, {both}: {one}")
+        for flag, value in (("--system-prompt", self.system_prompt), ("--adapter", self.adapter)):
+            refuse(value is not None and not value.strip(), f"{flag} is empty. Give a value.")
+        refuse(
+            self.threads is not None and not 1 <= self.threads <= cores,
+            f"--threads {self.threads}: expected 1 to {cores}, the cores of this process.",
+        )
+        if problems:
+            raise ValueError("\n".join(problems))
         if self.probes:
             read_probes(self.probes)
         self.change_decoding(Decoding())
@@ -2304,18 +2315,18 @@ def print_answers(
 
 def print_comparison(loaded: LoadedModel, request: Request, config: InferConfig) -> None:
     """The answers of base and adapter, or with every decoding, side by side if there is room."""
+    names: Sequence[str] = tuple(DECODINGS)
     if config.compare == "models":
+        names = ("base", "adapter")
         with loaded.without_adapter() as base:
-            named = {"base": answer_requests(base, [request])[0]}
-        named["adapter"] = answer_requests(loaded, [request])[0]
+            answers = answer_requests(base, [request])
+        answers += answer_requests(loaded, [request])
     else:
-        requests = [
-            Request(request.question, config.change_decoding(each)) for each in DECODINGS.values()
-        ]
-        named = dict(zip(DECODINGS, answer_requests(loaded, requests), strict=True))
-    judged = dict(zip(named, judge_answers(loaded, list(named.values())), strict=True))
+        decodings = [config.change_decoding(each) for each in DECODINGS.values()]
+        answers = answer_requests(loaded, [Request(request.question, each) for each in decodings])
+    judged = judge_answers(loaded, answers)
     if config.json:
-        for name, each in judged.items():
+        for name, each in zip(names, judged, strict=True):
             print(to_json({"name": name, **each.to_record()}))
         return
     from rich.columns import Columns
@@ -2325,10 +2336,10 @@ def print_comparison(loaded: LoadedModel, request: Request, config: InferConfig)
 
     console = Console(highlight=False)
     panels = []
-    width = max(console.width // len(named) - 1, min(console.width, 39))
-    for name, each in judged.items():
-        title = f"{name}: {named[name].answer_tokens} tokens, {each.verdict}"
-        text = Text(data.escape_controls(named[name].text))
+    width = max(console.width // len(names) - 1, min(console.width, 39))
+    for name, answer, each in zip(names, answers, judged, strict=True):
+        title = f"{name}: {answer.answer_tokens} tokens, {each.verdict}"
+        text = Text(data.escape_controls(answer.text))
         panels.append(Panel(text, title=Text(title), width=width))
     console.print(Columns(panels))
 

@@ -386,7 +386,7 @@ def test_an_adapter_runs_on_its_own_base_model_by_any_of_its_names(tmp_path, nam
     ("own", "choice", "base_model", "message"),
     [
         ("unsloth/Llama-3.2-3B-Instruct", "cpu", None, r"trained on unsloth/Llama-3.2-3B.*--profile cpu is smollm2"),
-        ("smollm2-135m-instruct", "t4", None, r"trained on smollm2-135m-instruct .*--profile t4 is unsloth/Llama"),
+        ("smollm2-135m-instruct", "t4", None, r"trained on smollm2-135m-instruct, .*--profile t4 is unsloth/Llama"),
         ("smollm2-135m-instruct", "auto", "unsloth/Llama-3.2-1B-Instruct", r"--base-model is unsloth/Llama-3.2-1B"),
         ("/elsewhere/model", "cpu", None, r"which is a local path.*--base-model HUB_ID_OR_FOLDER"),
         ("../../etc", "cpu", None, r"which is a local path"),
