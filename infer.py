@@ -945,7 +945,39 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 }
 
 
-_COPY_AGAIN = "Train the adapter again, or copy it again."
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """A context that reads a file of an adapter. Raises UsageError if that fails."""
+    import safetensors
+
+    try:
+        yield
+    except FileNotFoundError:
+        problem = f"{path.name} is missing"
+        suffixes = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+        pickles = [file.name for file in path.parent.glob("*") if file.suffix in suffixes]
+        if pickles and path.name == WEIGHTS:
+            problem += f", and {pickles[0]} is a pickle, which can run code when it is loaded"
+        raise UsageError(
+            f"{path.parent} is not an adapter: {problem}. Give a folder with safetensors, such as "
+            "runs/train/NAME/adapter."
+        ) from None
+    except PermissionError as error:
+        raise UsageError(
+            f"{path} cannot be read ({error.strerror}). Its owner has to allow it: chmod a+r FILE"
+        ) from None
+    except (OSError, ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+        raise UsageError(
+            f"{path} is cut or broken ({error}). Train the adapter again, or copy it again."
+        ) from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError or TypeError if there is none."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise TypeError(f"expected a JSON object, found a {type(content).__name__}")
+    return content
 
 
 def check_adapter(
@@ -960,8 +992,16 @@ def check_adapter(
         UsageError: a file is missing, unreadable or broken, the weights are a pickle, or the
             adapter is not plain LoRA on this base model.
     """
-    check_adapter_files(folder)
-    config, record = _read_object(folder / CONFIG), read_adapter_record(folder)
+    for path in (folder / CONFIG, folder / WEIGHTS):
+        with _reading(path):
+            path.open("rb").close()  # safetensors would call an unreadable file missing
+    with _reading(folder / CONFIG):
+        config = _read_object(folder / CONFIG)
+        r, alpha, scaled = (config.get(name) for name in ("r", "lora_alpha", "use_rslora"))
+        is_number = type(alpha) in (int, float) and 0 < alpha < math.inf
+        if type(r) is not int or r < 1 or not is_number or scaled not in (None, True, False):
+            raise ValueError(f"r {r!r}, lora_alpha {alpha!r}, use_rslora {scaled!r}")
+    record = read_adapter_record(folder)
     profile = resolve_adapter_profile(folder, record, choice, base_model)
     # An empty list or mapping is equal to none.
     found = [
@@ -974,65 +1014,20 @@ def check_adapter(
             f"{folder / CONFIG}: expected plain LoRA, found {', '.join(found[:5])}. Merge the "
             "adapter into its base model with the program that made it."
         )
-    r, alpha, scaled = (config.get(name) for name in ("r", "lora_alpha", "use_rslora"))
-    is_number = type(alpha) in (int, float) and 0 < alpha < math.inf
-    if type(r) is not int or r < 1 or not is_number or scaled not in (None, True, False):
-        values = f"r {r!r}, lora_alpha {alpha!r}, use_rslora {scaled!r}"
-        raise UsageError(f"{folder / CONFIG} is broken ({values}). {_COPY_AGAIN}")
     modules = check_adapter_weights(folder, record, profile, r)
     return Adapter(folder, record, profile, r, alpha, bool(scaled), modules)
-
-
-def check_adapter_files(folder: Path) -> None:
-    """Raises UsageError if a file of an adapter is missing or unreadable, or a pickle."""
-    for name in (CONFIG, WEIGHTS, ADAPTER_RECORD):
-        try:
-            (folder / name).open("rb").close()
-        except FileNotFoundError:
-            if name == ADAPTER_RECORD:
-                continue  # other programs' adapters have none
-            problem = f"{name} is missing"
-            suffixes = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-            pickles = [file.name for file in folder.glob("*") if file.suffix in suffixes]
-            if pickles and name == WEIGHTS:
-                problem += (
-                    f", and {pickles[0]} is a pickle, which can run code when it is loaded: only "
-                    "safetensors are accepted"
-                )
-            raise UsageError(
-                f"{folder} is not an adapter: {problem}. Give a folder such as "
-                "runs/train/NAME/adapter."
-            ) from None
-        except OSError as error:
-            raise UsageError(
-                f"{folder / name} cannot be read ({error.strerror}). Its owner has to allow it: "
-                "chmod a+r FILE"
-            ) from None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of an adapter. Raises UsageError if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        problem = f"expected a JSON object, found a {type(content).__name__}"
-    except (OSError, ValueError, RecursionError) as error:
-        problem = str(error)
-    raise UsageError(f"{path} is broken ({problem}). {_COPY_AGAIN}")
 
 
 def read_adapter_record(folder: Path) -> AdapterRecord:
     """The record of an adapter folder; without kit.json only the base model that PEFT names.
     Raises UsageError if the file is broken."""
     path = folder / ADAPTER_RECORD
-    if path.is_file():
+    path = path if path.is_file() else folder / CONFIG
+    with _reading(path):
         content = _read_object(path)
-    else:
-        path = folder / CONFIG
-        content = {"base_model": _read_object(path).get("base_model_name_or_path")}
-    names = [each.name for each in dataclasses.fields(AdapterRecord)]
-    try:
+        if path.name == CONFIG:
+            content = {"base_model": content.get("base_model_name_or_path")}
+        names = [each.name for each in dataclasses.fields(AdapterRecord)]
         record = AdapterRecord(**{name: content[name] for name in names if name in content})
         if record.decoding is not None:
             record = dataclasses.replace(record, decoding=Decoding(**record.decoding))
@@ -1041,8 +1036,6 @@ def read_adapter_record(folder: Path) -> AdapterRecord:
         if not 0 < (record.surprisal_reference or 1) < math.inf:
             raise ValueError(f"surprisal_reference is {record.surprisal_reference}")
         record.system_prompt.encode()
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} is broken ({error!r}). {_COPY_AGAIN}") from None
     return record
 
 
@@ -1111,11 +1104,9 @@ def check_adapter_weights(
     import safetensors
 
     arch = profile.architecture
-    try:
-        with safetensors.safe_open(folder / WEIGHTS, framework="np") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{folder / WEIGHTS} is cut or broken ({error}). {_COPY_AGAIN}") from None
+    path = folder / WEIGHTS
+    with _reading(path), safetensors.safe_open(path, framework="np") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     problems, modules = [], set()
     for name, found in shapes.items():
         lora = _LORA_TENSOR.fullmatch(name)
