@@ -1738,16 +1738,13 @@ def judge_answers(
 # --- Verification --------------------------------------------------------------------------------
 
 
-def verify(loaded: LoadedModel, request: Request, arguments: Sequence[str]) -> bool:
-    """Asks in two new processes, in a batch and alone; prints whether the ids are the same.
-
-    `arguments` are the flags of this run, with which the new processes are started.
-    """
-    flags = [each for each in arguments if each != "--verify"]
+def verify(loaded: LoadedModel, request: Request) -> bool:
+    """Asks in two new processes, in a batch and alone; prints whether the ids are the same."""
+    flags = [each for each in sys.argv[1:] if each != "--verify"]
     command = [sys.executable, str(Path(__file__).resolve()), *flags, "--json"]
     digests: dict[str, str] = {}
 
-    def report(name: str, digest: str, num_tokens: int) -> None:
+    def add(name: str, digest: str, num_tokens: int) -> None:
         digests[name] = digest
         print(f"{digest}  {num_tokens} tokens  {name}", flush=True)
 
@@ -1756,7 +1753,7 @@ def verify(loaded: LoadedModel, request: Request, arguments: Sequence[str]) -> b
         if ran.returncode:
             raise UsageError(f"{name} failed:\n{ran.stderr.strip()}")
         record = json.loads(ran.stdout)
-        report(name, record["sha256"], record["answer_tokens"])
+        add(name, record["sha256"], record["answer_tokens"])
     # After probe questions, and with itself under every other decoding in the same forward passes.
     batch = [Request(probe.question, request.decoding) for probe in read_probes()[:3]]
     for decoding in DECODINGS.values():
@@ -1764,13 +1761,18 @@ def verify(loaded: LoadedModel, request: Request, arguments: Sequence[str]) -> b
         batch.append(dataclasses.replace(request, decoding=decoding))
     for name, requests in (("in a batch", [*batch, request]), ("alone", [request])):
         answer = answer_requests(loaded, requests)[-1]
-        report(name, answer.sha256, answer.answer_tokens)
+        add(name, answer.sha256, answer.answer_tokens)
     is_same = len(set(digests.values())) == 1
     print("the same bytes" if is_same else "NOT the same bytes")
     return is_same
 
 
 # --- Files of questions --------------------------------------------------------------------------
+
+
+def report(message: str) -> None:
+    """Prints a message to stderr, with control characters escaped."""
+    print(data.escape_controls(message), file=sys.stderr)
 
 
 @dataclass
@@ -1852,7 +1854,7 @@ def check_rows(loaded: LoadedModel, rows: Sequence[QuestionRow], decoding: Decod
         except UsageError as error:
             row.problem = str(error)
         if row.problem:
-            print(data.escape_controls(f"{row.place} is skipped: {row.problem}"), file=sys.stderr)
+            report(f"{row.place} is skipped: {row.problem}")
 
 
 def read_answered(
@@ -1942,8 +1944,8 @@ def answer_file(
     good = sum(
         each.get("sound") is True and each.get("finish_reason") == "stop" for each in answers
     )
-    print(f"{len(rows) - num_before} rows now, {num_before} before: {path}", file=sys.stderr)
-    print(f"sound and ended: {good} of {len(answers)}", file=sys.stderr)
+    report(f"{len(rows) - num_before} rows now, {num_before} before: {path}")
+    report(f"sound and ended: {good} of {len(answers)}")
 
 
 # --- Answers of other programs -------------------------------------------------------------------
@@ -1980,7 +1982,7 @@ def judge_file(config: InferConfig) -> int:
         if place in problems:
             known = record if isinstance(record, dict) else {}
             print(to_json({**known, "error": problems[place]}))
-            print(data.escape_controls(f"{place}: {problems[place]}"), file=sys.stderr)
+            report(f"{place}: {problems[place]}")
             continue
         reason = record.get("finish_reason") or "stop"
         surprisal = surprisals.get(place, NOTHING)
@@ -1990,7 +1992,7 @@ def judge_file(config: InferConfig) -> int:
     sound = counts.pop("sound", 0)
     found = "".join(f"; {name} {count}" for name, count in counts.most_common())
     skipped = f"; {len(problems)} could not be judged" if problems else ""
-    print(f"sound {sound} of {len(judgeable)}{found}{skipped}", file=sys.stderr)
+    report(f"sound {sound} of {len(judgeable)}{found}{skipped}")
     return 1 if problems else 0
 
 
@@ -2047,10 +2049,9 @@ def compare_surprisals(
         limit = median + 4 * max(deviation, median / 10)
         reference = limit / CHECKS["surprisal"].threshold or math.inf
     elif others:
-        print(
+        report(
             f"{len(others)} answers of unknown writers are too few to compare their surprisal "
-            f"({MIN_ANSWERS_TO_COMPARE} are needed): they are judged by their text.",
-            file=sys.stderr,
+            f"({MIN_ANSWERS_TO_COMPARE} are needed): they are judged by their text."
         )
     return measures | {place: (score / reference, span) for place, (score, span) in others.items()}
 
@@ -2094,43 +2095,39 @@ class Chat(cmd.Cmd):
             print_verdict(judge_answers(self.loaded, [answer], self.history)[0])
             self.history.append((question, answer.text))
         except UsageError as error:
-            self.say(f"{error} Or start a new conversation: /reset")
+            report(f"{error} Or start a new conversation: /reset")
         except Interrupted as interrupted:
             if interrupted.number != signal.SIGINT:
                 raise
-            self.say("\nStopped. This answer is not part of the conversation.")
-
-    def say(self, text: str) -> None:
-        """Prints a message to stderr."""
-        print(data.escape_controls(text), file=sys.stderr)
+            report("\nStopped. This answer is not part of the conversation.")
 
     def default(self, line: str) -> None:
         """Reports an unknown command."""
-        self.say(f"/{line.split()[0]} is not a command. /help lists them.")
+        report(f"/{line.split()[0]} is not a command. /help lists them.")
 
     def do_decoding(self, name: str) -> None:
         """/decoding NAME: use another preset"""
         if name in DECODINGS:
             self.decoding = DECODINGS[name]
-            self.say(f"Decoding {name}.")
+            report(f"Decoding {name}.")
         else:
-            self.say(f"/decoding {name}: expected one of {', '.join(DECODINGS)}.")
+            report(f"/decoding {name}: expected one of {', '.join(DECODINGS)}.")
 
     def do_base(self, _: str) -> None:
         """/base: the base model answers"""
         self.use_base = True
-        self.say("The base model answers now. The conversation stays.")
+        report("The base model answers now. The conversation stays.")
 
     def do_adapter(self, _: str) -> None:
         """/adapter: the adapter answers"""
         self.use_base = self.loaded.adapter_sha256 is None
         none = "There is no adapter. Start with --adapter FOLDER."
-        self.say(none if self.use_base else "The adapter answers now. The conversation stays.")
+        report(none if self.use_base else "The adapter answers now. The conversation stays.")
 
     def do_reset(self, _: str) -> None:
         """/reset: start a new conversation"""
         self.history.clear()
-        self.say("A new conversation.")
+        report("A new conversation.")
 
     def do_quit(self, _: str) -> bool:
         """/quit: end the chat"""
@@ -2271,7 +2268,7 @@ def print_verdict(judged: JudgedAnswer) -> None:
     notes += [f"  {finding.name}: {finding.message}" for finding in judged.findings]
     if judged.facts:
         notes.append(f"  {judged.facts}, by the probe's lists of phrases")
-    print("\n".join(data.escape_controls(note) for note in notes), file=sys.stderr)
+    report("\n".join(notes))
 
 
 def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool) -> None:
@@ -2363,7 +2360,7 @@ def main(config: InferConfig) -> int:
         model = f"{profile.base_model} with {folder}"
     prepare_environment(profile)
     decoding = config.change_decoding(DECODINGS[config.decoding] if config.decoding else decoding)
-    print(f"{model}, decoding {decoding}", file=sys.stderr)
+    report(f"{model}, decoding {decoding}")
     if config.threads:
         import torch
 
@@ -2381,15 +2378,15 @@ def main(config: InferConfig) -> int:
     else:
         request = Request(config.question, decoding)
         if config.verify:
-            return 0 if verify(loaded, request, sys.argv[1:]) else 1
+            return 0 if verify(loaded, request) else 1
         if config.compare:
             print_comparison(loaded, request, config)
         else:
             print_answer(loaded, request, as_json=config.json)
     skipped = sum(bool(row.problem) for row in rows)
     if skipped:
-        print(f"{skipped} of {len(rows)} questions were skipped, see above", file=sys.stderr)
-    print("Not medical advice: a small language model wrote this.", file=sys.stderr)
+        report(f"{skipped} of {len(rows)} questions were skipped, see above")
+    report("Not medical advice: a small language model wrote this.")
     return 1 if skipped else 0
 
 
