@@ -1525,46 +1525,42 @@ def _generate(
     from transformers import StoppingCriteria
 
     caps = [decoding.max_new_tokens for decoding in decodings]
-    running = set(range(len(prompts)))
+    filled = [min(row, len(prompts) - 1) for row in range(ROWS)]
 
-    class AllRowsEnded(StoppingCriteria):
+    class RowEnded(StoppingCriteria):
+        steps = 0
+
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             """`input_ids` (B, T) -> (B,)."""
-            steps = input_ids.shape[1] - width
-            newest = input_ids[: len(prompts), -1].tolist()
-            for row in tuple(running):
-                if newest[row] in ends[row] or steps >= caps[row]:
-                    running.discard(row)
-            progress(sum(steps <= cap for cap in caps))
+            self.steps += 1
+            progress(sum(self.steps <= cap for cap in caps))
             if on_ids:
                 on_ids(input_ids[0, width:].tolist())
-            return torch.full((len(input_ids),), not running, device=input_ids.device)
+            newest = zip(filled, input_ids[:, -1].tolist(), strict=True)
+            ended = [token in ends[row] or self.steps >= caps[row] for row, token in newest]
+            return torch.tensor(ended, device=input_ids.device)
 
     pad, device = loaded.tokenizer.pad_token_id, loaded.model.device
     padding = [width - len(prompt) for prompt in prompts]
-    filled = [min(row, len(prompts) - 1) for row in range(ROWS)]
     rows = [[pad] * padding[row] + prompts[row] for row in filled]
     mask = [[0] * padding[row] + [1] * len(prompts[row]) for row in filled]
-    input_ids, attention_mask = (torch.tensor(each, device=device) for each in (rows, mask))
-    processor = make_row_processor(decodings, width, padding)
+    inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+    inputs = {name: each.to(device) for name, each in inputs.items()}
+    processor, criterion = make_row_processor(decodings, width, padding), RowEnded()
     # No id ends a row before the criterion does; an empty list would mean the model's own ids.
     no_id = loaded.model.config.vocab_size
     # Not inference mode: tensors that the model caches may be needed in a training step later.
     with torch.no_grad():
-        cache = {}
         if loaded.profile.shares_prompts:
-            cache = {"past_key_values": _read_prompts(loaded, input_ids, attention_mask)}
+            inputs["past_key_values"] = _read_prompts(loaded, **inputs)
         output = loaded.model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            **cache,
+            **inputs,
             generation_config=make_generation_config(max(caps), [no_id], pad),
             logits_processor=[processor],
-            stopping_criteria=[AllRowsEnded()],
+            stopping_criteria=[criterion],
         )
-    new_ids = output[: len(prompts), width:].tolist()
-    progress(sum(max(0, cap - len(new_ids[0])) for cap in caps))
-    return new_ids, processor.overruled
+    progress(sum(max(0, cap - criterion.steps) for cap in caps))
+    return output[: len(prompts), width:].tolist(), processor.overruled
 
 
 def _read_prompts(
