@@ -670,25 +670,10 @@ def check_facts(text: str, probe: Probe) -> Facts:
     return Facts(tuple(named), tuple(missing), tuple(wrong))
 
 
-@dataclass(frozen=True)
-class Quality:
-    """Counts of a set of judged answers."""
-
-    num_answers: int
-    num_sound: int
-    num_ended: int
-    """Ended by the stop token."""
-    num_sound_and_ended: int
-    num_named: int
-    """Of the probes' points."""
-    num_points: int
-    num_wrong_claims: int
-
-
-def measure_quality(judged: Sequence[JudgedAnswer]) -> Quality:
-    """Counts of a set of judged answers."""
+def measure_quality(judged: Sequence[JudgedAnswer]) -> types.SimpleNamespace:
+    """Counts of judged answers, and of their probes' points: all, and those that are named."""
     facts = [each.facts for each in judged if each.facts]
-    return Quality(
+    return types.SimpleNamespace(
         num_answers=len(judged),
         num_sound=sum(each.sound for each in judged),
         num_ended=sum(each.ended for each in judged),
@@ -721,6 +706,11 @@ def raise_on_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
+
+
+def report(message: str) -> None:
+    """Prints a message to stderr, with control characters escaped."""
+    print(data.escape_controls(message), file=sys.stderr)
 
 
 def prepare_environment(profile: Profile, *, offline: bool | None = None) -> None:
@@ -862,12 +852,10 @@ def find_adapter(name: str) -> Path:
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
-        is_offline = not data.reaches_hub()
+        patterns, is_offline = ["*.json", "*.safetensors"], not data.reaches_hub()
         try:
-            return Path(
-                snapshot_download(name, allow_patterns=patterns, local_files_only=is_offline)
-            )
+            folder = snapshot_download(name, allow_patterns=patterns, local_files_only=is_offline)
+            return Path(folder)
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"{name} is not a folder, and could not be downloaded from the hub "
@@ -1150,7 +1138,7 @@ def load_adapter(
     record = adapter.record
     prompt = data.prompt_fingerprint(tokenizer, record.system_prompt)
     if record.prompt_fingerprint is None:
-        print(f"{adapter.folder} does not record its prompt; this kit's is used.", file=sys.stderr)
+        report(f"{adapter.folder} does not record its prompt; this kit's is used.")
     elif record.prompt_fingerprint != prompt:
         raise UsageError(
             f"{adapter.folder} was trained with the prompt {record.prompt_fingerprint}, and this "
@@ -1718,16 +1706,11 @@ def judge_answers(
         )
         surprisal = measure_surprisal(loaded, prompt, answer.token_ids, reference)
         progress(0)
-        judged.append(
-            judge(
-                answer.text,
-                answer.question,
-                answer.finish_reason,
-                surprisal,
-                answer=answer,
-                probe=probes.get(answer.question),
-            )
+        asked, probe = answer.question, probes.get(answer.question)
+        verdict = judge(
+            answer.text, asked, answer.finish_reason, surprisal, answer=answer, probe=probe
         )
+        judged.append(verdict)
     return judged
 
 
@@ -1764,11 +1747,6 @@ def verify(loaded: LoadedModel, request: Request) -> bool:
 
 
 # --- Files of questions --------------------------------------------------------------------------
-
-
-def report(message: str) -> None:
-    """Prints a message to stderr, with control characters escaped."""
-    print(data.escape_controls(message), file=sys.stderr)
 
 
 @dataclass
