@@ -1021,8 +1021,9 @@ def read_adapter_record(folder: Path) -> AdapterRecord:
             record = dataclasses.replace(record, decoding=Decoding(**record.decoding))
             _check_types(record.decoding)
         _check_types(record)
-        if not 0 < (record.surprisal_reference or 1) < math.inf:
-            raise ValueError(f"surprisal_reference is {record.surprisal_reference}")
+        reference = record.surprisal_reference
+        if reference is not None and not 0 < reference < math.inf:
+            raise ValueError(f"surprisal_reference is {reference}")
         record.system_prompt.encode()
     return record
 
@@ -1915,9 +1916,8 @@ def answer_file(
                     file.write(json.dumps(records[-1], ensure_ascii=False).encode() + b"\n")
                     file.flush()
     answers = [record for record in records if "error" not in record]
-    good = sum(
-        each.get("sound") is True and each.get("finish_reason") == "stop" for each in answers
-    )
+    ended = [each for each in answers if each.get("finish_reason") == "stop"]
+    good = sum(each.get("verdict") == "sound" for each in ended)
     report(f"{len(rows) - num_before} rows now, {num_before} before: {path}")
     report(f"sound and ended: {good} of {len(answers)}")
 

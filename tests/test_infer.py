@@ -254,7 +254,7 @@ def test_the_record_of_an_adapter_comes_back_as_it_was_written(tmp_path):
     "content",
     [
         *("", "[]", "{}", "null", '{"base_model": 3}', "[" * 10_000),
-        *({"decoding": {"speed": 1}}, {"decoding": 1}, {"pad": "odd"}, {"profile": "tpu"}, {"prompt_fingerprint": 7}),
+        *({"decoding": {"speed": 1}}, {"decoding": 1}, {"pad": "odd"}, {"profile": "tpu"}, {"prompt_fingerprint": 7}, {"surprisal_reference": 0.0}),
         {"decoding": dataclasses.asdict(DECODINGS["week3"]) | {"max_new_tokens": 1.5}},
         {"decoding": dataclasses.asdict(DECODINGS["week3"]) | {"stop": "soon"}},
         {"decoding": dataclasses.asdict(DECODINGS["week3"]) | {"temperature": 1e-30}},
