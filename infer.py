@@ -1665,6 +1665,8 @@ def surprisal_reference(
     Computed once per base model and cached; an adapter's record contains it too. `progress` is
     called, with 0, after every step.
     """
+    if loaded.reference is not None:
+        return loaded.reference
     questions = [probe.question for probe in read_probes()[:REFERENCE_PROBES]]
 
     def build(folder: Path) -> None:
@@ -1678,13 +1680,12 @@ def surprisal_reference(
                 values.append(largest_surprisal(loaded.tokenizer, answer.token_ids, surprisals)[0])
         data.write_atomic(folder / "reference.json", json.dumps({"nats_per_byte": max(values)}))
 
-    if loaded.reference is None:
-        base_model = loaded.profile.base_model
-        changed = [file.stat().st_mtime_ns for file in Path(base_model).glob("*.safetensors")]
-        settings = [base_model, changed, data.SYSTEM_PROMPT, REFERENCE_TOKENS, *questions]
-        name = f"reference-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
-        content = (data.cached_folder(name, build) / "reference.json").read_text()
-        loaded.reference = json.loads(content)["nats_per_byte"]
+    base_model = loaded.profile.base_model
+    changed = [file.stat().st_mtime_ns for file in Path(base_model).glob("*.safetensors")]
+    settings = [base_model, changed, data.SYSTEM_PROMPT, REFERENCE_TOKENS, *questions]
+    name = f"reference-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
+    content = (data.cached_folder(name, build) / "reference.json").read_text()
+    loaded.reference = json.loads(content)["nats_per_byte"]
     return loaded.reference
 
 
