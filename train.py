@@ -20,6 +20,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -71,31 +72,22 @@ METRICS: dict[Metric, str] = {
     "rouge_l": "eval_rouge_l",
 }
 ROWS_PER_STEP = 16
-# The smaller side of the largest base model's narrowest LoRA module.
-MAX_RANK = 1024
-# Seconds that --max-hours reserves for saving, besides an evaluation and the longest step so far.
-SAVING_SECONDS = 60
 # Exit codes by which ablate.py tells that the folder contains a run with other values, or is being
 # written by another process.
 OTHER_VALUES, BUSY = 3, 75
 # The file of a checkpoint that the Trainer writes last.
 STATE = "trainer_state.json"
-# Flags left at None that take the profile's value of the same name.
-FROM_PROFILE = ("per_device_train_batch_size", "eval_every")
 # Flags that do not change what is learned, or only how it is rounded.
 NOT_IN_RECIPE = """name output_dir max_hours save_minutes report_to merge gguf push_to_hub restart
     dry_run rows question_column answer_column conversational encyclopedic gradient_checkpointing
-    no_gradient_checkpointing no_load_in_4bit per_device_train_batch_size
-    gradient_accumulation_steps""".split()
-VERSIONS_OF = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets")
+    no_load_in_4bit per_device_train_batch_size gradient_accumulation_steps""".split()
 
 # As stated by the publishers of the rows.
 LICENCES = {
-    data.HUB_IDS["chatdoctor"].partition("@")[0]: "none stated",
-    data.HUB_IDS["wikidoc"].partition("@")[0]: "cc, variant not named",
-    **dict.fromkeys(
-        (data.PROFILES["cpu"].conversational, data.PROFILES["cpu"].encyclopedic), "Apache-2.0"
-    ),
+    data.HUB_IDS["chatdoctor"]: "none stated",
+    data.HUB_IDS["wikidoc"]: "cc, variant not named",
+    data.PROFILES["cpu"].conversational: "Apache-2.0",
+    data.PROFILES["cpu"].encyclopedic: "Apache-2.0",
 }
 
 MEMORY_ADVICE = (
@@ -134,12 +126,7 @@ of an answer, and points count words of a list. Neither says that an answer is c
 {% endfor %}
 ## Usage
 
-With the kit: `python infer.py --adapter FOLDER "question"`. With vLLM, whose repetition penalty
-includes the prompt, so answers differ:
-
-    {{ vllm }}
-
-System prompt: `{{ system_prompt }}`
+`python infer.py --adapter FOLDER "question"`. System prompt: `{{ system_prompt }}`
 
 ## Versions
 
@@ -200,10 +187,8 @@ class TrainConfig(data.RowsConfig):
     no_load_in_4bit: Switch = False
     """Load the base model in 16 bits."""
     gradient_checkpointing: Switch = False
-    """Recompute activations in the backward pass: less memory, more time. Without either switch: on
-    a GPU, if the longest rows would not fit otherwise."""
-    no_gradient_checkpointing: Switch = False
-    """Keep all activations."""
+    """Recompute activations in the backward pass: less memory, more time. Unset: on a GPU, if the
+    longest rows would not fit otherwise."""
     num_probes: int | None = None
     """Probe questions answered and judged at each evaluation; 0 for none. Unset: the profile's."""
     eval_every: float | None = None
@@ -248,7 +233,8 @@ class TrainConfig(data.RowsConfig):
             value = getattr(self, name)
             check(name, value is None or value >= 1, "1 or more.")
         check("name", self.name is None or infer.RUN_NAME.fullmatch(self.name), infer.RUN_NAME_RULE)
-        check("r", self.r <= MAX_RANK, f"1 to {MAX_RANK}, the rank of the modules themselves.")
+        # The smaller side of the largest base model's narrowest LoRA module.
+        check("r", self.r <= 1024, "1 to 1024, the rank of the modules themselves.")
         check("lora_dropout", 0 <= self.lora_dropout < 1, "0 or more, and below 1.")
         check("max_seq_length", 32 <= self.max_seq_length <= 8192, "32 to 8192.")
         check("save_minutes", 0 <= self.save_minutes < math.inf, "0 or more.")
@@ -257,26 +243,21 @@ class TrainConfig(data.RowsConfig):
         check("eval_every", 0 < (self.eval_every or 0.5) < 1, "a share between 0 and 1.")
         repository = re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub or "a/b")
         check("push_to_hub", repository, "a hub repository, OWNER/NAME.")
-        batch, processes = self.per_device_train_batch_size, world_size()
-        divides = batch and batch > 0 and ROWS_PER_STEP % (batch * processes) == 0
-        check(
-            "per_device_train_batch_size",
-            batch is None or divides or (batch > 0 and self.gradient_accumulation_steps),
-            f"a divisor of {ROWS_PER_STEP // processes}, or --gradient-accumulation-steps as well.",
-        )
-        if batch is None and ROWS_PER_STEP % processes:
-            problems.append(f"{processes} processes: expected a divisor of {ROWS_PER_STEP}.")
-        for name in ("load_in_4bit", "gradient_checkpointing"):
-            check(
-                name, not (getattr(self, name) and getattr(self, f"no_{name}")), "one of the two."
-            )
-        metric = self.metric_for_best_model
-        if self.num_probes == 0 and metric == "rouge_l":
-            problems.append("--metric-for-best-model rouge_l needs answers. Remove --num-probes 0.")
-        if self.num_probes == 0 and metric == "answers" and self.early_stopping_patience:
+        check("load_in_4bit", not (self.load_in_4bit and self.no_load_in_4bit), "one of the two.")
+        batch = 1 if self.per_device_train_batch_size is None else self.per_device_train_batch_size
+        rows = batch * world_size()
+        if rows <= 0 or (ROWS_PER_STEP % rows and not self.gradient_accumulation_steps):
             problems.append(
-                "--early-stopping-patience compares answers, and --num-probes 0 asks for none. "
-                "Remove one, or pass --metric-for-best-model eval_loss."
+                f"--per-device-train-batch-size {batch} x {world_size()} processes: expected a "
+                f"divisor of {ROWS_PER_STEP}, or --gradient-accumulation-steps as well."
+            )
+        needs_answers = self.metric_for_best_model == "rouge_l" or (
+            self.metric_for_best_model == "answers" and self.early_stopping_patience
+        )
+        if self.num_probes == 0 and needs_answers:
+            problems.append(
+                f"--metric-for-best-model {self.metric_for_best_model} compares answers, and "
+                "--num-probes 0 asks for none. Remove it, or select by eval_loss."
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -317,10 +298,8 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile, infer.Adapter | 
     if config.adapter:
         folder = infer.find_adapter(config.adapter)
         adapter = infer.check_adapter(folder, config.profile, config.base_model)
-        names = (
-            n for n, each in TARGET_MODULES.items() if set(each) == set(adapter.target_modules)
-        )
-        targets = next(names, None)
+        names = {frozenset(modules): name for name, modules in TARGET_MODULES.items()}
+        targets = names.get(frozenset(adapter.target_modules))
         if targets is None or adapter.use_rslora or type(adapter.lora_alpha) is not int:
             raise UsageError(
                 f"--adapter {config.adapter}: expected LoRA on the modules of --target-modules, "
@@ -330,22 +309,22 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile, infer.Adapter | 
             )
         changes = {"target_modules": targets, "r": adapter.r, "lora_alpha": adapter.lora_alpha}
         changes["pad"] = adapter.record.pad
-    profile = (
-        adapter.profile if adapter else data.resolve_profile(config.profile, config.base_model)
-    )
-    for name in FROM_PROFILE:
+        profile = adapter.profile
+    else:
+        profile = data.resolve_profile(config.profile, config.base_model)
+    most = max(1, ROWS_PER_STEP // world_size())
+    for name, value in {
+        "per_device_train_batch_size": min(profile.per_device_train_batch_size, most),
+        "num_probes": min(profile.num_probes, len(infer.read_probes(config.probes))),
+        "eval_every": profile.eval_every,
+    }.items():
         if getattr(config, name) is None:
-            changes.setdefault(name, getattr(profile, name))
-    if config.num_probes is None:
-        changes["num_probes"] = min(profile.num_probes, len(infer.read_probes(config.probes)))
-    if config.per_device_train_batch_size is None:
-        most = max(1, ROWS_PER_STEP // world_size())
-        changes["per_device_train_batch_size"] = min(profile.per_device_train_batch_size, most)
+            changes[name] = value
     if config.load_in_4bit and profile.name == "cpu":
         raise UsageError("--load-in-4bit needs an NVIDIA GPU. Remove it, or use --profile t4.")
     in_4bit = not config.no_load_in_4bit and (config.load_in_4bit or profile.load_in_4bit)
     config = dataclasses.replace(config, **changes, load_in_4bit=in_4bit, no_load_in_4bit=False)
-    return config, dataclasses.replace(profile, load_in_4bit=config.load_in_4bit), adapter
+    return config, dataclasses.replace(profile, load_in_4bit=in_4bit), adapter
 
 
 def make_recipe(
@@ -356,15 +335,13 @@ def make_recipe(
     if config.probes:
         content = repr(infer.read_probes(config.probes)).encode()
         values["probes"] = f"{config.probes}, sha256 {hashlib.sha256(content).hexdigest()[:16]}"
-    recipe = {name: value for name, value in values.items() if name not in NOT_IN_RECIPE}
-    recipe |= {
+    return {name: value for name, value in values.items() if name not in NOT_IN_RECIPE} | {
         "profile": profile.name,
         "base_model": profile.base_model,
         "adapter": adapter and adapter.sha256,
         "mix": "rows" if config.rows else config.mix,
         "rows_per_step": config.rows_per_step,
     }
-    return recipe
 
 
 def name_rows(source: str) -> str:
@@ -379,7 +356,9 @@ def default_name(config: TrainConfig, profile: Profile) -> str:
     if profile.base_model != data.PROFILES[profile.name].base_model:
         parts.append(re.sub(r"[^\w.-]+", "-", Path(profile.base_model).name)[:50])
     parts += [name_rows(config.rows) if config.rows else config.mix, config.target_modules]
-    return "-".join(parts + (["pad-added"] if config.pad == "added" else []))
+    if config.pad == "added":
+        parts.append("pad-added")
+    return "-".join(parts)
 
 
 # --- The plan ------------------------------------------------------------------------------------
@@ -447,9 +426,16 @@ def existing_parent(folder: Path) -> Path:
 
 
 def count_disk(config: TrainConfig, profile: Profile, dtype: str) -> int:
-    """Most bytes that a run writes: three checkpoints while one is replaced, and two adapters."""
+    """Most bytes that a run writes: three checkpoints while one is replaced, two adapters, exports.
+
+    A model that was loaded in 4 bits is merged into its 16-bit original, which is downloaded.
+    """
     trainable, adapter_bytes = count_run_adapter(config, profile, dtype)
-    return 5 * adapter_bytes + 3 * trainable * (2 if "8bit" in profile.optim else 8)
+    needed = 5 * adapter_bytes + 3 * trainable * (2 if "8bit" in profile.optim else 8)
+    if config.merge or config.gguf:
+        merged = count_base(dataclasses.replace(profile, load_in_4bit=False))[1]
+        needed += merged * (1 + profile.load_in_4bit + 2 * bool(config.gguf))
+    return needed
 
 
 def format_plan(
@@ -462,22 +448,23 @@ def format_plan(
     """
     trainable, adapter_bytes = count_run_adapter(config, profile, dtype)
     parameters, base_bytes = count_base(profile)
-    parent = existing_parent(folder)
-    wanted = config.wanted.values()
-    most = 0 if None in wanted else sum(wanted)
-    rows, up_to = (audit["train_rows"], "") if audit else (most, "up to ")
-    lines = {"rows": f"{up_to}{rows:,}" if rows else "not counted"}
+    lines = {"rows": "not counted"}
+    rows, up_to, tokens = None, "", ""
     if audit:
-        lines["rows"] += f" of {audit['train_tokens']:,} tokens"
+        rows, tokens = audit["train_rows"], f" of {audit['train_tokens']:,} tokens"
+    elif None not in config.wanted.values():
+        rows, up_to = sum(config.wanted.values()), "up to "
     if rows:
         steps = config.count_steps(rows)
-        lines |= {
+        lines = {
+            "rows": f"{up_to}{rows:,}{tokens}",
             "steps": f"{up_to}{steps:,} of {config.rows_per_step} rows: "
             f"{config.per_device_train_batch_size} rows x {config.passes} forward passes x "
             f"{world_size()} processes",
             "evaluations": f"{up_to}{config.count_evaluations(steps)}, each with "
             f"{config.num_probes} probe answers of up to {profile.gate_max_new_tokens} tokens",
         }
+    parent = existing_parent(folder)
     lines |= {
         "trainable parameters": f"{trainable:,}",
         "adapter file": f"{adapter_bytes:,} bytes",
@@ -490,25 +477,22 @@ def format_plan(
     if config.pad == "added":
         native = count_adapter(profile.architecture, config.target_modules, config.r)[1]
         lines["--pad added"] = (
-            f"{infer.ADDED_PAD_TOKEN} becomes a new token, the embedding grows by a row, and the "
-            f"file contains embedding and head: {adapter_bytes / native:.1f} times the {native:,} "
-            "bytes without. This is the story's mistake, for comparison."
+            f"the file contains the embedding, one row longer, and the head: "
+            f"{adapter_bytes / native:.1f} times the {native:,} bytes without"
         )
     return "\n".join(f"{name:<30}{value}" for name, value in lines.items())
 
 
-def check_disk(
-    config: TrainConfig, profile: Profile, folder: Path, dtype: str, resumes: bool
-) -> None:
+def check_disk(config: TrainConfig, profile: Profile, folder: Path) -> None:
     """Raises UsageError if the disk has no room for what the run has still to write."""
-    files = folder.rglob("*") if resumes else ()
+    files = () if config.restart else folder.rglob("*")
     written = sum(file.stat().st_size for file in files if file.is_file())
-    needed = count_disk(config, profile, dtype) - written
+    needed = count_disk(config, profile, profile.dtype) - written
     free = shutil.disk_usage(existing_parent(folder)).free
     if needed > free:
         raise UsageError(
-            f"{folder} needs up to {needed / 2**20:,.0f} MiB for checkpoints and the adapter, and "
-            f"{free / 2**20:,.0f} MiB are free there. Free disk space, choose another "
+            f"{folder} needs up to {needed / 2**20:,.0f} MiB for checkpoints, adapter and exports, "
+            f"and {free / 2**20:,.0f} MiB are free there. Free disk space, choose another "
             "--output-dir, or lower --r."
         )
 
@@ -523,7 +507,7 @@ def use_checkpointing(
     """
     if config.gradient_checkpointing:
         return profile.use_gradient_checkpointing or True
-    if config.no_gradient_checkpointing or not profile.use_gradient_checkpointing:
+    if not profile.use_gradient_checkpointing:
         return False
     import torch
 
@@ -550,12 +534,8 @@ def add_lora(
         target_modules=TARGET_MODULES[config.target_modules],
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        bias="none",
         use_gradient_checkpointing=checkpointing,
         random_state=config.seed,
-        use_rslora=False,
-        modules_to_save=None,
-        init_lora_weights=True,
     )
 
 
@@ -569,7 +549,6 @@ def check_model(
     """
     rows, vocab_size = model.get_input_embeddings().weight.shape[0], model.config.vocab_size
     expected = profile.architecture.vocab_size + (config.pad == "added")
-    lora = model.peft_config["default"]
     others = [n for n, each in model.named_parameters() if each.requires_grad and ".lora_" not in n]
     problems = []
     if not rows == vocab_size == expected or len(tokenizer) > rows:
@@ -583,16 +562,13 @@ def check_model(
             f"The pad token is {tokenizer.pad_token!r} ({tokenizer.pad_token_id}); expected a "
             "token of the vocabulary other than the stop token."
         )
-    if lora.modules_to_save or {"embed_tokens", "lm_head"} & set(lora.target_modules):
-        problems.append("The embedding or the head would be trained and saved whole.")
     if others:
         problems.append(f"{len(others)} tensors besides LoRA would be trained, first {others[0]}.")
     if problems:
         raise UsageError(
-            "Nothing was trained, because the adapter would not be as planned:\n"
+            "Nothing was trained, because the adapter would not be as planned. Install the pinned "
+            "packages again (README), and clear the cache of the base model.\n"
             + "\n".join(problems)
-            + "\nInstall the pinned packages again (README, 'Start'), and clear the cache of the "
-            "base model."
         )
 
 
@@ -681,8 +657,7 @@ class AnswerEvaluation:
     probes: list[str]
     """Questions that are judged."""
     references: dict[str, str]
-    """Held-out questions with their answers, for ROUGE-L: as many as fill up a batch, and at
-    least one."""
+    """Held-out questions with their answers, for ROUGE-L."""
     tokens_per_byte: float
     """Of the held-out answers."""
     samples: Path
@@ -705,13 +680,11 @@ class AnswerEvaluation:
             judged, others = self._answer([infer.Request(each, decoding) for each in questions])
             scores = [rouge_l(each.text, self.references[each.question]) for each in others]
             metrics["eval_rouge_l"] = sum(scores) / len(scores)
-            volatile = ("adapter", "seconds")
-            lines = [
-                {name: value for name, value in each.to_record().items() if name not in volatile}
-                for each in judged
-            ]
+            records = [each.to_record() for each in judged]
+            for record in records:
+                del record["adapter"], record["seconds"]  # differ from run to run
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             self.samples.mkdir(parents=True, exist_ok=True)
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             data.write_atomic(self.samples / f"{step}.jsonl", text)
         found = infer.measure_quality(judged)
         tie_break = 1 / (1 + eval_loss) if math.isfinite(eval_loss) else 0.0
@@ -736,6 +709,7 @@ class AnswerEvaluation:
         model, total = self.loaded.model, infer.count_new_tokens(requests)
         hidden = not sys.stderr.isatty()
         bar = tqdm(total=total, unit="token", desc="answers", leave=False, disable=hidden)
+        count = len(self.probes)
 
         def progress(tokens: int) -> None:
             bar.update(tokens)
@@ -745,12 +719,37 @@ class AnswerEvaluation:
         try:
             with infer.quiet_libraries(), bar:
                 answers = infer.answer_requests(self.loaded, requests, progress)
-                judged = infer.judge_answers(
-                    self.loaded, answers[: len(self.probes)], progress=progress
-                )
+                judged = infer.judge_answers(self.loaded, answers[:count], progress=progress)
         finally:
             FastLanguageModel.for_training(model, use_gradient_checkpointing=self.checkpointing)
-        return judged, answers[len(self.probes) :]
+        return judged, answers[count:]
+
+
+def make_evaluation(
+    config: TrainConfig,
+    loaded: infer.LoadedModel,
+    mix: data.Mix,
+    folder: Path,
+    checkpointing: Literal["unsloth"] | bool,
+) -> AnswerEvaluation:
+    """The evaluation by answers. Its held-out questions fill up a batch, and are 8 or more: first
+    those that do not widen it."""
+
+    def width(question: str) -> int:
+        prompt = data.encode_prompt(loaded.tokenizer, question, (), loaded.system_prompt)
+        return infer.padded_width(len(prompt))
+
+    probes = [probe.question for probe in loaded.probes[: config.num_probes]]
+    widest = max(map(width, probes), default=0)
+    rows = sorted(mix.eval, key=lambda row: max(width(row.question), widest))
+    rows = rows[: max(8, -len(probes) % infer.ROWS)]
+    references = {row.question: row.messages[2][1] for row in rows}
+    labels = (data.encode_row(loaded.tokenizer, row)["labels"] for row in mix.eval)
+    tokens = sum(label != -100 for row in labels for label in row)
+    texts = (text for row in mix.eval for role, text in row.messages if role == "assistant")
+    tokens_per_byte = tokens / sum(len(text.encode()) for text in texts)
+    samples = folder / "samples"
+    return AnswerEvaluation(loaded, probes, references, tokens_per_byte, samples, checkpointing)
 
 
 def describe_evaluation(now: Log, before: Log | None) -> str:
@@ -855,11 +854,7 @@ def make_callback(
             self.current_step = state.global_step
             if is_main_process():
                 self.training_bar = tqdm(
-                    total=state.max_steps,
-                    initial=state.global_step,
-                    desc="training",
-                    unit="step",
-                    dynamic_ncols=True,
+                    total=state.max_steps, initial=state.global_step, desc="training", unit="step"
                 )
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -869,9 +864,7 @@ def make_callback(
             super().on_step_end(args, state, control, **kwargs)
             now = time.monotonic()
             self.longest_step = max(self.longest_step, now - self.step_began)
-            evaluation = max(
-                (log.get("eval_runtime", 0.0) for log in state.log_history), default=0.0
-            )
+            evaluation = max(log.get("eval_runtime", 0.0) for log in state.log_history)
             late = deadline is not None and now + self.longest_step + 2 * evaluation > deadline
             # One step before an evaluation, since a run that ends during it repeats from there.
             before = (state.global_step + 1) % state.eval_steps == 0
@@ -894,7 +887,8 @@ def make_callback(
             self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
         ) -> None:
             if is_main_process():
-                write_metrics(state.log_history, folder)
+                lines = (json.dumps(line) + "\n" for line in select_metrics(state.log_history))
+                data.write_atomic(folder / "metrics.jsonl", "".join(lines))
             if self.training_bar is not None and "loss" in logs:
                 self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
@@ -911,12 +905,6 @@ def select_metrics(log_history: Sequence[Log]) -> list[dict[str, Any]]:
         for log in log_history
         if "loss" in log or "eval_loss" in log
     ]
-
-
-def write_metrics(log_history: Sequence[Log], folder: Path) -> None:
-    """Writes metrics.jsonl. Raises UsageError as `data.writing`."""
-    lines = (json.dumps(line) + "\n" for line in select_metrics(log_history))
-    data.write_atomic(folder / "metrics.jsonl", "".join(lines))
 
 
 def make_sft_config(
@@ -943,7 +931,6 @@ def make_sft_config(
         lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=0.03,
         weight_decay=0.01,
-        max_grad_norm=1.0,
         optim=profile.optim,
         # A T4 has no bf16.
         fp16=not is_bfloat16_supported(),
@@ -951,7 +938,6 @@ def make_sft_config(
         gradient_checkpointing=bool(checkpointing),
         # Rows of similar length are put in order by `order_rows`.
         train_sampling_strategy=profile.train_sampling_strategy,
-        packing=False,
         padding_free=profile.padding_free,
         pad_to_multiple_of=profile.pad_to_multiple_of,
         seed=config.seed,
@@ -965,7 +951,6 @@ def make_sft_config(
         # By the Trainer, after it has wrapped the model: after `evaluate` before training,
         # accelerate does not wrap it, and several processes would each train alone.
         eval_on_start=True,
-        save_strategy="steps",
         save_steps=eval_steps,
         save_total_limit=2,
         metric_for_best_model=METRICS[config.metric_for_best_model],
@@ -974,7 +959,6 @@ def make_sft_config(
         report_to=config.report_to,
         # Our callback shows the progress.
         disable_tqdm=True,
-        dataloader_num_workers=0,
         torch_empty_cache_steps=None,
         ddp_find_unused_parameters=False,
     )
@@ -991,9 +975,8 @@ def order_rows(rows: list[dict[str, list[int]]], seed: int) -> list[dict[str, li
 
     generator = torch.Generator().manual_seed(seed)
     lengths = [len(row["input_ids"]) for row in rows]
-    return [
-        rows[n] for n in get_length_grouped_indices(lengths, ROWS_PER_STEP, generator=generator)
-    ]
+    order = get_length_grouped_indices(lengths, ROWS_PER_STEP, generator=generator)
+    return [rows[number] for number in order]
 
 
 def make_trainer(
@@ -1021,9 +1004,10 @@ def make_trainer(
             metrics, step = [None], self.state.global_step
             if is_main_process():
                 metrics = [evaluation(step, output.metrics["eval_loss"])]
-                earlier = [log for log in self.state.log_history if "eval_loss" in log]
+                logs = reversed(self.state.log_history)
+                before = next((log for log in logs if "eval_loss" in log), None)
                 now = {"step": step, **output.metrics, **metrics[0]}
-                tqdm.write(describe_evaluation(now, earlier[-1] if earlier else None), sys.stderr)
+                tqdm.write(describe_evaluation(now, before), sys.stderr)
             if torch.distributed.is_initialized():
                 torch.distributed.broadcast_object_list(metrics)
             output.metrics.update(metrics[0])
@@ -1055,12 +1039,8 @@ def make_trainer(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    steps = {
-        int(found[1]): path
-        for path in folder.glob("checkpoint-*")
-        if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
-    return [steps[step] for step in sorted(steps, reverse=True)]
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
@@ -1073,9 +1053,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     state["stateful_callbacks"]["RunCallback"]["attributes"]["recipe"]
-    states = sorted(path.name for path in checkpoint.glob("rng_state*.pth"))
-    if not states:
-        raise FileNotFoundError("rng_state.pth is missing")
+    states = [path.name for path in checkpoint.glob("rng_state*.pth")] or ["rng_state.pth"]
     for name in ("optimizer.pt", "scheduler.pt", *states):
         with zipfile.ZipFile(checkpoint / name) as archive:
             if archive.testzip():
@@ -1093,28 +1071,27 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         UsageError: checkpoints were completed, and none of them can be loaded.
     """
-    broken = {}
+    broken, found = {}, None
     for checkpoint in list_checkpoints(folder):
         try:
-            state = read_checkpoint(checkpoint)
+            found = checkpoint, read_checkpoint(checkpoint)
+            break
         except Exception as error:
             broken[checkpoint] = f"{checkpoint} cannot be loaded ({data.first_line(error)})"
-            continue
-        for each, problem in broken.items() if is_main_process() else ():
-            print(f"{problem}; {checkpoint.name} is used instead.", file=sys.stderr)
-            if (each / STATE).is_file():
-                each.rename(each.with_name(f"damaged-{each.name}"))
-            else:
-                shutil.rmtree(each)
-        return checkpoint, state
-    complete = [text for each, text in broken.items() if (each / STATE).is_file()]
-    if complete:
+    damaged = [checkpoint for checkpoint in broken if (checkpoint / STATE).is_file()]
+    if damaged and not found:
         raise UsageError(
-            f"{complete[0]}, and there is no earlier one. Restore it, or start over with --restart."
+            f"{broken[damaged[0]]}, and there is no earlier one. Restore it, or start over with "
+            "--restart."
         )
-    for each in broken if is_main_process() else ():
-        shutil.rmtree(each)
-    return None
+    for checkpoint, problem in broken.items() if is_main_process() else ():
+        if found:
+            print(f"{problem}; {found[0].name} is used instead.", file=sys.stderr)
+        if checkpoint in damaged:
+            checkpoint.rename(checkpoint.with_name(f"damaged-{checkpoint.name}"))
+        else:
+            shutil.rmtree(checkpoint)
+    return found
 
 
 def check_recipe(folder: Path, found: Log, recipe: Log) -> None:
@@ -1151,64 +1128,18 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise UsageError(f"{path} is broken ({error!r}). Start over with --restart.") from None
 
 
-def set_aside(folder: Path) -> None:
-    """Renames the folder to the first free NAME.old-N."""
-    number = 1
-    while folder.with_name(f"{folder.name}.old-{number}").exists():
-        number += 1
-    folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
-
-
 def commit_id() -> str | None:
     """Commit of the kit's checkout, or None if it is not one."""
     command = ["git", "-C", str(data.HERE), "rev-parse", "HEAD"]
-    return (
-        subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    )
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    return ran.stdout.strip() or None
 
 
 def list_versions() -> dict[str, str]:
     """Versions of Python and the libraries that decide a run's bytes."""
-    versions = {name: importlib.metadata.version(name) for name in VERSIONS_OF}
+    names = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets")
+    versions = {name: importlib.metadata.version(name) for name in names}
     return versions | {"python": platform.python_version()}
-
-
-def load_weights(model: PeftModel, adapter: Path) -> None:
-    """Loads the tensors of an adapter folder into a model with LoRA of the same shapes."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(model, load_file(adapter / infer.WEIGHTS))
-
-
-def make_evaluation(
-    config: TrainConfig,
-    loaded: infer.LoadedModel,
-    mix: data.Mix,
-    folder: Path,
-    checkpointing: Literal["unsloth"] | bool,
-) -> AnswerEvaluation:
-    """The evaluation by answers, with held-out questions, first those that share passes."""
-
-    def width(question: str) -> int:
-        prompt = data.encode_prompt(loaded.tokenizer, question, (), loaded.system_prompt)
-        return infer.padded_width(len(prompt))
-
-    probes = [probe.question for probe in loaded.probes[: config.num_probes]]
-    widest = max(map(width, probes), default=0)
-    rows = sorted(mix.eval, key=lambda row: max(width(row.question), widest))
-    rows = rows[: max(8, -len(probes) % infer.ROWS) if probes else 0]
-    labels = (data.encode_row(loaded.tokenizer, row)["labels"] for row in mix.eval)
-    tokens = sum(label != -100 for row in labels for label in row)
-    texts = (text for row in mix.eval for role, text in row.messages if role == "assistant")
-    return AnswerEvaluation(
-        loaded,
-        probes,
-        {row.question: row.messages[2][1] for row in rows},
-        tokens / sum(len(text.encode()) for text in texts),
-        folder / "samples",
-        checkpointing,
-    )
 
 
 def train_model(trainer: SFTTrainer, folder: Path, checkpoint: Path | None) -> TrainerState:
@@ -1276,9 +1207,8 @@ def run(
     found = None if config.restart else find_checkpoint(folder)
     checkpoint = found[0] if found else None
     if found:
-        check_recipe(
-            folder, found[1]["stateful_callbacks"]["RunCallback"]["attributes"]["recipe"], recipe
-        )
+        saved = found[1]["stateful_callbacks"]["RunCallback"]["attributes"]["recipe"]
+        check_recipe(folder, saved, recipe)
         print(f"resuming {folder} after step {found[1]['global_step']} of {found[1]['max_steps']}")
     model, tokenizer = infer.load_base(profile, dtype=None, max_seq_length=config.max_seq_length)
     import datasets
@@ -1287,14 +1217,10 @@ def run(
     mix = data.fit_mix(mix, tokenizer, config.max_seq_length)
     audit = data.audit_mix(mix, tokenizer)
     dtype = str(model.dtype).removeprefix("torch.")
-    print(
-        f"\n{data.format_audit(audit)}\n\n{format_plan(config, profile, folder, audit, dtype)}",
-        flush=True,
-    )
-    check_disk(config, profile, folder, dtype, resumes=checkpoint is not None)
-    train, held_out = (
-        [data.encode_row(tokenizer, row) for row in rows] for rows in (mix.train, mix.eval)
-    )
+    plan = format_plan(config, profile, folder, audit, dtype)
+    print(f"\n{data.format_audit(audit)}\n\n{plan}", flush=True)
+    train = [data.encode_row(tokenizer, row) for row in mix.train]
+    held_out = [data.encode_row(tokenizer, row) for row in mix.eval]
     held_out.sort(key=lambda row: len(row["input_ids"]))
     if profile.train_sampling_strategy == "sequential":
         train = order_rows(train, config.seed)
@@ -1306,17 +1232,16 @@ def run(
         checkpointing = use_checkpointing(config, profile, longest)
         model = add_lora(model, config, checkpointing)
         if start:
-            load_weights(model, start.folder)
+            model.load_adapter(start.folder, "default", is_trainable=True)
         check_model(model, tokenizer, config, profile)
         speed_up(model, config, profile, longest)
+        lora = model.peft_config["default"]
         # What other programs load; ours may be a folder of this machine's cache.
-        model.peft_config["default"].base_model_name_or_path = profile.hub_id
+        lora.base_model_name_or_path = profile.hub_id
+        lora.target_modules = sorted(lora.target_modules)  # a set, whose order varies
+        probes = infer.read_probes(config.probes)
         loaded = infer.LoadedModel(
-            model,
-            tokenizer,
-            profile,
-            system_prompt=mix.system_prompt,
-            probes=infer.read_probes(config.probes),
+            model, tokenizer, profile, system_prompt=mix.system_prompt, probes=probes
         )
         evaluation = make_evaluation(config, loaded, mix, folder, checkpointing)
         args = make_sft_config(config, profile, folder, eval_steps, checkpointing)
@@ -1329,7 +1254,8 @@ def run(
             trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     if is_main_process() and not checkpoint:
         if config.restart and folder.exists():
-            set_aside(folder)
+            names = (f"{folder.name}.old-{number}" for number in itertools.count(1))
+            folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))
         with data.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
     state = train_model(trainer, folder, checkpoint)
@@ -1357,17 +1283,20 @@ def write_results(
     Raises:
         UsageError: as `data.writing`.
     """
-    profile, tokenizer = loaded.profile, loaded.tokenizer
+    tokenizer, decoding = loaded.tokenizer, infer.DECODINGS["kit"]
     adapter_record = infer.AdapterRecord(
-        base_model=profile.base_model,
-        profile=profile.name,
+        base_model=loaded.profile.base_model,
+        profile=loaded.profile.name,
         prompt_fingerprint=data.prompt_fingerprint(tokenizer, mix.system_prompt),
-        decoding=infer.DECODINGS["kit"],
+        decoding=decoding,
         pad=config.pad,
         system_prompt=mix.system_prompt,
         surprisal_reference=infer.surprisal_reference(loaded) if config.num_probes else None,
-        load_in_4bit=profile.load_in_4bit,
+        load_in_4bit=loaded.profile.load_in_4bit,
     )
+    checkpoint = folder / f"checkpoint-{state.best_global_step}"
+    numbers = collect_numbers(state, config, loaded, audit)
+    numbers["adapter_bytes"] = (checkpoint / infer.WEIGHTS).stat().st_size
     record = {
         "recipe": recipe,
         "argv": sys.argv,
@@ -1376,12 +1305,31 @@ def write_results(
         "commit": commit_id(),
         "system_prompt": mix.system_prompt,
         "prompt_fingerprint": adapter_record.prompt_fingerprint,
-        "numbers": collect_numbers(state, config, loaded, audit),
+        "numbers": numbers,
     }
-    with data.writing(folder / "adapter", folder / ".adapter.part"):
-        save_adapter(folder, config, profile, tokenizer, adapter_record, record)
-    write_metrics(state.log_history, folder)
-    draw_curves(state.log_history, record["numbers"]["selected"], folder / "curves.png")
+    adapter, part = folder / "adapter", folder / ".adapter.part"
+    shutil.rmtree(part, ignore_errors=True)
+    with data.writing(adapter, part):
+        part.mkdir()
+        for name in (infer.WEIGHTS, infer.CONFIG):
+            shutil.copyfile(checkpoint / name, part / name)
+        tokenizer.save_pretrained(part)
+        infer.make_generation_config(
+            decoding.max_new_tokens,
+            [data.end_of_turn_id(tokenizer)],
+            tokenizer.pad_token_id,
+            decoding.repetition_penalty,
+            decoding.no_repeat_ngram_size,
+        ).save_pretrained(part)
+        content = json.dumps(dataclasses.asdict(adapter_record), indent=2)
+        data.write_atomic(part / infer.ADAPTER_RECORD, content + "\n")
+        samples = folder / "samples" / f"{state.best_global_step}.jsonl"
+        lines = samples.read_text(encoding="utf-8").splitlines() if samples.is_file() else []
+        card = make_card(config, loaded.profile, record, [json.loads(line) for line in lines])
+        data.write_atomic(part / "README.md", card)
+        shutil.rmtree(adapter, ignore_errors=True)
+        part.rename(adapter)
+    draw_curves(state.log_history, numbers["selected"], folder / "curves.png")
     if is_complete(state):
         data.write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")
     return record
@@ -1395,33 +1343,26 @@ def collect_numbers(
 
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     trainable, planned_bytes = count_run_adapter(config, loaded.profile, dtype)
-
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_reserved()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines = [log for log in select_metrics(state.log_history) if "eval_loss" in log]
-    evaluations = {line["step"]: line for line in lines}
-    trained = [line for line in lines if line["step"]]
-    peak = (
-        torch.cuda.max_memory_reserved()
-        if torch.cuda.is_available()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
     selected = {}
     for name, key in METRICS.items():
         sign = -1 if name == "eval_loss" else 1
-        values = [
-            (sign * line[key], -line["step"])
-            for line in trained
-            if math.isfinite(line.get(key, math.nan))
-        ]
-        if values:
-            selected[name] = -max(values)[1]
+        # Of equal ones, the first is selected.
+        finite = [line for line in lines[1:] if math.isfinite(line.get(key, math.nan))]
+        if finite:
+            selected[name] = max(finite, key=lambda line: sign * line[key])["step"]
     return {
         "steps": state.global_step,
         "planned_steps": state.max_steps,
         "stopped_early": is_complete(state) and state.global_step < state.max_steps,
         "training_seconds": state.stateful_callbacks["RunCallback"]["attributes"]["seconds"],
         "peak_memory_bytes": peak,
-        "before": evaluations[0],
-        "chosen": evaluations[state.best_global_step],
+        "before": lines[0],
+        "chosen": next(line for line in lines if line["step"] == state.best_global_step),
         "last": lines[-1],
         "selected": selected,
         "trainable_parameters": trainable,
@@ -1433,69 +1374,7 @@ def collect_numbers(
 # --- Results -------------------------------------------------------------------------------------
 
 
-def save_adapter(
-    folder: Path,
-    config: TrainConfig,
-    profile: Profile,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter_record: infer.AdapterRecord,
-    record: dict[str, Any],
-) -> None:
-    """Writes adapter/: the best checkpoint's, with tokenizer, decoding, kit.json and card."""
-    numbers, part = record["numbers"], folder / ".adapter.part"
-    checkpoint = folder / f"checkpoint-{numbers['chosen']['step']}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    shutil.copyfile(checkpoint / infer.WEIGHTS, part / infer.WEIGHTS)
-    peft_config = json.loads((checkpoint / infer.CONFIG).read_text(encoding="utf-8"))
-    peft_config["target_modules"].sort()  # a set, whose order varies from process to process
-    data.write_atomic(part / infer.CONFIG, json.dumps(peft_config, indent=2) + "\n")
-    tokenizer.save_pretrained(part)
-    decoding = infer.DECODINGS["kit"]
-    infer.make_generation_config(
-        decoding.max_new_tokens,
-        [data.end_of_turn_id(tokenizer)],
-        tokenizer.pad_token_id,
-        decoding.repetition_penalty,
-        decoding.no_repeat_ngram_size,
-    ).save_pretrained(part)
-    content = json.dumps(dataclasses.asdict(adapter_record), indent=2)
-    data.write_atomic(part / infer.ADAPTER_RECORD, content + "\n")
-    numbers["adapter_bytes"] = (part / infer.WEIGHTS).stat().st_size
-    samples = folder / "samples" / f"{numbers['chosen']['step']}.jsonl"
-    lines = samples.read_text(encoding="utf-8").splitlines() if samples.is_file() else []
-    card = make_card(config, profile, adapter_record, record, [json.loads(line) for line in lines])
-    data.write_atomic(part / "README.md", card)
-    old = folder / ".adapter.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if (folder / "adapter").exists():
-        (folder / "adapter").rename(old)
-    part.rename(folder / "adapter")
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def format_vllm(profile: Profile, r: int, adapter: str) -> str:
-    """The command that serves an adapter with vLLM, with the kit's decoding as far as it has it."""
-    decoding = infer.DECODINGS["kit"]
-    names = ("temperature", "top_p", "repetition_penalty", "max_new_tokens")
-    values = json.dumps({name: getattr(decoding, name) for name in names})
-    # The ranks that vLLM accepts.
-    rank = next((each for each in (8, 16, 32, 64, 128, 256, 320, 512) if each >= r), r)
-    quoted = shlex.quote(adapter)
-    return (
-        f"vllm serve {profile.hub_id} --enable-lora --max-lora-rank {rank} "
-        f"--lora-modules medical={quoted} --chat-template {quoted}/chat_template.jinja "
-        f"--override-generation-config '{values}'"
-    )
-
-
-def make_card(
-    config: TrainConfig,
-    profile: Profile,
-    adapter_record: infer.AdapterRecord,
-    record: Log,
-    samples: Sequence[Log],
-) -> str:
+def make_card(config: TrainConfig, profile: Profile, record: Log, samples: Sequence[Log]) -> str:
     """The model card (markdown) from `CARD`; text of rows and answers is escaped."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -1512,7 +1391,7 @@ def make_card(
         "sound answers": f"{before['eval_sound']} of {before['eval_answers']} before, "
         f"{chosen['eval_sound']} of {chosen['eval_answers']} at that step",
     }
-    # What users choose, and a private path.
+    # A private path, and what is shown below.
     values = {
         name: data.escape_controls(str(value)).replace("|", "&#124;").replace("\n", " ")
         for name, value in values.items()
@@ -1520,21 +1399,18 @@ def make_card(
     }
     sources = []
     for name, source in config.sources(profile).items():
-        path = Path(source)
         # The folder of a file is private.
-        text, key = source, source.partition("@")[0]
-        if path.is_file():
-            text, key = path.name, str(path.resolve())
-        licence = LICENCES.get(key, "unknown to the kit")
-        sources.append((name, data.escape_controls(text), licence))
-    shown = [
+        shown = Path(source).name if Path(source).is_file() else source
+        licence = LICENCES.get(source, "unknown to the kit")
+        sources.append((name, data.escape_controls(shown), licence))
+    samples = [
         {
-            **each,
-            "question": " ".join(data.escape_controls(each["question"]).split()),
-            "text": data.escape_controls(each["text"]),
-            "facts": infer.Facts(**each["facts"]) if each["facts"] else "",
+            **sample,
+            "question": " ".join(data.escape_controls(sample["question"]).split()),
+            "text": data.escape_controls(sample["text"]),
+            "facts": infer.Facts(**sample["facts"]) if sample["facts"] else "",
         }
-        for each in samples
+        for sample in samples
     ]
     card_data = ModelCardData(
         base_model=profile.hub_id,
@@ -1548,9 +1424,8 @@ def make_card(
         template_str=CARD,
         values=values,
         sources=sources,
-        samples=shown,
-        vllm=format_vllm(profile, config.r, "FOLDER"),
-        system_prompt=" ".join(adapter_record.system_prompt.replace("`", "'").split()),
+        samples=samples,
+        system_prompt=" ".join(record["system_prompt"].replace("`", "'").split()),
         versions=record["versions"],
         commit=record["commit"],
     ).content
@@ -1563,7 +1438,7 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -1571,30 +1446,21 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
     training = [log for log in log_history if "loss" in log]
     evaluations = [log for log in log_history if "eval_loss" in log]
     steps = [log["step"] for log in evaluations]
-    losses.plot(
-        [log["step"] for log in training],
-        [float(log["loss"]) for log in training],
-        color="0.6",
-        label="train",
-    )
-    losses.plot(
-        steps, [log["eval_loss"] for log in evaluations], "o--", color="black", label="eval"
-    )
+    values = [float(log["loss"]) for log in training]
+    losses.plot([log["step"] for log in training], values, color="0.6", label="train")
+    values = [log["eval_loss"] for log in evaluations]
+    losses.plot(steps, values, "o--", color="black", label="eval")
     losses.set_ylabel("loss (nats per token)")
-    lines = {
-        "sound": ("o-", "black", "eval_sound", "eval_answers"),
-        "ended by the stop token": ("s:", "0.35", "eval_ended", "eval_answers"),
-        "points named": ("^--", "0.55", "eval_points", "eval_max_points"),
-        "ROUGE-L": ("x-.", "0.45", "eval_rouge_l", None),
-    }
-    for name, (style, color, part, whole) in lines.items():
-        values = [
-            log.get(part, math.nan) / ((log[whole] or math.nan) if whole else 1)
-            for log in evaluations
-        ]
+    for name, style, color, part, whole in (
+        ("sound", "o-", "black", "eval_sound", "eval_answers"),
+        ("ended by the stop token", "s:", "0.35", "eval_ended", "eval_answers"),
+        ("points named", "^--", "0.55", "eval_points", "eval_max_points"),
+        ("ROUGE-L", "x-.", "0.45", "eval_rouge_l", None),
+    ):
+        wholes = [(log[whole] or math.nan) if whole else 1 for log in evaluations]
+        values = [log.get(part, math.nan) / of for log, of in zip(evaluations, wholes, strict=True)]
         answers.plot(steps, values, style, color=color, label=name, clip_on=False)
     answers.set(ylabel="share of answers, or ROUGE-L", xlabel="step", ylim=(0, 1))
-    answers.yaxis.set_major_formatter(PercentFormatter(1))
     answers.xaxis.set_major_locator(MaxNLocator(integer=True))
     for step in sorted(set(selected.values())):
         names = ", ".join(name for name, each in selected.items() if each == step)
@@ -1603,8 +1469,7 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
         for axes in (losses, answers):
             axes.axvline(step, color="0.85", linewidth=5, zorder=0)
     for axes in (losses, answers):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     data.write_atomic(path, image.getvalue())
@@ -1613,12 +1478,8 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
 # --- Export --------------------------------------------------------------------------------------
 
 
-def check_exports(config: TrainConfig, profile: Profile, folder: Path) -> None:
-    """Checks before training what the flags need at the end: packages, network, a token, disk.
-
-    Raises:
-        UsageError: something is missing; the message says what.
-    """
+def check_exports(config: TrainConfig) -> None:
+    """Raises UsageError if a package, the network or a token is missing that the flags need."""
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise UsageError(
             f"--report-to {config.report_to} is not installed. Run pip install "
@@ -1635,20 +1496,11 @@ def check_exports(config: TrainConfig, profile: Profile, folder: Path) -> None:
                 f"access ({type(error).__name__}). Run hf auth login, or set HF_TOKEN, or remove "
                 "the flag."
             ) from None
-    if not (config.merge or config.gguf):
-        return
-    # A model that was loaded in 4 bits is merged into its 16-bit original, which is downloaded.
-    weights = count_base(dataclasses.replace(profile, load_in_4bit=False))[1]
-    needed = weights * (1 + profile.load_in_4bit + 2 * bool(config.gguf))
-    free = shutil.disk_usage(existing_parent(folder)).free
-    if needed > free:
+    if (config.gguf or (config.merge and config.load_in_4bit)) and not data.reaches_hub():
         raise UsageError(
-            f"--merge and --gguf need {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are "
-            "free there. Free disk space, or remove the flags: the adapter works without."
+            "--gguf downloads llama.cpp, and --merge the 16-bit weights of a model in 4 bits, but "
+            "the hub cannot be reached. Go online, or remove the flag."
         )
-    if (profile.load_in_4bit or config.gguf) and not data.reaches_hub():
-        needs = "--gguf downloads llama.cpp" if config.gguf else "--merge downloads 16-bit weights"
-        raise UsageError(f"{needs}, and the hub cannot be reached. Go online, or remove the flag.")
 
 
 def make_modelfile(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> str:
@@ -1697,7 +1549,7 @@ def export(config: TrainConfig, profile: Profile, folder: Path) -> Iterator[str]
             if config.pad == "added":
                 infer.add_pad_token(model, tokenizer)
             model = add_lora(model, config)
-            load_weights(model, adapter)
+            model.load_adapter(adapter, "default")
     if config.merge:
         merged, part = folder / "merged", folder / ".merged.part"
         shutil.rmtree(part, ignore_errors=True)
@@ -1730,8 +1582,7 @@ def export(config: TrainConfig, profile: Profile, folder: Path) -> Iterator[str]
 # --- Command -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path) -> contextlib.AbstractContextManager:
     """A context in which no other command trains into the folder.
 
     Raises:
@@ -1740,22 +1591,16 @@ def lock_run(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     if not is_main_process():
-        yield
-        return
+        return contextlib.nullcontext()
     with data.writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
     try:
-        lock.acquire()
+        return FileLock(folder.with_name(f".{folder.name}.lock")).acquire(timeout=0)
     except Timeout:
         raise UsageError(
             f"Another process is training into {folder}. Wait for it, or choose another --name.",
             BUSY,
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def describe_result(config: TrainConfig, folder: Path, record: Log | None) -> str:
@@ -1768,14 +1613,15 @@ def describe_result(config: TrainConfig, folder: Path, record: Log | None) -> st
     as_planned = ", as planned" if numbers["adapter_bytes"] == planned else f", planned {planned:,}"
     lines = [
         f"loss      {before['eval_loss']:.4f} before, {numbers['last']['eval_loss']:.4f} after "
-        f"{numbers['steps']} steps ({numbers['training_seconds'] / 60:.1f} minutes)",
-        *(
+        f"{numbers['steps']} steps ({numbers['training_seconds'] / 60:.1f} minutes)"
+    ]
+    for each in (before, chosen) if chosen["eval_answers"] else ():
+        lines.append(
             f"answers   step {each['step']}: sound {each['eval_sound']} of {each['eval_answers']}, "
             f"sound and ended {each['eval_sound_and_ended']}, points {each['eval_points']}/"
             f"{each['eval_max_points']}, wrong claims {each['eval_wrong_claims']}"
-            for each in (before, chosen)
-            if each["eval_answers"]
-        ),
+        )
+    lines += [
         f"memory    {numbers['peak_memory_bytes'] / data.GIB:.2f} GiB at the peak",
         f"adapter   {folder / 'adapter'} ({numbers['adapter_bytes']:,} bytes{as_planned})",
         f"record    {folder}: metrics.jsonl, samples, curves.png, adapter/README.md",
@@ -1788,18 +1634,16 @@ def describe_result(config: TrainConfig, folder: Path, record: Log | None) -> st
         lines.append(
             f"Stopped by {how} after {numbers['steps']} of {numbers['planned_steps']} steps{then}."
         )
-    choices = ", ".join(f"{name} step {step}" for name, step in numbers["selected"].items())
     is_default = folder.parent.resolve() == infer.TRAIN_RUNS.resolve()
     flag = "" if is_default else f"--adapter {shlex.quote(str(folder / 'adapter'))} "
-    return "\n".join(
-        [
-            *lines,
-            "Read some answers:",
-            f'  python infer.py {flag}"What are the warning signs of a heart attack?"',
-            f"selected  step {chosen['step']} by {config.metric_for_best_model}; by each metric: "
-            + choices,
-        ]
-    )
+    choices = ", ".join(f"{name} step {step}" for name, step in numbers["selected"].items())
+    lines += [
+        "Read some answers:",
+        f'  python infer.py {flag}"What are the warning signs of a heart attack?"',
+        f"selected  step {chosen['step']} by {config.metric_for_best_model}; by each metric: "
+        + choices,
+    ]
+    return "\n".join(lines)
 
 
 def needs_hub(config: TrainConfig, profile: Profile) -> bool:
@@ -1832,9 +1676,8 @@ def count_rows(config: TrainConfig, profile: Profile) -> dict[str, Any] | None:
 def main(config: TrainConfig) -> None:
     """Resolves the values, prints them and the plan, trains, exports, and prints the results."""
     STOP.listen()
-    deadline = (
-        time.monotonic() + 3600 * config.max_hours - SAVING_SECONDS if config.max_hours else None
-    )
+    # A minute is reserved for saving, besides an evaluation and the longest step so far.
+    deadline = time.monotonic() + 3600 * config.max_hours - 60 if config.max_hours else None
     if not is_main_process():
         sys.stdout = io.StringIO()
     if not sys.stderr.isatty():
@@ -1865,7 +1708,7 @@ def main(config: TrainConfig) -> None:
             dtype = "bfloat16" if is_bfloat16_supported() else dtype
         print(format_plan(config, profile, folder, audit, dtype))
         return
-    check_exports(config, profile, folder)
+    check_exports(config)
     if config.report_to == "tensorboard":
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     mix = config.load(profile)
@@ -1877,6 +1720,7 @@ def main(config: TrainConfig) -> None:
             infer.check_adapter(folder / "adapter")
             print(f"{folder} is already trained with these values (--restart trains it again).")
         else:
+            check_disk(config, profile, folder)
             record = run(config, profile, start, mix, recipe, folder, deadline)
         if not is_main_process():
             return

@@ -131,10 +131,10 @@ def test_without_a_checkpoint_that_can_be_loaded_a_run_starts_over_only_if_none_
 
 def test_a_disk_without_room_is_told_before_anything_is_trained(tmp_path, monkeypatch):
     config, profile, _ = train.resolve(train.TrainConfig(profile="cpu"))
-    train.check_disk(config, profile, tmp_path / "run", "float32", resumes=False)
+    train.check_disk(config, profile, tmp_path / "run")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 50 * 2**20))
-    with pytest.raises(UsageError, match=r"needs up to \d+ MiB for checkpoints .* 50 MiB are free there\. Free disk space"):
-        train.check_disk(config, profile, tmp_path / "run", "float32", resumes=False)
+    with pytest.raises(UsageError, match=r"needs up to \d+ MiB for checkpoints, .* 50 MiB are free there\. Free disk space"):
+        train.check_disk(config, profile, tmp_path / "run")
 
 
 # --- Runs that are ended -----------------------------------------------------------------------------------------
@@ -348,7 +348,8 @@ def test_the_card_shows_answers_as_they_are_and_obeys_nothing_in_them():
     evaluation = {"step": 1, "eval_loss": 1.0, "eval_sound": 1, "eval_answers": 1}
     numbers = {"before": evaluation, "chosen": evaluation, "train_rows": 1, "train_tokens": 1, "eval_rows": 1}
     record = {"numbers": {**numbers, "steps": 1, "planned_steps": 1}, "recipe": {"mix": "rows"}, "versions": {}, "commit": None}
-    card = train.make_card(config, profile, infer.AdapterRecord("x"), record, [sample])
+    record["system_prompt"] = data.SYSTEM_PROMPT
+    card = train.make_card(config, profile, record, [sample])
     assert "<script" not in card and "\x1b" not in card and card.count("<pre>") == card.count("</pre>") == 1
     assert "**q `a` | b # c** (sound; stop; points 0/1" in card and "\n# heading" not in card
     assert card.startswith("---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n")
