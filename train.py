@@ -48,7 +48,6 @@ from data import Profile, UsageError
 from infer import PadName
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
     from trl import SFTConfig, SFTTrainer
@@ -57,6 +56,7 @@ TargetModules = Literal["attention", "all-linear"]
 Metric = Literal["answers", "eval_loss", "rouge_l"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
+Checkpointing = Literal["unsloth"] | bool
 # A switch without a --no- twin of its own.
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 Log = Mapping[str, Any]
@@ -286,6 +286,27 @@ class TrainConfig(data.RowsConfig):
         """Evaluations in so many steps: before the first, one per interval, after the last."""
         return 1 + math.ceil(steps / self.eval_steps(steps))
 
+    def default_name(self, profile: Profile) -> str:
+        """Name of a run without --name: the values that users vary most."""
+        parts = [profile.name]
+        if profile.base_model != data.PROFILES[profile.name].base_model:
+            parts.append(re.sub(r"[^\w.-]+", "-", Path(profile.base_model).name)[:50])
+        parts += [name_rows(self.rows) if self.rows else self.mix, self.target_modules]
+        if self.pad == "added":
+            parts.append("pad-added")
+        return "-".join(parts)
+
+    def count_adapter(self, profile: Profile, dtype: str) -> tuple[int, int]:
+        """`count_adapter` of a run whose base model is loaded in `dtype`."""
+        embedding = dtype if self.pad == "added" else None
+        return count_adapter(profile.architecture, self.target_modules, self.r, embedding)
+
+    def needs_hub(self, profile: Profile) -> bool:
+        """Whether rows or base model come from the hub."""
+        is_local = profile.base_model == data.SMALL_MODEL or Path(profile.base_model).is_dir()
+        sources = self.sources(profile).values()
+        return not (is_local and all(Path(each).is_file() for each in sources))
+
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile, infer.Adapter | None]:
     """The config with the profile's values for unset flags, the profile, and --adapter, checked.
@@ -350,17 +371,6 @@ def name_rows(source: str) -> str:
     return re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII)[:50] or "rows"
 
 
-def default_name(config: TrainConfig, profile: Profile) -> str:
-    """Name of a run without --name: the values that users vary most."""
-    parts = [profile.name]
-    if profile.base_model != data.PROFILES[profile.name].base_model:
-        parts.append(re.sub(r"[^\w.-]+", "-", Path(profile.base_model).name)[:50])
-    parts += [name_rows(config.rows) if config.rows else config.mix, config.target_modules]
-    if config.pad == "added":
-        parts.append("pad-added")
-    return "-".join(parts)
-
-
 # --- The plan ------------------------------------------------------------------------------------
 
 
@@ -400,12 +410,6 @@ def count_adapter(
     return trainable, 8 + math.ceil(header_bytes / 8) * 8 + end
 
 
-def count_run_adapter(config: TrainConfig, profile: Profile, dtype: str) -> tuple[int, int]:
-    """`count_adapter` of a run whose base model is loaded in `dtype`."""
-    embedding = dtype if config.pad == "added" else None
-    return count_adapter(profile.architecture, config.target_modules, config.r, embedding)
-
-
 def count_base(profile: Profile) -> tuple[int, int]:
     """`(parameters, bytes when loaded)` of the base model.
 
@@ -420,22 +424,19 @@ def count_base(profile: Profile) -> tuple[int, int]:
     return linear + others, int(linear * per_weight) + 2 * others
 
 
-def existing_parent(folder: Path) -> Path:
-    """The folder's nearest parent that exists, on whose disk it will be written."""
-    return next(each for each in folder.absolute().parents if each.is_dir())
+def count_disk(config: TrainConfig, profile: Profile, folder: Path, dtype: str) -> tuple[int, int]:
+    """`(needed, free)`: most bytes that a run writes, and those free on the folder's disk.
 
-
-def count_disk(config: TrainConfig, profile: Profile, dtype: str) -> int:
-    """Most bytes that a run writes: three checkpoints while one is replaced, two adapters, exports.
-
-    A model that was loaded in 4 bits is merged into its 16-bit original, which is downloaded.
+    Counts three checkpoints while one is replaced, two adapters, and exports. A model that was
+    loaded in 4 bits is merged into its 16-bit original, which is downloaded.
     """
-    trainable, adapter_bytes = count_run_adapter(config, profile, dtype)
+    trainable, adapter_bytes = config.count_adapter(profile, dtype)
     needed = 5 * adapter_bytes + 3 * trainable * (2 if "8bit" in profile.optim else 8)
     if config.merge or config.gguf:
         merged = count_base(dataclasses.replace(profile, load_in_4bit=False))[1]
         needed += merged * (1 + profile.load_in_4bit + 2 * bool(config.gguf))
-    return needed
+    parent = next(each for each in folder.absolute().parents if each.is_dir())
+    return needed, shutil.disk_usage(parent).free
 
 
 def format_plan(
@@ -446,8 +447,14 @@ def format_plan(
     `audit` is None if the rows could not be read: then the flags give an upper bound. `dtype` is
     the base model's.
     """
-    trainable, adapter_bytes = count_run_adapter(config, profile, dtype)
+    trainable, adapter_bytes = config.count_adapter(profile, dtype)
     parameters, base_bytes = count_base(profile)
+    needed, free = count_disk(config, profile, folder, dtype)
+    adapter_file = f"{adapter_bytes:,} bytes"
+    if config.pad == "added":
+        native = count_adapter(profile.architecture, config.target_modules, config.r)[1]
+        adapter_file += f", {adapter_bytes / native:.1f} times the {native:,} bytes without a "
+        adapter_file += "new pad token: it contains embedding and head"
     lines = {"rows": "not counted"}
     rows, up_to, tokens = None, "", ""
     if audit:
@@ -464,31 +471,22 @@ def format_plan(
             "evaluations": f"{up_to}{config.count_evaluations(steps)}, each with "
             f"{config.num_probes} probe answers of up to {profile.gate_max_new_tokens} tokens",
         }
-    parent = existing_parent(folder)
     lines |= {
         "trainable parameters": f"{trainable:,}",
-        "adapter file": f"{adapter_bytes:,} bytes",
+        "adapter file": adapter_file,
         "base model": f"{parameters:,} parameters, {base_bytes / 1e9:.2f} GB in "
         f"{'4-bit NF4' if profile.load_in_4bit else '16 bits'}",
-        "disk": f"up to {count_disk(config, profile, dtype) / 1e9:.2f} GB of "
-        f"{shutil.disk_usage(parent).free / 1e9:.1f} GB free in {parent}",
+        "disk": f"up to {needed / 1e9:.2f} GB of {free / 1e9:.1f} GB free",
         "measured": profile.measured,
     }
-    if config.pad == "added":
-        native = count_adapter(profile.architecture, config.target_modules, config.r)[1]
-        lines["--pad added"] = (
-            f"the file contains the embedding, one row longer, and the head: "
-            f"{adapter_bytes / native:.1f} times the {native:,} bytes without"
-        )
     return "\n".join(f"{name:<30}{value}" for name, value in lines.items())
 
 
 def check_disk(config: TrainConfig, profile: Profile, folder: Path) -> None:
     """Raises UsageError if the disk has no room for what the run has still to write."""
+    needed, free = count_disk(config, profile, folder, profile.dtype)
     files = () if config.restart else folder.rglob("*")
-    written = sum(file.stat().st_size for file in files if file.is_file())
-    needed = count_disk(config, profile, profile.dtype) - written
-    free = shutil.disk_usage(existing_parent(folder)).free
+    needed -= sum(file.stat().st_size for file in files if file.is_file())
     if needed > free:
         raise UsageError(
             f"{folder} needs up to {needed / 2**20:,.0f} MiB for checkpoints, adapter and exports, "
@@ -497,9 +495,7 @@ def check_disk(config: TrainConfig, profile: Profile, folder: Path) -> None:
         )
 
 
-def use_checkpointing(
-    config: TrainConfig, profile: Profile, longest_row: int
-) -> Literal["unsloth"] | bool:
+def use_checkpointing(config: TrainConfig, profile: Profile, longest_row: int) -> Checkpointing:
     """Whether to recompute activations: as the flag says, else if the longest rows need it.
 
     Counts 26 bytes per hidden unit and 8 per feed-forward unit, token and layer, for LoRA on all
@@ -522,9 +518,7 @@ def use_checkpointing(
 # --- LoRA ----------------------------------------------------------------------------------------
 
 
-def add_lora(
-    model: Any, config: TrainConfig, checkpointing: Literal["unsloth"] | bool = False
-) -> PeftModel:
+def add_lora(model: Any, config: TrainConfig, checkpointing: Checkpointing = False) -> PeftModel:
     """`model` with LoRA matrices, initialized from the seed; nothing else is trainable."""
     from unsloth import FastLanguageModel
 
@@ -542,33 +536,21 @@ def add_lora(
 def check_model(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, profile: Profile
 ) -> None:
-    """Checks that LoRA alone is trained and saved, and that the pad token is not the stop token.
-
-    Raises:
-        UsageError: it is not so; the message names what was found.
-    """
+    """Raises UsageError unless LoRA alone is trained, and the pad token is one of the base model's
+    tokens and not its stop token."""
     rows, vocab_size = model.get_input_embeddings().weight.shape[0], model.config.vocab_size
     expected = profile.architecture.vocab_size + (config.pad == "added")
     others = [n for n, each in model.named_parameters() if each.requires_grad and ".lora_" not in n]
-    problems = []
-    if not rows == vocab_size == expected or len(tokenizer) > rows:
-        problems.append(
-            f"The embedding has {rows:,} rows, the config {vocab_size:,}, the tokenizer "
-            f"{len(tokenizer):,} tokens; expected {expected:,} rows. A token was added, or the "
-            f"base model is not {profile.base_model}."
-        )
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) or tokenizer.pad_token_id >= rows:
-        problems.append(
-            f"The pad token is {tokenizer.pad_token!r} ({tokenizer.pad_token_id}); expected a "
-            "token of the vocabulary other than the stop token."
-        )
-    if others:
-        problems.append(f"{len(others)} tensors besides LoRA would be trained, first {others[0]}.")
-    if problems:
+    pad, stop = tokenizer.pad_token_id, tokenizer.eos_token_id
+    fits = rows == vocab_size == expected and len(tokenizer) <= rows
+    if others or not fits or pad in (None, stop) or pad >= rows:
         raise UsageError(
-            "Nothing was trained, because the adapter would not be as planned. Install the pinned "
-            "packages again (README), and clear the cache of the base model.\n"
-            + "\n".join(problems)
+            "Nothing was trained, because the adapter would not be as planned. Expected an "
+            f"embedding of {expected:,} rows, a pad token of its own, and no trainable tensors "
+            f"besides LoRA; found {rows:,} rows ({vocab_size:,} in the config), "
+            f"{len(tokenizer):,} tokens, the pad token {pad}, the stop token {stop}, and "
+            f"{len(others)} other trainable tensors {others[:1]}. Install the pinned packages "
+            f"again (README), and clear the cache of {profile.base_model}."
         )
 
 
@@ -649,21 +631,34 @@ def rouge_l(text: str, reference: str) -> float:
     return 2 * LCSseq.similarity(*words) / max(1, sum(map(len, words)))
 
 
-@dataclass
 class AnswerEvaluation:
     """Answers probe and held-out questions during training, and judges the former."""
 
-    loaded: infer.LoadedModel
-    probes: list[str]
-    """Questions that are judged."""
-    references: dict[str, str]
-    """Held-out questions with their answers, for ROUGE-L."""
-    tokens_per_byte: float
-    """Of the held-out answers."""
-    samples: Path
-    """Folder for the answers."""
-    checkpointing: Literal["unsloth"] | bool = False
-    """Of training, to go back to."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        loaded: infer.LoadedModel,
+        mix: data.Mix,
+        held_out: list[dict[str, list[int]]],
+        folder: Path,
+        checkpointing: Checkpointing,
+    ) -> None:
+        """`held_out` are the encoded rows of `mix.eval`, `checkpointing` is that of training."""
+        self.loaded, self.samples, self.checkpointing = loaded, folder / "samples", checkpointing
+        self.probes = [probe.question for probe in loaded.probes[: config.num_probes]]
+        tokens = sum(label != -100 for row in held_out for label in row["labels"])
+        texts = (text for row in mix.eval for role, text in row.messages if role == "assistant")
+        self.tokens_per_byte = tokens / sum(len(text.encode()) for text in texts)
+
+        def width(question: str) -> int:
+            prompt = data.encode_prompt(loaded.tokenizer, question, (), loaded.system_prompt)
+            return infer.padded_width(len(prompt))
+
+        # Held-out questions fill up a batch of probes: first those that do not widen it.
+        widest = max(map(width, self.probes), default=0)
+        rows = sorted(mix.eval, key=lambda row: max(width(row.question), widest))
+        rows = rows[: max(8, -len(self.probes) % infer.ROWS)]
+        self.references = {row.question: row.messages[2][1] for row in rows}
 
     def __call__(self, step: int, eval_loss: float) -> dict[str, float]:
         """The metrics of the current weights, and their answers in samples/STEP.jsonl.
@@ -723,33 +718,6 @@ class AnswerEvaluation:
         finally:
             FastLanguageModel.for_training(model, use_gradient_checkpointing=self.checkpointing)
         return judged, answers[count:]
-
-
-def make_evaluation(
-    config: TrainConfig,
-    loaded: infer.LoadedModel,
-    mix: data.Mix,
-    folder: Path,
-    checkpointing: Literal["unsloth"] | bool,
-) -> AnswerEvaluation:
-    """The evaluation by answers. Its held-out questions fill up a batch, and are 8 or more: first
-    those that do not widen it."""
-
-    def width(question: str) -> int:
-        prompt = data.encode_prompt(loaded.tokenizer, question, (), loaded.system_prompt)
-        return infer.padded_width(len(prompt))
-
-    probes = [probe.question for probe in loaded.probes[: config.num_probes]]
-    widest = max(map(width, probes), default=0)
-    rows = sorted(mix.eval, key=lambda row: max(width(row.question), widest))
-    rows = rows[: max(8, -len(probes) % infer.ROWS)]
-    references = {row.question: row.messages[2][1] for row in rows}
-    labels = (data.encode_row(loaded.tokenizer, row)["labels"] for row in mix.eval)
-    tokens = sum(label != -100 for row in labels for label in row)
-    texts = (text for row in mix.eval for role, text in row.messages if role == "assistant")
-    tokens_per_byte = tokens / sum(len(text.encode()) for text in texts)
-    samples = folder / "samples"
-    return AnswerEvaluation(loaded, probes, references, tokens_per_byte, samples, checkpointing)
 
 
 def describe_evaluation(now: Log, before: Log | None) -> str:
@@ -818,17 +786,6 @@ class Stop:
 STOP = Stop()
 
 
-def agree(votes: Sequence[bool], device: torch.device) -> list[bool]:
-    """For each vote, whether any process that trains along gives it."""
-    import torch
-
-    if not torch.distributed.is_initialized():
-        return list(votes)
-    counts = torch.tensor(votes, dtype=torch.int32, device=device)
-    torch.distributed.all_reduce(counts)
-    return counts.bool().tolist()
-
-
 def make_callback(
     config: TrainConfig, folder: Path, recipe: Log, deadline: float | None
 ) -> TrainerCallback:
@@ -836,6 +793,7 @@ def make_callback(
 
     It stops on a signal, or when `deadline`, a reading of `time.monotonic`, is near.
     """
+    import torch
     from tqdm import tqdm
     from transformers.trainer_callback import ExportableState, ProgressCallback
 
@@ -869,7 +827,12 @@ def make_callback(
             # One step before an evaluation, since a run that ends during it repeats from there.
             before = (state.global_step + 1) % state.eval_steps == 0
             due = before or now - self.saved >= 60 * config.save_minutes
-            late, stop, due = agree([late, bool(STOP.number), due], args.device)
+            votes = torch.tensor(
+                [late, bool(STOP.number), due], dtype=torch.int, device=args.device
+            )
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(votes)
+            late, stop, due = votes.bool().tolist()
             self.stopping = (late or stop) and state.global_step < state.max_steps
             control.should_save |= self.stopping or due
 
@@ -883,9 +846,7 @@ def make_callback(
                 super().on_prediction_step(*args, **kwargs)
             STOP.check()
 
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
-        ) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
             if is_main_process():
                 lines = (json.dumps(line) + "\n" for line in select_metrics(state.log_history))
                 data.write_atomic(folder / "metrics.jsonl", "".join(lines))
@@ -912,7 +873,7 @@ def make_sft_config(
     profile: Profile,
     folder: Path,
     eval_steps: int,
-    checkpointing: Literal["unsloth"] | bool = False,
+    checkpointing: Checkpointing = False,
 ) -> SFTConfig:
     """TRL's settings; every value whose default differs between Unsloth's GPU and CPU code."""
     from unsloth import is_bfloat16_supported  # isort: skip
@@ -1044,11 +1005,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """The Trainer's state in a checkpoint, after a check that its files are whole.
-
-    Raises:
-        Exception: a file is missing, cut or broken. The Trainer writes its state last.
-    """
+    """The Trainer's state in a checkpoint. Raises any error if one of its files is not whole."""
     import safetensors
 
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -1112,11 +1069,7 @@ def check_recipe(folder: Path, found: Log, recipe: Log) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """run.json, which a run writes last; None if it is not complete.
-
-    Raises:
-        UsageError: the file is broken.
-    """
+    """run.json, which a run writes last, or None. Raises UsageError if it is broken."""
     path = folder / "run.json"
     if not path.is_file():
         return None
@@ -1147,7 +1100,6 @@ def train_model(trainer: SFTTrainer, folder: Path, checkpoint: Path | None) -> T
 
     Raises:
         infer.Interrupted: a signal came; the message says what is saved.
-        UsageError: as `data.writing`.
     """
     import torch
     from transformers import TrainerState
@@ -1199,10 +1151,6 @@ def run(
     """Trains into the folder, from its newest checkpoint if there is one; returns the record.
 
     None if --max-hours ended it before the first evaluation, and in all processes but the first.
-
-    Raises:
-        infer.Interrupted: as `train_model`.
-        UsageError: rows, model, checkpoint or disk cannot be used.
     """
     found = None if config.restart else find_checkpoint(folder)
     checkpoint = found[0] if found else None
@@ -1243,7 +1191,7 @@ def run(
         loaded = infer.LoadedModel(
             model, tokenizer, profile, system_prompt=mix.system_prompt, probes=probes
         )
-        evaluation = make_evaluation(config, loaded, mix, folder, checkpointing)
+        evaluation = AnswerEvaluation(config, loaded, mix, held_out, folder, checkpointing)
         args = make_sft_config(config, profile, folder, eval_steps, checkpointing)
         args.eval_on_start = checkpoint is None
         trainer = make_trainer(model, tokenizer, args, train, held_out, evaluation)
@@ -1278,11 +1226,7 @@ def write_results(
     folder: Path,
     state: TrainerState,
 ) -> dict[str, Any]:
-    """Writes adapter and curves and, of a complete run, run.json last; returns what that holds.
-
-    Raises:
-        UsageError: as `data.writing`.
-    """
+    """Writes adapter and curves and, of a complete run, run.json last; returns what that holds."""
     tokenizer, decoding = loaded.tokenizer, infer.DECODINGS["kit"]
     adapter_record = infer.AdapterRecord(
         base_model=loaded.profile.base_model,
@@ -1342,7 +1286,7 @@ def collect_numbers(
     import torch
 
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    trainable, planned_bytes = count_run_adapter(config, loaded.profile, dtype)
+    trainable, planned_bytes = config.count_adapter(loaded.profile, dtype)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_reserved()
     else:
@@ -1393,7 +1337,7 @@ def make_card(config: TrainConfig, profile: Profile, record: Log, samples: Seque
     }
     # A private path, and what is shown below.
     values = {
-        name: data.escape_controls(str(value)).replace("|", "&#124;").replace("\n", " ")
+        name: str(value).replace("|", "&#124;").replace("\n", " ")
         for name, value in values.items()
         if value is not None and name not in ("base_model", "system_prompt")
     }
@@ -1402,15 +1346,14 @@ def make_card(config: TrainConfig, profile: Profile, record: Log, samples: Seque
         # The folder of a file is private.
         shown = Path(source).name if Path(source).is_file() else source
         licence = LICENCES.get(source, "unknown to the kit")
-        sources.append((name, data.escape_controls(shown), licence))
+        sources.append((name, shown, licence))
     samples = [
         {
-            **sample,
-            "question": " ".join(data.escape_controls(sample["question"]).split()),
-            "text": data.escape_controls(sample["text"]),
-            "facts": infer.Facts(**sample["facts"]) if sample["facts"] else "",
+            **each,
+            "question": " ".join(each["question"].split()),
+            "facts": infer.Facts(**each["facts"]) if each["facts"] else "",
         }
-        for sample in samples
+        for each in samples
     ]
     card_data = ModelCardData(
         base_model=profile.hub_id,
@@ -1419,7 +1362,7 @@ def make_card(config: TrainConfig, profile: Profile, record: Log, samples: Seque
         license=profile.licence,
         tags=["lora", "unsloth", "medical"],
     )
-    return ModelCard.from_template(
+    card = ModelCard.from_template(
         card_data,
         template_str=CARD,
         values=values,
@@ -1428,7 +1371,8 @@ def make_card(config: TrainConfig, profile: Profile, record: Log, samples: Seque
         system_prompt=" ".join(record["system_prompt"].replace("`", "'").split()),
         versions=record["versions"],
         commit=record["commit"],
-    ).content
+    )
+    return data.escape_controls(card.content)
 
 
 def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: Path) -> None:
@@ -1436,6 +1380,7 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
 
     Lines differ in dashes and markers too, so the picture is readable in black and white.
     """
+    import pandas
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -1443,23 +1388,19 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
     figure = Figure(figsize=(8, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     losses, answers = figure.subplots(2, sharex=True)
-    training = [log for log in log_history if "loss" in log]
-    evaluations = [log for log in log_history if "eval_loss" in log]
-    steps = [log["step"] for log in evaluations]
-    values = [float(log["loss"]) for log in training]
-    losses.plot([log["step"] for log in training], values, color="0.6", label="train")
-    values = [log["eval_loss"] for log in evaluations]
-    losses.plot(steps, values, "o--", color="black", label="eval")
+    logs = pandas.DataFrame(log_history).set_index("step")
+    training, evaluations = logs[logs.loss.notna()], logs[logs.eval_loss.notna()]
+    losses.plot(training.loss.astype(float), color="0.6", label="train")
+    losses.plot(evaluations.eval_loss, "o--", color="black", label="eval")
     losses.set_ylabel("loss (nats per token)")
-    for name, style, color, part, whole in (
-        ("sound", "o-", "black", "eval_sound", "eval_answers"),
-        ("ended by the stop token", "s:", "0.35", "eval_ended", "eval_answers"),
-        ("points named", "^--", "0.55", "eval_points", "eval_max_points"),
-        ("ROUGE-L", "x-.", "0.45", "eval_rouge_l", None),
-    ):
-        wholes = [(log[whole] or math.nan) if whole else 1 for log in evaluations]
-        values = [log.get(part, math.nan) / of for log, of in zip(evaluations, wholes, strict=True)]
-        answers.plot(steps, values, style, color=color, label=name, clip_on=False)
+    sound = evaluations.eval_sound / evaluations.eval_answers
+    ended = evaluations.eval_ended / evaluations.eval_answers
+    points = evaluations.eval_points / evaluations.eval_max_points
+    answers.plot(sound, "o-", color="black", label="sound", clip_on=False)
+    answers.plot(ended, "s:", color="0.35", label="ended by the stop token", clip_on=False)
+    answers.plot(points, "^--", color="0.55", label="points named", clip_on=False)
+    if "eval_rouge_l" in logs:
+        answers.plot(evaluations.eval_rouge_l, "x-.", color="0.45", label="ROUGE-L", clip_on=False)
     answers.set(ylabel="share of answers, or ROUGE-L", xlabel="step", ylim=(0, 1))
     answers.xaxis.set_major_locator(MaxNLocator(integer=True))
     for step in sorted(set(selected.values())):
@@ -1536,11 +1477,7 @@ PARAMETER num_ctx {data.MAX_SEQ_LENGTH}
 
 
 def export(config: TrainConfig, profile: Profile, folder: Path) -> Iterator[str]:
-    """Merges, converts and uploads a complete run, as the flags say; yields a line for each.
-
-    Raises:
-        UsageError: the model or the hub cannot be used.
-    """
+    """Merges, converts and uploads a complete run, as the flags say; yields a line for each."""
     adapter = folder / "adapter"
     if config.merge or config.gguf:
         record = infer.read_adapter_record(adapter)
@@ -1583,11 +1520,7 @@ def export(config: TrainConfig, profile: Profile, folder: Path) -> Iterator[str]
 
 
 def lock_run(folder: Path) -> contextlib.AbstractContextManager:
-    """A context in which no other command trains into the folder.
-
-    Raises:
-        UsageError: another one does.
-    """
+    """A context in which no other command trains into the folder. Raises UsageError if one does."""
     from filelock import FileLock, Timeout
 
     if not is_main_process():
@@ -1646,23 +1579,12 @@ def describe_result(config: TrainConfig, folder: Path, record: Log | None) -> st
     return "\n".join(lines)
 
 
-def needs_hub(config: TrainConfig, profile: Profile) -> bool:
-    """Whether rows or base model come from the hub."""
-    is_local = profile.base_model == data.SMALL_MODEL or Path(profile.base_model).is_dir()
-    sources = config.sources(profile).values()
-    return not (is_local and all(Path(each).is_file() for each in sources))
-
-
 def count_rows(config: TrainConfig, profile: Profile) -> dict[str, Any] | None:
-    """The audit of the rows; None if they are on the hub, which cannot be reached.
-
-    Raises:
-        UsageError: the rows cannot be used.
-    """
+    """The audit of the rows; None if they are on the hub, which cannot be reached."""
     try:
         mix, tokenizer = config.load(profile), data.load_tokenizer(profile)
     except UsageError:
-        if not needs_hub(config, profile) or data.reaches_hub():
+        if not config.needs_hub(profile) or data.reaches_hub():
             raise
         for name, source in config.sources(profile).items():
             if Path(source).suffix.lower() in data.FILE_SUFFIXES:
@@ -1683,11 +1605,11 @@ def main(config: TrainConfig) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     config, profile, start = resolve(config)
-    folder = config.output_dir / (config.name or default_name(config, profile))
+    folder = config.output_dir / (config.name or config.default_name(profile))
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise UsageError(f"--output-dir {config.output_dir}: {file} is a file; expected a folder.")
     infer.prepare_environment(
-        profile, offline=not (needs_hub(config, profile) or config.push_to_hub) or None
+        profile, offline=not (config.needs_hub(profile) or config.push_to_hub) or None
     )
     recipe = make_recipe(config, profile, start)
     for name, value in {**recipe, **config.sources(profile), "run folder": folder}.items():
@@ -1709,8 +1631,6 @@ def main(config: TrainConfig) -> None:
         print(format_plan(config, profile, folder, audit, dtype))
         return
     check_exports(config)
-    if config.report_to == "tensorboard":
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     mix = config.load(profile)
     recipe["data_fingerprint"] = mix.fingerprint
     with lock_run(folder):

@@ -251,7 +251,7 @@ def test_an_added_pad_is_refused_unless_it_is_asked_for(tiny):
     tokenizer, model = load_llama_tokenizer(), tiny()
     infer.add_pad_token(model, tokenizer)
     assert tokenizer.pad_token_id == 128_256
-    with pytest.raises(UsageError, match=r"The embedding has 128,257 rows.* expected 128,256 rows\. A token was added"):
+    with pytest.raises(UsageError, match=r"an embedding of 128,256 rows.* found 128,257 rows \(128,257 in the config\), 128,257 tokens"):
         train.check_model(model, tokenizer, *resolve())
     train.check_model(model, tokenizer, *resolve(pad="added"))
 
@@ -271,14 +271,18 @@ def test_the_row_of_an_added_pad_is_the_same_whatever_was_drawn_before(tiny):
     assert torch.equal(*rows) and rows[0].abs().max() > 0
 
 
-def test_pad_that_is_eos_and_weights_that_are_not_loras_are_refused_all_at_once(tiny):
-    tokenizer, model = load_llama_tokenizer(), tiny(modules_to_save=["embed_tokens"])
-    tokenizer.pad_token = tokenizer.eos_token
-    with pytest.raises(UsageError) as caught:
+@pytest.mark.parametrize(
+    ("lora", "pad", "message"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, 128_004, r"\d other trainable tensors \['base_model.*embed_tokens"),
+        ({}, 128_009, "the pad token 128009, the stop token 128009"),
+    ],
+)
+def test_weights_that_are_not_loras_are_refused_and_a_pad_that_is_the_stop_token(tiny, lora, pad, message):
+    tokenizer, model = load_llama_tokenizer(), tiny(**lora)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    with pytest.raises(UsageError, match=message):
         train.check_model(model, tokenizer, *resolve())
-    message = str(caught.value)
-    assert "The pad token is '<|eot_id|>' (128009); expected a token of the vocabulary" in message
-    assert "tensors besides LoRA would be trained" in message
 
 
 # --- The order of rows
@@ -344,7 +348,11 @@ def measure_quality_of(monkeypatch, tmp_path, sound, named, eval_loss):
     found = {"num_answers": 12, "num_sound": sound, "num_ended": 9, "num_sound_and_ended": 8}
     found |= {"num_named": named, "num_points": 40, "num_wrong_claims": 1}
     monkeypatch.setattr(infer, "measure_quality", lambda judged: Quality(found))
-    evaluation = train.AnswerEvaluation(Quality(profile=data.PROFILES["cpu"]), [], {}, 0.5, tmp_path)
+    config, profile = resolve(profile="cpu", num_probes=0)
+    rows = [make_row("Croup?", "No", "conversational")]
+    loaded = infer.LoadedModel(None, data.load_tokenizer(profile), profile)
+    # One token of the answer's two bytes.
+    evaluation = train.AnswerEvaluation(config, loaded, Quality(eval=rows), [{"labels": [-100, 5]}], tmp_path, False)
     return evaluation(1, eval_loss)
 
 
