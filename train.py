@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 TargetModules = Literal["attention", "all-linear"]
 Metric = Literal["answers", "eval_loss", "rouge_l"]
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 Checkpointing = Literal["unsloth"] | bool
 # A switch without a --no- twin of its own.
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -163,7 +161,7 @@ class TrainConfig(data.RowsConfig):
     """Number of optimizer steps, overriding --epochs."""
     learning_rate: float = 2e-4
     """Peak learning rate, after a warm-up over 3% of the steps."""
-    lr_scheduler_type: Scheduler = "linear"
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Schedule of the learning rate after the warm-up."""
     target_modules: TargetModules = "all-linear"
     """`attention` is q, k, v, o; `all-linear` adds gate, up, down."""
@@ -203,7 +201,7 @@ class TrainConfig(data.RowsConfig):
     to resume."""
     save_minutes: float = 5.0
     """Minutes between two checkpoints; 0 saves after every step."""
-    report_to: Tracker = "none"
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also log to this tracker, which must be installed."""
     merge: bool = False
     """Also write base model and adapter as one 16-bit model, with an Ollama Modelfile."""
@@ -665,9 +663,9 @@ class AnswerEvaluation:
 
         `eval_quality` orders evaluations: by sound answers, then by points, then by the loss.
         """
-        decoding = infer.DECODINGS["kit"]
-        cap = min(decoding.max_new_tokens, self.loaded.profile.gate_max_new_tokens)
-        decoding = dataclasses.replace(decoding, max_new_tokens=cap)
+        kit = infer.DECODINGS["kit"]
+        limit = min(kit.max_new_tokens, self.loaded.profile.gate_max_new_tokens)
+        decoding = dataclasses.replace(kit, max_new_tokens=limit)
         metrics = {"eval_loss_per_byte": eval_loss * self.tokens_per_byte}
         judged: list[infer.JudgedAnswer] = []
         if self.probes:
@@ -702,8 +700,8 @@ class AnswerEvaluation:
         from unsloth import FastLanguageModel
 
         model, total = self.loaded.model, infer.count_new_tokens(requests)
-        hidden = not sys.stderr.isatty()
-        bar = tqdm(total=total, unit="token", desc="answers", leave=False, disable=hidden)
+        # On a terminal only.
+        bar = tqdm(total=total, unit="token", desc="answers", leave=False, disable=None)
         count = len(self.probes)
 
         def progress(tokens: int) -> None:
@@ -1023,10 +1021,8 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that can be loaded and its state, or None if there is none.
 
     Newer ones are reported. Those that a killed process left incomplete are removed, and damaged
-    ones renamed, so that the Trainer does not write into them.
-
-    Raises:
-        UsageError: checkpoints were completed, and none of them can be loaded.
+    ones renamed, so that the Trainer does not write into them. Raises UsageError if damaged ones
+    are all there is.
     """
     broken, found = {}, None
     for checkpoint in list_checkpoints(folder):
@@ -1053,7 +1049,6 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def check_recipe(folder: Path, found: Log, recipe: Log) -> None:
     """Raises UsageError if the run in the folder has another recipe."""
-    recipe = json.loads(json.dumps(recipe))
     differences = [
         f"  {name}: {found.get(name)!r} there, {recipe.get(name)!r} now"
         for name in sorted(found.keys() | recipe.keys())
@@ -1119,14 +1114,10 @@ def train_model(trainer: SFTTrainer, folder: Path, checkpoint: Path | None) -> T
             if not is_complete(trainer.state):
                 STOP.check()
     except infer.Interrupted as interrupted:
-        message = "Interrupted before the first checkpoint. Run the same command to start again."
         # A second Ctrl-C may have come while the last one was being saved.
         saved = [each for each in list_checkpoints(folder) if (each / STATE).is_file()]
-        if saved:
-            message = (
-                f"Interrupted. {saved[0]} of {trainer.state.max_steps} steps is saved; run the "
-                "same command (without --restart) to resume."
-            )
+        state = f"{saved[0] if saved else 'Nothing'} of {trainer.state.max_steps} steps is saved"
+        message = f"Interrupted. {state}; run the same command (without --restart) to resume."
         raise infer.Interrupted(interrupted.number, message) from None
     finally:
         STOP.training = False
@@ -1173,7 +1164,7 @@ def run(
     if profile.train_sampling_strategy == "sequential":
         train = order_rows(train, config.seed)
     longest = audit["lengths"]["longest"]
-    eval_steps = config.eval_steps(config.count_steps(audit["train_rows"]))
+    eval_steps = config.eval_steps(config.count_steps(len(train)))
     with infer.quiet_libraries():
         if config.pad == "added":
             infer.add_pad_token(model, tokenizer)
@@ -1468,7 +1459,6 @@ TEMPLATE \"\"\"{prompt}{{{{ .Response }}}}{stop}\"\"\"
 SYSTEM \"\"\"{quoted}\"\"\"
 PARAMETER stop "{stop}"
 PARAMETER temperature {decoding.temperature:g}
-PARAMETER top_p {decoding.top_p:g}
 PARAMETER repeat_penalty {decoding.repetition_penalty:g}
 PARAMETER repeat_last_n -1
 PARAMETER num_predict {decoding.max_new_tokens}
@@ -1546,21 +1536,13 @@ def describe_result(config: TrainConfig, folder: Path, record: Log | None) -> st
     as_planned = ", as planned" if numbers["adapter_bytes"] == planned else f", planned {planned:,}"
     lines = [
         f"loss      {before['eval_loss']:.4f} before, {numbers['last']['eval_loss']:.4f} after "
-        f"{numbers['steps']} steps ({numbers['training_seconds'] / 60:.1f} minutes)"
-    ]
-    for each in (before, chosen) if chosen["eval_answers"] else ():
-        lines.append(
-            f"answers   step {each['step']}: sound {each['eval_sound']} of {each['eval_answers']}, "
-            f"sound and ended {each['eval_sound_and_ended']}, points {each['eval_points']}/"
-            f"{each['eval_max_points']}, wrong claims {each['eval_wrong_claims']}"
-        )
-    lines += [
+        f"{numbers['steps']} steps ({numbers['training_seconds'] / 60:.1f} minutes)",
+        f"before    {describe_evaluation(before, None)}",
+        f"chosen    {describe_evaluation(chosen, before)}",
         f"memory    {numbers['peak_memory_bytes'] / data.GIB:.2f} GiB at the peak",
         f"adapter   {folder / 'adapter'} ({numbers['adapter_bytes']:,} bytes{as_planned})",
         f"record    {folder}: metrics.jsonl, samples, curves.png, adapter/README.md",
     ]
-    if chosen["eval_sound"] < before["eval_sound"]:
-        lines.append("The base model's answers were better than those of any evaluated step.")
     if numbers["steps"] < numbers["planned_steps"]:
         how = "early stopping" if numbers["stopped_early"] else "--max-hours"
         then = "" if numbers["stopped_early"] else "; run the same command to resume"
