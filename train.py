@@ -185,8 +185,7 @@ class TrainConfig(data.RowsConfig):
     no_load_in_4bit: Switch = False
     """Load the base model in 16 bits."""
     gradient_checkpointing: Switch = False
-    """Recompute activations in the backward pass: less memory, more time. Unset: on a GPU, if the
-    longest rows would not fit otherwise."""
+    """Recompute activations in the backward pass, to save memory. Unset: on a GPU, if necessary."""
     num_probes: int | None = None
     """Probe questions answered and judged at each evaluation; 0 for none. Unset: the profile's."""
     eval_every: float | None = None
@@ -197,8 +196,7 @@ class TrainConfig(data.RowsConfig):
     early_stopping_patience: int | None = None
     """Stop after this many evaluations in a row without a better --metric-for-best-model."""
     max_hours: float | None = None
-    """Stop in time to end within so many hours, with everything saved. Run the same command again
-    to resume."""
+    """Stop in time to end within so many hours, with everything saved. The same command resumes."""
     save_minutes: float = 5.0
     """Minutes between two checkpoints; 0 saves after every step."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -206,8 +204,7 @@ class TrainConfig(data.RowsConfig):
     merge: bool = False
     """Also write base model and adapter as one 16-bit model, with an Ollama Modelfile."""
     gguf: str | None = None
-    """Also write a GGUF file, quantized by this method, such as q4_k_m. Unsloth downloads and
-    builds llama.cpp for it."""
+    """Also write a GGUF file, quantized by this method (q4_k_m); downloads and builds llama.cpp."""
     push_to_hub: str | None = None
     """Also upload the adapter to this hub repository (OWNER/NAME), private if it is new."""
     restart: bool = False
@@ -284,6 +281,20 @@ class TrainConfig(data.RowsConfig):
         """Evaluations in so many steps: before the first, one per interval, after the last."""
         return 1 + math.ceil(steps / self.eval_steps(steps))
 
+    def recipe(self, profile: Profile, adapter: infer.Adapter | None) -> dict[str, Any]:
+        """The values that decide what is learned: equal ones and equal rows give equal adapters."""
+        values = dataclasses.asdict(self)
+        if self.probes:
+            content = repr(infer.read_probes(self.probes)).encode()
+            values["probes"] = f"{self.probes}, sha256 {hashlib.sha256(content).hexdigest()[:16]}"
+        return {name: value for name, value in values.items() if name not in NOT_IN_RECIPE} | {
+            "profile": profile.name,
+            "base_model": profile.base_model,
+            "adapter": adapter and adapter.sha256,
+            "mix": "rows" if self.rows else self.mix,
+            "rows_per_step": self.rows_per_step,
+        }
+
     def default_name(self, profile: Profile) -> str:
         """Name of a run without --name: the values that users vary most."""
         parts = [profile.name]
@@ -344,23 +355,6 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile, infer.Adapter | 
     in_4bit = not config.no_load_in_4bit and (config.load_in_4bit or profile.load_in_4bit)
     config = dataclasses.replace(config, **changes, load_in_4bit=in_4bit, no_load_in_4bit=False)
     return config, dataclasses.replace(profile, load_in_4bit=in_4bit), adapter
-
-
-def make_recipe(
-    config: TrainConfig, profile: Profile, adapter: infer.Adapter | None
-) -> dict[str, Any]:
-    """The values that decide what is learned: with equal ones, equal rows give equal adapters."""
-    values = dataclasses.asdict(config)
-    if config.probes:
-        content = repr(infer.read_probes(config.probes)).encode()
-        values["probes"] = f"{config.probes}, sha256 {hashlib.sha256(content).hexdigest()[:16]}"
-    return {name: value for name, value in values.items() if name not in NOT_IN_RECIPE} | {
-        "profile": profile.name,
-        "base_model": profile.base_model,
-        "adapter": adapter and adapter.sha256,
-        "mix": "rows" if config.rows else config.mix,
-        "rows_per_step": config.rows_per_step,
-    }
 
 
 def name_rows(source: str) -> str:
@@ -451,8 +445,8 @@ def format_plan(
     adapter_file = f"{adapter_bytes:,} bytes"
     if config.pad == "added":
         native = count_adapter(profile.architecture, config.target_modules, config.r)[1]
-        adapter_file += f", {adapter_bytes / native:.1f} times the {native:,} bytes without a "
-        adapter_file += "new pad token: it contains embedding and head"
+        times = f"{adapter_bytes / native:.1f} times the {native:,} bytes without --pad added"
+        adapter_file += f", {times}: it contains embedding and head"
     lines = {"rows": "not counted"}
     rows, up_to, tokens = None, "", ""
     if audit:
@@ -1008,6 +1002,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     state["stateful_callbacks"]["RunCallback"]["attributes"]["recipe"]
+    # One of each process.
     states = [path.name for path in checkpoint.glob("rng_state*.pth")] or ["rng_state.pth"]
     for name in ("optimizer.pt", "scheduler.pt", *states):
         with zipfile.ZipFile(checkpoint / name) as archive:
@@ -1116,8 +1111,11 @@ def train_model(trainer: SFTTrainer, folder: Path, checkpoint: Path | None) -> T
     except infer.Interrupted as interrupted:
         # A second Ctrl-C may have come while the last one was being saved.
         saved = [each for each in list_checkpoints(folder) if (each / STATE).is_file()]
-        state = f"{saved[0] if saved else 'Nothing'} of {trainer.state.max_steps} steps is saved"
-        message = f"Interrupted. {state}; run the same command (without --restart) to resume."
+        newest = saved[0] if saved else "Nothing"
+        message = (
+            f"Interrupted. {newest} of {trainer.state.max_steps} steps is saved; run the same "
+            "command (without --restart) to resume."
+        )
         raise infer.Interrupted(interrupted.number, message) from None
     finally:
         STOP.training = False
@@ -1372,12 +1370,9 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
     Lines differ in dashes and markers too, so the picture is readable in black and white.
     """
     import pandas
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
     losses, answers = figure.subplots(2, sharex=True)
     logs = pandas.DataFrame(log_history).set_index("step")
     training, evaluations = logs[logs.loss.notna()], logs[logs.eval_loss.notna()]
@@ -1393,7 +1388,7 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
     if "eval_rouge_l" in logs:
         answers.plot(evaluations.eval_rouge_l, "x-.", color="0.45", label="ROUGE-L", clip_on=False)
     answers.set(ylabel="share of answers, or ROUGE-L", xlabel="step", ylim=(0, 1))
-    answers.xaxis.set_major_locator(MaxNLocator(integer=True))
+    answers.locator_params(axis="x", integer=True)
     for step in sorted(set(selected.values())):
         names = ", ".join(name for name, each in selected.items() if each == step)
         place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
@@ -1593,7 +1588,7 @@ def main(config: TrainConfig) -> None:
     infer.prepare_environment(
         profile, offline=not (config.needs_hub(profile) or config.push_to_hub) or None
     )
-    recipe = make_recipe(config, profile, start)
+    recipe = config.recipe(profile, start)
     for name, value in {**recipe, **config.sources(profile), "run folder": folder}.items():
         if value is not None:
             print(f"{name:<30}{data.escape_controls(str(value))}")
