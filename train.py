@@ -367,16 +367,13 @@ def name_rows(source: str) -> str:
 
 
 def count_adapter(
-    arch: data.Architecture,
-    target_modules: TargetModules,
-    r: int,
-    embedding_dtype: str | None = None,
+    arch: data.Architecture, target_modules: TargetModules, r: int, embedding: str | None = None
 ) -> tuple[int, int]:
     """`(trainable parameters, bytes of adapter_model.safetensors)`, exact, by arithmetic alone.
 
-    With `embedding_dtype` ("float16"), as after --pad added, the file also contains embedding and
-    head, one row longer. A safetensors file is 8 bytes, a JSON header padded to a multiple of 8,
-    and the tensors: wider dtypes first, then by name.
+    With the dtype of an `embedding` ("float16"), as after --pad added, the file also contains it
+    and the head, one row longer. A safetensors file is 8 bytes, a JSON header padded to a multiple
+    of 8, and the tensors: wider dtypes first, then by name.
     """
     shapes = {}
     for module in TARGET_MODULES[target_modules]:
@@ -387,10 +384,9 @@ def count_adapter(
             shapes |= {f"{name}A.weight": (r, columns), f"{name}B.weight": (rows, r)}
     trainable = sum(math.prod(shape) for shape in shapes.values())
     tensors = [(-4, name, "F32", shape) for name, shape in shapes.items()]
-    if embedding_dtype:
-        size, dtype = {"float32": (4, "F32"), "float16": (2, "F16"), "bfloat16": (2, "BF16")}[
-            embedding_dtype
-        ]
+    if embedding:
+        dtypes = {"float32": (4, "F32"), "float16": (2, "F16"), "bfloat16": (2, "BF16")}
+        size, dtype = dtypes[embedding]
         shape = (arch.vocab_size + 1, arch.hidden_size)
         tensors += [(-size, name, dtype, shape) for name in infer.EMBEDDINGS]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -793,10 +789,11 @@ def make_callback(
         """Saved in trainer_state.json with the recipe and the seconds of training so far."""
 
         seconds = longest_step = 0.0
+        began = time.monotonic()
         stopping = False
 
         def state(self) -> dict[str, Any]:
-            seconds = self.seconds + time.monotonic() - getattr(self, "began", time.monotonic())
+            seconds = self.seconds + time.monotonic() - self.began
             return {"args": {}, "attributes": {"recipe": recipe, "seconds": round(seconds, 1)}}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
