@@ -89,10 +89,9 @@ LICENCES = {
 }
 
 MEMORY_ADVICE = (
-    "Lower --per-device-train-batch-size first (a step keeps its rows), or pass "
-    "--gradient-checkpointing, then lower --r, then use --target-modules attention. Run the same "
-    "command again to resume from the last checkpoint; a change of --r or --target-modules needs "
-    "another --name."
+    "Lower --per-device-train-batch-size (a step keeps its rows), pass --gradient-checkpointing, "
+    "lower --r, or use --target-modules attention, in this order. The same command resumes; with "
+    "another --r or --target-modules, choose another --name."
 )
 
 CARD = """---
