@@ -1,6 +1,8 @@
 """Shared fixtures: the scripts run as a user runs them, without a network, on one small adapter."""
 
+import importlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -17,13 +19,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests import faults, tiny_study  # noqa: E402 - found by the line above
+import data  # noqa: E402 - found by the line above
+import infer  # noqa: E402
+from tests import faults, tiny_study  # noqa: E402
 
 # No run may tell it.
 SECRET = "hf_" + "oneTwoThreeFourFive"
 
 # As the tests were started: Unsloth, imported by a test, sets variables of its own.
 ENVIRONMENT = {**os.environ, "HF_TOKEN": SECRET}
+# For scripts that run in this process: without the hub, and before a test imports Unsloth.
+infer.prepare_environment(data.PROFILES["cpu"])
 
 # Where the kernel allows it, scripts run in a network namespace of their own, in which there is no way out.
 NO_NETWORK = ["unshare", "--map-root-user", "--net"]
@@ -57,18 +63,46 @@ def rounds(request):
 
 
 def run_script(*arguments, cwd, env=None, stdin=""):
-    """`python SCRIPT ...` in the folder `cwd`, offline; returns the finished process with its output. Bytes are passed unchanged."""
+    """`python SCRIPT ...` in the folder `cwd`, offline; returns the finished process with its output. Bytes are passed unchanged.
+
+    `tests.tiny_train` is a module, and the others are files.
+    """
     prefix = NO_NETWORK if CAN_CUT_NETWORK else []
     script, *flags = (each if isinstance(each, bytes) else str(each) for each in arguments)
+    program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
     return subprocess.run(
-        [*prefix, sys.executable, str(ROOT / script), *flags],
+        [*prefix, sys.executable, *program, *flags],
         cwd=cwd,
-        env={**ENVIRONMENT, **(env or {})},
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), **(env or {})},
         input=stdin,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def call_script(*arguments, cwd, env=None, stdin=""):
+    """As `run_script`, but in this process, where imports cost nothing."""
+    script, *flags = (os.fsdecode(each) if isinstance(each, bytes) else str(each) for each in arguments)
+    module = importlib.import_module(script.removesuffix(".py"))
+    config = getattr(module, f"{module.__name__.capitalize()}Config")
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for name in ("stdin", "stdout", "stderr")}
+    streams["stdin"].buffer.write(stdin.encode())
+    streams["stdin"].seek(0)
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *flags])
+        for name, stream in streams.items():
+            patch.setattr(sys, name, stream)
+        for name, value in {"HF_TOKEN": SECRET, **(env or {})}.items():
+            patch.setenv(name, value)
+        data.run_command(config, module.main, module.__doc__, getattr(module, "MEMORY_ADVICE", ""))
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    for name in ("stdout", "stderr"):
+        streams[name].seek(0)
+    return subprocess.CompletedProcess(arguments, ended.value.code or 0, streams["stdout"].read(), streams["stderr"].read())
 
 
 def read_lines(path):
@@ -82,8 +116,6 @@ def write_rows(path, rows):
 
 def make_row(question, answer, source="conversational", system=None):
     """A row of one question and its answer, under the story's system prompt unless another is given."""
-    import data
-
     messages = (("system", system or data.SYSTEM_PROMPT), ("user", question), ("assistant", answer))
     return data.Row(messages, source)
 
@@ -110,7 +142,7 @@ def load_llama_tokenizer():
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One finished `python train.py`, and where it ran."""
+    """One finished `python -m tests.tiny_train`, and where it ran."""
 
     cwd: Path
     flags: list[str]
@@ -123,13 +155,13 @@ class TrainedRun:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A tiny adapter from the real train.py: four whole steps on a part of the sample rows. Tests must not change it."""
+    """A tiny adapter from train.py: four whole steps on a part of the sample rows. Tests must not change it."""
     cwd = tmp_path_factory.mktemp("trained")
     flags = faults.tiny_flags(cwd)
     # Unpacked by a process of its own, so that the run's peak of memory is that of training.
     unpack = [sys.executable, "-c", "import data, infer; infer.base_model_path(data.SMALL_MODEL)"]
     subprocess.run(unpack, cwd=ROOT, env={**ENVIRONMENT, "HF_HUB_OFFLINE": "1"}, capture_output=True, check=True)
-    return TrainedRun(cwd, flags, run_script("train.py", *flags, cwd=cwd))
+    return TrainedRun(cwd, flags, run_script("tests.tiny_train", *flags, cwd=cwd))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -151,10 +183,6 @@ def gpu_process(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_model():
     """The small base model, loaded as infer.py loads it."""
-    import data
-    import infer
-
-    infer.prepare_environment(data.PROFILES["cpu"])
     return infer.load_for_inference(data.PROFILES["cpu"])
 
 

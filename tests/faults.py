@@ -36,17 +36,20 @@ WRITTEN = ("metrics.jsonl", "samples/0.jsonl", "samples/2.jsonl", "samples/4.jso
 
 
 def write_rows(cwd):
-    """81 sample rows in two files; returns their paths."""
+    """81 sample rows in two files, with two sentences of each answer; returns their paths."""
     files = []
     for source, count in (("conversational", 61), ("encyclopedic", 20)):
         lines = (ROOT / "samples" / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        rows = [json.loads(line) for line in lines]
+        for row in rows:
+            row["output"] = ". ".join(row["output"].split(". ")[:2]).removesuffix(".") + "."
         files.append(cwd / f"{source}.jsonl")
-        files[-1].write_text("\n".join(lines) + "\n", encoding="utf-8")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return files
 
 
 def tiny_flags(cwd):
-    """Flags of a train.py that takes four steps on a part of the sample rows."""
+    """Flags of a run of four steps on a part of the sample rows."""
     flags = ["--name", "tiny", "--max-steps", "4", "--num-probes", "2", "--metric-for-best-model", "eval_loss", "--profile", "cpu"]
     conversational, encyclopedic = write_rows(cwd)
     return [*flags, "--conversational", str(conversational), "--encyclopedic", str(encyclopedic)]
@@ -74,12 +77,12 @@ def is_in_the_making(path, folder):
 
 @dataclass
 class Training:
-    """`python train.py`, short, with a checkpoint after every step."""
+    """`python -m tests.tiny_train`, with a checkpoint after every step."""
 
     cwd: Path
 
     def command(self):
-        return [sys.executable, str(ROOT / "train.py"), *tiny_flags(self.cwd), "--save-minutes", "0"]
+        return [sys.executable, "-m", "tests.tiny_train", *tiny_flags(self.cwd), "--save-minutes", "0"]
 
     def observe(self):
         """What must not get lost, with its progress: `{name: number}`."""

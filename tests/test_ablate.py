@@ -1,13 +1,14 @@
 """Ablations: arms, claims by their rules, reports of records made by hand, and a real study."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
 import shutil
 
 import pytest
-from conftest import ROOT, read_lines, run_script, run_study, write_rows
+from conftest import ROOT, call_script, read_lines, run_study, write_rows
 from markdown_it import MarkdownIt
 
 import ablate
@@ -69,7 +70,7 @@ def test_every_arm_is_a_command_that_train_understands():
 
 @pytest.mark.parametrize("profile", data.PROFILES)
 def test_a_dry_run_prints_arms_and_commands_and_writes_nothing(tmp_path, profile):
-    ran = run_script("ablate.py", "--dry-run", "--profile", profile, cwd=tmp_path)
+    ran = call_script("ablate.py", "--dry-run", "--profile", profile, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     for arm, decodings in ablate.STUDIES["all"].items():
         assert re.search(rf"(?m)^{arm} +0 of +{len(decodings)} cells done  {', '.join(decodings)}$", ran.stdout)
@@ -81,7 +82,7 @@ def test_a_dry_run_prints_arms_and_commands_and_writes_nothing(tmp_path, profile
 def test_shards_are_disjoint_and_together_all_arms(tmp_path):
     found = []
     for part in range(3):
-        ran = run_script("ablate.py", "--dry-run", "--profile", "cpu", "--shard", f"{part}/3", cwd=tmp_path)
+        ran = call_script("ablate.py", "--dry-run", "--profile", "cpu", "--shard", f"{part}/3", cwd=tmp_path)
         found.append(re.findall(r"(?m)^(\S+) +0 of", ran.stdout))
     assert sorted(arm for arms in found for arm in arms) == sorted(ablate.STUDIES["all"])
     assert all(3 <= len(arms) <= 4 for arms in found)
@@ -103,6 +104,12 @@ def test_a_cell_is_valid_for_its_settings_only(tmp_path):
 # --- Records made by hand ----------------------------------------------------------------------------------------
 
 
+@functools.cache
+def judge_once(question, text, reason):
+    surprisal = (9.0, (0, len(text))) if text == DRIFT else infer.NOTHING
+    return infer.judge(text, question, reason, surprisal, probe=PROBES[question])
+
+
 def make_lines(arm, seed, decoding, answers):
     lines = []
     for question, given in zip(QUESTIONS, answers, strict=False):
@@ -110,8 +117,7 @@ def make_lines(arm, seed, decoding, answers):
         answer = infer.Answer(
             question, text, list(text.encode()), reason, 9, 2, 0, ablate.DECODING_ARMS[decoding], "model", None, 0.0
         )
-        surprisal = (9.0, (0, len(text))) if text == DRIFT else infer.NOTHING
-        judged = infer.judge(text, question, reason, surprisal, answer=answer, probe=PROBES[question])
+        judged = dataclasses.replace(judge_once(question, text, reason), answer=answer)
         cell = {"arm": arm, "seed": seed, "decoding_arm": decoding, "settings": "x", "stop_ids": [2], "repeats": True}
         lines.append(cell | {"machine": "a | machine"} | judged.to_record())
     return lines
@@ -329,7 +335,7 @@ def test_report_and_picture_made_twice_are_the_same_bytes(tmp_path):
     write_study(study, texts)
     made = []
     for _ in range(2):
-        ran = run_script("ablate.py", "--table", cwd=tmp_path)
+        ran = call_script("ablate.py", "--table", cwd=tmp_path)
         assert ran.returncode == 0 and ran.stderr == ""
         made.append([(study / name).read_bytes() for name in ("ablation.md", "ablation.png", "cells.csv")])
     assert made[0] == made[1] and made[0][1].startswith(b"\x89PNG")
@@ -392,7 +398,7 @@ def test_probes_of_a_user_need_only_questions(tmp_path):
     probes = infer.read_probes(str(path))
     assert [probe.question for probe in probes] == [row["question"] for row in rows]
     assert infer.check_facts("Rest.", probes[1]).named == ("rest",)
-    plan = run_script("ablate.py", "--probes", path, "--profile", "cpu", "--dry-run", cwd=tmp_path)
+    plan = call_script("ablate.py", "--probes", path, "--profile", "cpu", "--dry-run", cwd=tmp_path)
     twice = write_rows(tmp_path / "twice.jsonl", [rows[0], rows[0]])
     with pytest.raises(data.UsageError, match=r"twice\.jsonl:2: not a probe \(an earlier line has the same question"):
         infer.read_probes(str(twice))

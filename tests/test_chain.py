@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, hear_ctrl_c, read_lines, run_script, write_rows
+from conftest import ROOT, call_script, hear_ctrl_c, read_lines, run_script, write_rows
 
 import data
 import infer
 import train
+from tests import tiny_train
 
 pytestmark = pytest.mark.slow
 
@@ -144,16 +145,16 @@ def test_no_library_noise_reaches_the_user(trained):
 
 def test_the_same_run_again_is_told_to_be_done_and_another_is_refused(trained):
     before = (trained.folder / "run.json").read_bytes()
-    again = run_script("train.py", *trained.flags, cwd=trained.cwd)
+    again = call_script("train.py", *trained.flags, cwd=trained.cwd)
     assert again.returncode == 0 and "already trained" in again.stdout
-    other = run_script("train.py", *trained.flags, "--r", "8", cwd=trained.cwd)
+    other = call_script("train.py", *trained.flags, "--r", "8", cwd=trained.cwd)
     assert other.returncode == 3
     assert "r: 16 there, 8 now" in other.stderr and "--restart" in other.stderr
     rows = trained.cwd / "conversational.jsonl"
     whole = rows.read_text(encoding="utf-8")
     try:
         rows.write_text(whole[: whole.index("\n", len(whole) // 2) + 1], encoding="utf-8")
-        edited = run_script("train.py", *trained.flags, cwd=trained.cwd)
+        edited = call_script("train.py", *trained.flags, cwd=trained.cwd)
     finally:
         rows.write_text(whole, encoding="utf-8")
     assert edited.returncode == 3 and "data_fingerprint: " in edited.stderr
@@ -164,7 +165,7 @@ def test_infer_answers_from_the_latest_adapter_with_the_answer_alone_on_stdout(t
     flags = ["--max-new-tokens", "24"]
     ran = run_script("infer.py", QUESTION, *flags, cwd=trained.cwd)
     assert ran.returncode == 0, ran.stderr
-    shown = run_script("infer.py", QUESTION, *flags, "--json", cwd=trained.cwd)
+    shown = call_script("infer.py", QUESTION, *flags, "--json", cwd=trained.cwd)
     answer = json.loads(shown.stdout)
     assert ran.stdout == answer["text"] + "\n"
     assert answer["question"] == QUESTION and answer["finish_reason"] == "length" and len(answer["token_ids"]) == 24
@@ -184,13 +185,13 @@ def test_the_decoding_travels_with_the_adapter(trained, tmp_path):
     record = json.loads((adapter / "kit.json").read_text())
     record["decoding"] |= {"max_new_tokens": 5, "repetition_penalty": 1.5}
     (adapter / "kit.json").write_text(json.dumps(record))
-    ran = run_script("infer.py", QUESTION, "--adapter", adapter, "--json", cwd=tmp_path)
+    ran = call_script("infer.py", QUESTION, "--adapter", adapter, "--json", cwd=tmp_path)
     assert len(json.loads(ran.stdout)["token_ids"]) == 5
     assert "decoding plain max_new_tokens=5 repetition_penalty=1.5" in ran.stderr
 
 
 def test_verify_finds_the_same_bytes_in_fresh_processes_and_in_company(trained):
-    ran = run_script("infer.py", QUESTION, "--verify", "--max-new-tokens", "16", cwd=trained.cwd)
+    ran = call_script("infer.py", QUESTION, "--verify", "--max-new-tokens", "16", cwd=trained.cwd)
     assert ran.returncode == 0, ran.stderr
     *lines, verdict = ran.stdout.splitlines()
     assert verdict == "the same bytes"
@@ -202,7 +203,7 @@ def test_a_file_of_questions_is_gone_on_with_where_it_was_cut(trained, tmp_path)
     questions = ["What is a stye?", "What is croup?", "What is a stye?", "I cough. " * 400, "How long does a cold last?"]
     (tmp_path / "q.csv").write_text("ID,question\n" + "".join(f"{n},{each}\n" for n, each in enumerate(questions)))
     flags = ["infer.py", "--questions", tmp_path / "q.csv", "--max-new-tokens", "8"]
-    first = run_script(*flags, cwd=trained.cwd)
+    first = call_script(*flags, cwd=trained.cwd)
     assert first.returncode == 1 and "5 rows now, 0 before" in first.stderr and first.stdout == ""
     assert "q.csv:5 is skipped: The question" in first.stderr and "1 of 5 questions were skipped" in first.stderr
     output = tmp_path / "q.answers.jsonl"
@@ -213,28 +214,28 @@ def test_a_file_of_questions_is_gone_on_with_where_it_was_cut(trained, tmp_path)
     assert records[0]["sha256"] == records[2]["sha256"] != records[1]["sha256"]
     whole = output.read_text()
     output.write_text(whole[: whole.index("\n") + 20])  # killed while it wrote the second line
-    again = run_script(*flags, cwd=trained.cwd)
+    again = call_script(*flags, cwd=trained.cwd)
     assert "4 rows now, 1 before" in again.stderr and "sound and ended: 0 of 4" in again.stderr
     kept = [{**record, "seconds": 0} for record in read_lines(output)]
     assert kept == [{**record, "seconds": 0} for record in records]
 
 
 def test_questions_come_one_a_line_from_a_pipe(trained):
-    ran = run_script("infer.py", "-", "--base", "--max-new-tokens", "6", "--json", cwd=trained.cwd, stdin="\ufeffOne?\n\nTwo?\n")
+    ran = call_script("infer.py", "-", "--base", "--max-new-tokens", "6", "--json", cwd=trained.cwd, stdin="\ufeffOne?\n\nTwo?\n")
     assert [json.loads(line)["question"] for line in ran.stdout.splitlines()] == ["One?", "Two?"]
 
 
 def test_compare_shows_base_and_adapter(trained):
-    ran = run_script("infer.py", QUESTION, "--compare", "models", "--max-new-tokens", "6", "--json", cwd=trained.cwd)
+    ran = call_script("infer.py", QUESTION, "--compare", "models", "--max-new-tokens", "6", "--json", cwd=trained.cwd)
     base, adapter = map(json.loads, ran.stdout.splitlines())
     assert (base["name"], base["adapter"]) == ("base", None)
     assert adapter["name"] == "adapter" and len(adapter["adapter"]) == 64
     [alone] = map(
         json.loads,
-        run_script("infer.py", QUESTION, "--base", "--max-new-tokens", "6", "--json", cwd=trained.cwd).stdout.splitlines(),
+        call_script("infer.py", QUESTION, "--base", "--max-new-tokens", "6", "--json", cwd=trained.cwd).stdout.splitlines(),
     )
     assert alone["token_ids"] == base["token_ids"]
-    shown = run_script("infer.py", QUESTION, "--compare", "models", "--max-new-tokens", "6", cwd=trained.cwd)
+    shown = call_script("infer.py", QUESTION, "--compare", "models", "--max-new-tokens", "6", cwd=trained.cwd)
     assert re.search("base: 6 tokens.*adapter: 6 tokens", shown.stdout) and base["text"].split()[0] in shown.stdout
 
 
@@ -271,12 +272,13 @@ def test_an_adapter_of_another_prompt_is_refused(trained, tmp_path):
     shutil.copytree(trained.folder / "adapter", adapter)
     record = json.loads((adapter / "kit.json").read_text())
     (adapter / "kit.json").write_text(json.dumps(record | {"prompt_fingerprint": "0" * 12}))
-    ran = run_script("infer.py", QUESTION, "--adapter", adapter, cwd=tmp_path)
+    ran = call_script("infer.py", QUESTION, "--adapter", adapter, cwd=tmp_path)
     assert ran.returncode == 2
     assert "trained with the prompt 000000000000" in ran.stderr and "Traceback" not in ran.stderr
 
 
-def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(tmp_path):
+def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.PROFILES, "cpu", tiny_train.PROFILE)
     system = "You are the telephone service of an animal clinic. Answer in one sentence."
     turns = ("My dog coughs.", "Since when?", "Since Sunday.", "Please bring her in today.")
     roles = ("user", "assistant") * 2
@@ -291,7 +293,7 @@ def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(
     write_rows(tmp_path / "mine.jsonl", probes)
     own = ["--rows", "my rows.jsonl", "--probes", "mine.jsonl"]
     flags = [*own, "--max-steps", "1", "--profile", "cpu"]
-    trained = run_script("train.py", *flags, cwd=tmp_path)
+    trained = call_script("train.py", *flags, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     run = tmp_path / "runs" / "train" / "cpu-my-rows-all-linear"
     record = json.loads((run / "run.json").read_text())
@@ -304,14 +306,14 @@ def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(
     assert re.search(r"dropped +1 +unreadable record +21\n", trained.stdout)
     card = (run / "adapter" / "README.md").read_text()
     assert "my rows.jsonl" in card and system in card
-    asked = run_script("infer.py", "My cat sneezes.", "--max-new-tokens", "4", "--json", cwd=tmp_path)
+    asked = call_script("infer.py", "My cat sneezes.", "--max-new-tokens", "4", "--json", cwd=tmp_path)
     assert json.loads(asked.stdout)["system_prompt"] == system
-    other = run_script(
+    other = call_script(
         "infer.py", "My cat sneezes.", "--max-new-tokens", "4", "--json", "--system-prompt", "Be brief.", cwd=tmp_path
     )
     assert json.loads(other.stdout)["system_prompt"] == "Be brief."
     assert json.loads(asked.stdout)["prompt_tokens"] > json.loads(other.stdout)["prompt_tokens"]
-    plan = run_script("ablate.py", *own, "--profile", "cpu", "--dry-run", cwd=tmp_path)
+    plan = call_script("ablate.py", *own, "--profile", "cpu", "--dry-run", cwd=tmp_path)
     assert plan.returncode == 0 and "runs/ablate/all-my-rows-mine" in plan.stdout
     lines = [line for line in plan.stdout.splitlines() if line.startswith("python train.py")]
     names = [line.rpartition(" --name ")[2] for line in lines]

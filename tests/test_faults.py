@@ -13,7 +13,16 @@ import sys
 import time
 
 import pytest
-from conftest import CAN_CUT_NETWORK, ENVIRONMENT, NO_NETWORK, ROOT, SECRET, hear_ctrl_c, run_script
+from conftest import (
+    CAN_CUT_NETWORK,
+    ENVIRONMENT,
+    NO_NETWORK,
+    ROOT,
+    SECRET,
+    call_script,
+    hear_ctrl_c,
+    run_script,
+)
 
 import ablate
 import data
@@ -142,9 +151,9 @@ def test_a_disk_without_room_is_told_before_anything_is_trained(tmp_path, monkey
 
 def start_training(trained, cwd, *flags):
     """Starts the fixture's run in another folder; its output goes to `words.txt`."""
-    env = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1"}
+    env = {**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     with (cwd / "words.txt").open("w") as words:
-        command = [sys.executable, str(ROOT / "train.py"), *trained.flags, *flags]
+        command = [sys.executable, "-m", "tests.tiny_train", *trained.flags, *flags]
         return subprocess.Popen(command, cwd=cwd, env=env, stdout=words, stderr=words, preexec_fn=hear_ctrl_c)
 
 
@@ -167,13 +176,13 @@ def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes
     assert "Interrupted. runs/train/tiny/checkpoint-1 of 4 steps is saved; run the same command" in said
     assert "Traceback" not in said
     assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "samples", "checkpoint-1"}
-    other = run_script("train.py", *trained.flags, "--r", "8", "--seed", "1", cwd=tmp_path)
+    other = call_script("train.py", *trained.flags, "--r", "8", "--seed", "1", cwd=tmp_path)
     assert other.returncode == 3 and "contains a run with other values:" in other.stderr
     assert "  r: 16 there, 8 now\n" in other.stderr and "  seed: 3407 there, 1 now\n" in other.stderr
 
     process = start_training(trained, tmp_path, "--save-minutes", "0")
     wait_for(process, lambda: (folder / "checkpoint-2" / "trainer_state.json").is_file())
-    second = run_script("train.py", *trained.flags, cwd=tmp_path)
+    second = call_script("train.py", *trained.flags, cwd=tmp_path)
     assert second.returncode == 75, second.stderr
     assert "Another process is training into runs/train/tiny." in second.stderr
     process.terminate()
@@ -184,7 +193,7 @@ def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes
     # The newest checkpoint is cut by something else: the one before it serves.
     newest = train.list_checkpoints(folder)[0]
     cut(newest / "optimizer.pt")
-    finished = run_script("train.py", *trained.flags, cwd=tmp_path)
+    finished = run_script("tests.tiny_train", *trained.flags, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert f"{newest.relative_to(tmp_path)} cannot be loaded (File is not a zip file); checkpoint-" in finished.stderr
     for path in trained.folder.rglob("*"):
@@ -255,7 +264,7 @@ def test_a_file_of_questions_is_asked_by_one_process_and_a_signal_keeps_what_is_
     output = tmp_path / "q.answers.jsonl"
     with output.open("ab") as held:
         infer.fcntl.flock(held, infer.fcntl.LOCK_EX)
-        second = run_script(*flags, cwd=trained.cwd)
+        second = call_script(*flags, cwd=trained.cwd)
     assert second.returncode == 2 and f"Another process writes to {output}" in second.stderr
     command = [sys.executable, str(ROOT / "infer.py"), *map(str, flags[1:]), "--max-new-tokens", "900"]
     with (tmp_path / "words.txt").open("w") as words:
@@ -331,7 +340,7 @@ def test_nothing_that_is_told_steers_the_terminal(tmp_path):
     line = infer.to_json({"text": nasty})
     assert line.isprintable() and json.loads(line) == {"text": nasty}
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": nasty + "q?" * 20, nasty: "a"}) + "\n")
-    ran = run_script("data.py", "--profile", "cpu", "--conversational", "rows.jsonl", cwd=tmp_path)
+    ran = call_script("data.py", "--profile", "cpu", "--conversational", "rows.jsonl", cwd=tmp_path)
     assert ran.returncode == 2 and not set("\x1b\x07\x9b\u202e") & set(ran.stderr)
 
 

@@ -334,6 +334,7 @@ def test_the_note_of_the_latest_run_cannot_name_another_folder(tmp_path, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_rows")
 def test_of_an_adapters_folder_nothing_but_weights_and_plain_numbers_is_followed(trained, tmp_path, monkeypatch, small_model):
     """Files of a tokenizer that point elsewhere, code beside the weights, a module to import: the answer is as without them."""
     adapter = tmp_path / "adapter"
@@ -442,6 +443,12 @@ def test_chat_commands(capsys):
 # --- The small model
 
 
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Four rows in a forward pass. Not for tests that judge answers: the reference is cached, and is of full passes."""
+    monkeypatch.setattr(infer, "ROWS", 4)
+
+
 @pytest.mark.slow
 def test_the_converted_model_gives_the_logits_of_the_gguf_model(small_model):
     import torch
@@ -500,6 +507,7 @@ def make_gumbel_processor(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("name", DECODINGS)
 def test_every_preset_gives_the_ids_of_the_librarys_own_generate(small_model, name):
     """The library's own processors with equal batch and dtype: our batching changes no answer."""
@@ -532,6 +540,7 @@ def test_every_preset_gives_the_ids_of_the_librarys_own_generate(small_model, na
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_rows")
 def test_nothing_is_inherited_from_a_generation_config_that_lies_around(small_model):
     request = Request(QUESTIONS[0], Decoding(max_new_tokens=24))
     [clean] = infer.answer_requests(small_model, [request])
@@ -581,7 +590,7 @@ def test_a_ban_on_the_answer_alone_lets_an_answer_end_as_the_question_did(small_
 def test_an_answer_is_the_same_alone_in_any_company_and_on_one_thread_or_two(small_model):
     import torch
 
-    decodings = [dataclasses.replace(decoding, max_new_tokens=32) for decoding in DECODINGS.values()]
+    decodings = [dataclasses.replace(decoding, max_new_tokens=16) for decoding in DECODINGS.values()]
     requests = [Request(question, decoding) for question, decoding in itertools.product(QUESTIONS, decodings)]
     together = infer.answer_requests(small_model, requests)
     assert [(each.question, each.decoding) for each in together] == [(each.question, each.decoding) for each in requests]
@@ -651,6 +660,7 @@ def test_grouped_attention_is_the_librarys_attention(small_model):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_rows")
 def test_the_pieces_of_a_streamed_answer_are_together_its_text(small_model):
     pieces = []
     requests = [Request(question, Decoding(max_new_tokens=48)) for question in QUESTIONS]
@@ -660,6 +670,7 @@ def test_the_pieces_of_a_streamed_answer_are_together_its_text(small_model):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_rows")
 def test_answers_that_differ_only_in_cap_or_stop_may_be_cut_from_one_run(small_model):
     penalty = Decoding(24, repetition_penalty=1.3, count_prompt=True)
     sampled = Decoding(24, temperature=0.7, top_p=0.9)
@@ -675,6 +686,7 @@ def test_answers_that_differ_only_in_cap_or_stop_may_be_cut_from_one_run(small_m
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_rows")
 def test_a_run_without_a_stop_goes_on_behind_the_stop_token(small_model):
     """Answers cut from one generation equal those generated alone."""
     decoding = Decoding(144, repetition_penalty=1.1)
@@ -689,6 +701,7 @@ def test_a_run_without_a_stop_goes_on_behind_the_stop_token(small_model):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("name", ["plain", "story-collapse", "story-fix", "week3", "kit"])
 def test_overruled_tokens_are_those_where_the_model_would_have_gone_elsewhere(small_model, name):
     """Counted again by one forward pass over the whole answer. Sampling alone overrules nothing."""
@@ -708,6 +721,7 @@ def test_overruled_tokens_are_those_where_the_model_would_have_gone_elsewhere(sm
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_rows")
 def test_progress_reaches_requests_times_cap_also_when_answers_end_early(small_model):
     told = []
     infer.answer_requests(small_model, [Request(question, Decoding(max_new_tokens=8)) for question in QUESTIONS], told.append)

@@ -3,11 +3,9 @@
 import dataclasses
 import json
 import random
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call_script
 
 import data
 import infer
@@ -241,9 +239,8 @@ def test_measures_of_calibration_by_hand():
 # --- Answers of other programs
 
 
-def run_judge(*arguments, stdin=None):
-    command = [sys.executable, "infer.py", "--judge", *arguments]
-    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, check=False, timeout=300)
+def run_judge(*arguments, stdin=""):
+    return call_script("infer.py", "--judge", *arguments, cwd=ROOT, stdin=stdin)
 
 
 ANSWERS = [

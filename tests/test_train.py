@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, load_llama_tokenizer, make_row, run_script
+from conftest import ENVIRONMENT, ROOT, call_script, load_llama_tokenizer, make_row, run_script
 
 import data
 import infer
@@ -410,16 +410,16 @@ def test_a_run_that_was_stopped_by_the_clock_and_asks_nothing_comes_to_the_same_
     shutil.copytree(trained.cwd / "runs", tmp_path / "runs")
     old = {path.name: path.read_bytes() for path in (trained.folder / "adapter").iterdir()}
     flags = ["train.py", *trained.flags, "--num-probes", "0"]
-    stopped = run_script(*flags, "--max-hours", "0.0001", "--restart", cwd=tmp_path)
+    stopped = call_script(*flags, "--max-hours", "0.0001", "--restart", cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stderr
     folder = tmp_path / "runs" / "train" / "tiny"
     assert "Stopped by --max-hours before the first evaluation" in stopped.stdout
     kept = tmp_path / "runs" / "train" / "tiny.old-1" / "adapter"
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == old
     assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "checkpoint-1"}
-    other = run_script(*flags, "--r", "8", cwd=tmp_path)
+    other = call_script(*flags, "--r", "8", cwd=tmp_path)
     assert other.returncode == 3 and "  r: 16 there, 8 now\n" in other.stderr
-    resumed = run_script(*flags, cwd=tmp_path)
+    resumed = call_script(*flags, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming runs/train/tiny after step 1 of 4" in resumed.stdout
     assert {path.name for path in folder.iterdir()} == {"run.json", "metrics.jsonl", "curves.png", "adapter"}
@@ -437,7 +437,7 @@ def test_an_adapter_is_trained_further(trained, tmp_path):
     """From its weights, under its own r; early stopping ends it, since no metric can be better twice."""
     flags = [*trained.flags, "--adapter", trained.folder / "adapter", "--num-probes", "0", "--learning-rate", "0.2"]
     early = ["--metric-for-best-model", "eval_loss", "--early-stopping-patience", "1", "--eval-every", "0.25"]
-    ran = run_script("train.py", *flags, *early, "--output-dir", "a b", cwd=tmp_path)
+    ran = call_script("train.py", *flags, *early, "--output-dir", "a b", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     folder = tmp_path / "a b" / "tiny"
     first = read_metrics(folder)[0]["eval_loss"]
@@ -483,7 +483,7 @@ def test_two_processes_train_as_one_does_with_twice_the_accumulation(trained, tm
 def test_the_storys_pad_makes_the_planned_huge_adapter_which_can_be_asked_and_merged(trained, tmp_path):
     """In one run, for each takes a model's loading: what it says, the file's bytes, asking, and the merged model."""
     flags = [*trained.flags, "--pad", "added", "--max-steps", "1", "--num-probes", "0", "--merge"]
-    ran = run_script("train.py", *flags, cwd=tmp_path)
+    ran = call_script("train.py", *flags, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     folder = tmp_path / "runs" / "train" / "tiny"
     size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
@@ -491,7 +491,7 @@ def test_the_storys_pad_makes_the_planned_huge_adapter_which_can_be_asked_and_me
     said = f"{size / native:.1f} times the {native:,} bytes without"
     assert said in ran.stdout
     assert size > 6 * native
-    asked = run_script("infer.py", "What is croup?", "--max-new-tokens", "8", "--json", cwd=tmp_path)
+    asked = call_script("infer.py", "What is croup?", "--max-new-tokens", "8", "--json", cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr
 
     import torch
