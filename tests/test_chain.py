@@ -191,7 +191,7 @@ def test_the_decoding_travels_with_the_adapter(trained, tmp_path):
 
 
 def test_verify_finds_the_same_bytes_in_fresh_processes_and_in_company(trained):
-    ran = call_script("infer.py", QUESTION, "--verify", "--max-new-tokens", "16", cwd=trained.cwd)
+    ran = call_script("infer.py", QUESTION, "--verify", "--max-new-tokens", "8", cwd=trained.cwd)
     assert ran.returncode == 0, ran.stderr
     *lines, verdict = ran.stdout.splitlines()
     assert verdict == "the same bytes"

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import ROOT, load_llama_tokenizer, make_row, run_script, write_rows
+from conftest import ROOT, call_script, load_llama_tokenizer, make_row, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -512,7 +512,7 @@ def small_tokenizer():
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(records=st.lists(RECORDS, max_size=12), clean=st.sampled_from(["auto", "none"]))
 def test_every_row_read_is_kept_or_dropped_by_a_rule(records, clean, tmp_path, small_tokenizer):
@@ -1281,7 +1281,7 @@ LLAMA_1B |= {
 @pytest.mark.parametrize(
     "name", ["meta-llama/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit"]
 )
-def test_a_run_on_llama_1b_is_planned_from_its_config(tmp_path, name):
+def test_a_run_on_llama_1b_is_planned_from_its_config(tmp_path, monkeypatch, name):
     make_hub_model(
         tmp_path,
         name,
@@ -1302,8 +1302,8 @@ def test_a_run_on_llama_1b_is_planned_from_its_config(tmp_path, name):
     ]
     rows = [{"question": f"What is {n}?", "answer": f"It is the number {n}."} for n in range(40)]
     write_rows(tmp_path / "own.jsonl", rows)
-    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    ran = run_script("train.py", *flags, cwd=tmp_path, env=env)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    ran = call_script("train.py", *flags, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert re.search(r"(?m)^trainable parameters +11,272,192$", ran.stdout)
     assert (
@@ -1311,7 +1311,7 @@ def test_a_run_on_llama_1b_is_planned_from_its_config(tmp_path, name):
         and f"t4-{name.split('/')[1]}-" in ran.stdout
     )
     assert re.search(r"(?m)^rows +36 of [\d,]+ tokens$", ran.stdout)
-    audit = run_script("data.py", *flags[:-1], "--json", cwd=tmp_path, env=env)
+    audit = call_script("data.py", *flags[:-1], "--json", cwd=tmp_path)
     assert audit.returncode == 0 and json.loads(audit.stdout)["train_rows"] == 36
 
 
