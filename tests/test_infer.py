@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_rows
+from conftest import ENVIRONMENT, ROOT, write_rows
 
 import data
 import infer
@@ -46,7 +46,7 @@ def test_the_environment_is_prepared_before_torch_is_imported():
         "import data, infer, os, sys; infer.prepare_environment(data.PROFILES['cpu']); "
         "print('torch' in sys.modules, os.environ['CUBLAS_WORKSPACE_CONFIG'], os.environ['HF_HUB_OFFLINE'])"
     )
-    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert ran.stdout == "False :4096:8 1\n"
 
 
