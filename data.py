@@ -605,7 +605,7 @@ def _read_text(value: Any, name: str) -> str:
         return ""
     if not isinstance(value, str):
         raise BadRecord("not text", f"the {name} is {reprlib.repr(value)}")
-    if re.search(r"[\ud800-\udfff]", value):
+    if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
         raise BadRecord("not text", f"the {name} holds half of a surrogate pair")
     return value.strip()
 

@@ -738,7 +738,8 @@ def prepare_environment(profile: Profile, *, offline: bool | None = None) -> Non
 
 
 # Loggers whose warnings are about optional accelerators or defaults that this kit overrides.
-_NOISY_LOGGERS = ("bitsandbytes", "torch.utils._pytree", "torchao", "xformers", "transformers")
+_NOISY_LOGGERS = """bitsandbytes torch.utils._pytree torchao xformers transformers unsloth
+    unsloth_zoo""".split()
 
 
 @contextlib.contextmanager

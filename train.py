@@ -1256,8 +1256,13 @@ def write_results(
         lines = samples.read_text(encoding="utf-8").splitlines() if samples.is_file() else []
         card = make_card(config, loaded.profile, record, [json.loads(line) for line in lines])
         data.write_atomic(part / "README.md", card)
-        shutil.rmtree(adapter, ignore_errors=True)
+        # Of a run that --max-hours ended, there may be an adapter, kept until the new one is there.
+        old = folder / ".adapter.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if adapter.exists():
+            adapter.rename(old)
         part.rename(adapter)
+        shutil.rmtree(old, ignore_errors=True)
     draw_curves(state.log_history, numbers["selected"], folder / "curves.png")
     if is_complete(state):
         data.write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")

@@ -11,6 +11,7 @@ as they are; only the base model in their table is another.
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import sys
 import types
@@ -123,7 +124,15 @@ def log_kernels():
     """Lets Unsloth print which layers it patched, and records of each loss its tokens and the number it is divided by."""
     from unsloth.models import llama
 
-    llama.logger.warning_once = print
+    warn = logging.Logger.warning_once
+
+    def print_patched(logger, message, *args, **kwargs):
+        # Whatever the level: Unsloth binds its logger anew while it loads a model.
+        if " patched " in message:
+            print(message)
+        return warn(logger, message, *args, **kwargs)
+
+    logging.Logger.warning_once = print_patched
     fused_loss = llama.unsloth_fused_ce_loss
 
     def recorded(*args, labels, n_items, **kwargs):
