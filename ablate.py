@@ -22,7 +22,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -30,12 +29,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
 
 import data
 import infer
@@ -185,6 +187,8 @@ class AblateConfig(data.RowsFlags):
     """Rebuild report and picture from the records, and run nothing."""
     save_best: bool = False
     """At the end, store the decoding with the best answers in the adapter that gave them."""
+    answer: tyro.conf.Suppress[str | None] = None
+    """Only write the missing cells of this arm; a study runs itself with it."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -280,6 +284,10 @@ class Study:
     def failure(self, arm: Arm) -> Path:
         """File that contains why the arm failed."""
         return self.folder / "failures" / f"{arm.id}.txt"
+
+    def train_flags(self, arm: Arm) -> list[str]:
+        """All flags of train.py for an arm."""
+        return [*arm.flags, "--output-dir", str(self.folder / "runs"), "--name", arm.id]
 
     def missing(self, arm: Arm) -> list[str]:
         """The decodings whose cells are not complete, or have other settings."""
@@ -386,7 +394,7 @@ def format_plan(study: Study, arms: Sequence[Arm]) -> str:
         f"{len(arm.decodings):>2} cells done  {', '.join(arm.decodings)}"
         for arm in arms
     ]
-    commands = [shlex.join(train_command(study, arm)) for arm in arms if arm.flags]
+    commands = [f"train.py {shlex.join(study.train_flags(arm))}" for arm in arms if arm.flags]
     cells = sum(len(arm.decodings) for arm in arms)
     left = sum(map(len, missing.values()))
     lines += ["", *(f"python {command}" for command in commands), ""]
@@ -394,67 +402,7 @@ def format_plan(study: Study, arms: Sequence[Arm]) -> str:
     return "\n".join(lines)
 
 
-def train_command(study: Study, arm: Arm) -> list[str]:
-    """The command that trains an arm, after `python`."""
-    where = ["--output-dir", str(study.folder / "runs"), "--name", arm.id]
-    return ["train.py", *(arm.flags or ()), *where]
-
-
 # --- Running -------------------------------------------------------------------------------------
-
-
-def run_train(command: Sequence[str], log: Path, show: bool) -> tuple[int, str]:
-    """Runs train.py: its stdout goes to the log, its stderr to the log and, with `show`, to ours.
-
-    Returns:
-        The exit code, and the end of stderr.
-
-    Raises:
-        infer.Interrupted: a signal came. Training is stopped, and saves its step first; a second
-            signal kills it.
-    """
-    environment = dict(os.environ)
-    if sys.stderr.isatty():
-        environment.setdefault("TQDM_MININTERVAL", "0.5")
-    end = b""
-    with (
-        log.open("ab") as words,
-        subprocess.Popen(
-            [sys.executable, str(data.HERE / command[0]), *command[1:]],
-            stdout=words,
-            stderr=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches only this process, which passes it on
-        ) as process,
-    ):
-        try:
-            while chunk := os.read(process.stderr.fileno(), 65536):
-                words.write(chunk)
-                end = (end + chunk)[-4000:]
-                if show:
-                    sys.stderr.buffer.write(chunk)
-                    sys.stderr.flush()
-            process.wait()
-        except infer.Interrupted:
-            process.terminate()
-            try:
-                process.wait()
-            except infer.Interrupted:
-                process.kill()
-            raise
-    return process.returncode, end.decode(errors="replace")
-
-
-def describe_exit(name: str, code: int, words: str) -> str:
-    """Why a process failed: its exit code or signal, and the last message on its stderr."""
-    how = f"exit code {code}"
-    if code < 0:
-        how = signal.Signals(-code).name
-        how += ", possibly for lack of memory" if code == -signal.SIGKILL else ""
-    lines = [line for line in re.split(r"[\r\n]+", words) if line.strip()]
-    starts = [place for place, line in enumerate(lines) if line.startswith("error: ")]
-    message = lines[starts[-1] :] if starts else lines[-1:]
-    return f"{name} failed ({how}). {data.escape_controls(' '.join(message))[:600]}"
 
 
 def describe_machine(loaded: infer.LoadedModel) -> str:
@@ -471,46 +419,19 @@ def describe_machine(loaded: infer.LoadedModel) -> str:
     return "; ".join(filter(None, [f"{machine}, {dtype}", versions, train.commit_id()]))
 
 
-def answer_arm(study: Study, arm: Arm, log: Path, show: bool) -> None:
-    """Writes the arm's missing cells, or why they failed.
-
-    To be run in a process of its own, so that the model's memory is freed. stdout goes to the log,
-    and so does stderr without `show`.
-    """
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the parent ends this process
-    with log.open("ab") as words:
-        os.dup2(words.fileno(), 1)
-        if not show:
-            os.dup2(words.fileno(), 2)
-    from filelock import FileLock
-
-    try:
-        # The parent of another process that answers may have been killed.
-        with FileLock(study.folder / "locks" / f"{arm.id}.answers"):
-            if names := study.missing(arm):
-                write_cells(study, arm, names)
-    except Exception as error:
-        if not isinstance(error, UsageError):
-            traceback.print_exc()
-        text = f"The model could not be asked. {data.escape_controls(data.first_line(error))}"
-        data.write_atomic(study.failure(arm), text)
-        sys.exit(1)
-
-
-def write_cells(study: Study, arm: Arm, names: Sequence[str]) -> None:
-    """Loads the arm's model, asks it under these decodings, and writes the judged answers.
+def write_cells(study: Study, arm: Arm) -> None:
+    """Loads the arm's model, and writes its judged answers under the decodings that are missing.
 
     Raises:
         UsageError: as `infer.check_adapter` and `infer.load_for_inference`.
     """
     from tqdm import tqdm
 
-    profile = study.profile
+    profile, names = study.profile, study.missing(arm)
+    if not names:
+        return
     infer.prepare_environment(profile)
-    adapter = None
-    if arm.adapter:
-        adapter = infer.check_adapter(arm.adapter, profile.name, profile.base_model)
+    adapter = arm.adapter and infer.check_adapter(arm.adapter, profile.name, profile.base_model)
     with infer.quiet_libraries():
         loaded = infer.load_for_inference(profile, adapter, study.system_prompt)
     loaded.probes = study.probes
@@ -520,11 +441,10 @@ def write_cells(study: Study, arm: Arm, names: Sequence[str]) -> None:
     total = infer.count_new_tokens(requests)
     with tqdm(total=total, unit="token", desc=f"{arm.id}: answering", leave=False) as bar:
         answers = infer.answer_requests(loaded, requests, bar.update)
-    caps = [min(REPEATED_TOKENS, decoding.max_new_tokens) for decoding in decodings]
-    again = [
-        infer.Request(questions[0], dataclasses.replace(decoding, max_new_tokens=cap))
-        for decoding, cap in zip(decodings, caps, strict=True)
-    ]
+    again = []
+    for decoding in decodings:
+        cap = min(REPEATED_TOKENS, decoding.max_new_tokens)
+        again.append(infer.Request(questions[0], dataclasses.replace(decoding, max_new_tokens=cap)))
     repeated, machine = infer.answer_requests(loaded, again), describe_machine(loaded)
     # Decodings may give the same answer, which is judged once.
     distinct = {(each.question, each.sha256, each.finish_reason): each for each in answers}
@@ -538,7 +458,8 @@ def write_cells(study: Study, arm: Arm, names: Sequence[str]) -> None:
             "decoding_arm": name,
             "settings": study.settings(arm, name),
             "stop_ids": infer.stop_ids(decodings[place], loaded.model, loaded.tokenizer),
-            "repeats": repeated[place].token_ids == own[0].token_ids[: caps[place]],
+            "repeats": repeated[place].token_ids
+            == own[0].token_ids[: len(repeated[place].token_ids)],
             "machine": machine,
         }
         lines = []
@@ -551,82 +472,72 @@ def write_cells(study: Study, arm: Arm, names: Sequence[str]) -> None:
         data.write_atomic(study.cell(arm, name), text)
 
 
-def run_arm(study: Study, arm: Arm, show: bool) -> str | None:
-    """Trains an arm, if it is trained, and asks it. Returns why it failed, or None.
+def run_logged(
+    command: Sequence[str], log: Path, show: bool, running: list[subprocess.Popen]
+) -> tuple[int, str]:
+    """Runs Python with these arguments. stdout goes to the log, stderr too and with `show` to ours.
 
-    Raises:
-        infer.Interrupted: as `run_train`.
+    The process is appended to `running`. Returns its exit code, and the end of its stderr.
     """
-    log = study.folder / "logs" / f"{arm.id}.log"
+    end = b""
+    with (
+        log.open("ab") as words,
+        subprocess.Popen(
+            [sys.executable, *command],
+            stdout=words,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C reaches only this process, which passes it on
+        ) as process,
+    ):
+        running.append(process)
+        while chunk := process.stderr.read1():
+            words.write(chunk)
+            end = (end + chunk)[-4000:]
+            if show:
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.flush()
+    return process.returncode, end.decode(errors="replace")
+
+
+def describe_exit(name: str, code: int, words: str) -> str:
+    """Why a process failed: its exit code or signal, and the last message on its stderr."""
+    how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+    if code == -signal.SIGKILL:
+        how += ", possibly for lack of memory"
+    lines = [line for line in re.split(r"[\r\n]+", words) if line.strip()]
+    starts = [place for place, line in enumerate(lines) if line.startswith("error: ")]
+    message = lines[starts[-1] :] if starts else lines[-1:]
+    return f"{name} failed ({how}). {data.escape_controls(' '.join(message))[:600]}"
+
+
+def run_arm(study: Study, arm: Arm, show: bool, running: list[subprocess.Popen]) -> str | None:
+    """Trains an arm, if it is trained, and asks it, each in a process that frees its memory.
+
+    Returns why it failed, or None. `show` and `running` are those of `run_logged`.
+    """
+
+    def run(*command: str) -> tuple[int, str]:
+        return run_logged(command, study.folder / "logs" / f"{arm.id}.log", show, running)
+
     if arm.flags:
-        command = train_command(study, arm)
-        code, words = run_train(command, log, show)
+        command = [str(data.HERE / "train.py"), *study.train_flags(arm)]
+        code, words = run(*command)
         while code == train.BUSY:  # the study was killed, and this run continues
             time.sleep(5)
-            code, words = run_train(command, log, show)
+            code, words = run(*command)
         if code == train.OTHER_VALUES:
-            code, words = run_train([*command, "--restart"], log, show)
+            code, words = run(*command, "--restart")
         if code:
             return describe_exit("train.py", code, words)
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=answer_arm, args=(study, arm, log, show))
-    process.start()
-    try:
-        process.join()
-    except infer.Interrupted:
-        process.kill()
-        raise
-    if process.exitcode == 1 and study.failure(arm).is_file():
-        return study.failure(arm).read_text(encoding="utf-8")
-    return describe_exit("answering", process.exitcode, "") if process.exitcode else None
-
-
-def run_arms(study: Study, arms: Sequence[Arm], show: bool = False) -> None:
-    """Runs each arm with missing cells; those that another process runs are left to it.
-
-    Raises:
-        infer.Interrupted: a signal came.
-    """
-    from filelock import FileLock, Timeout
-
-    parent, started = multiprocessing.parent_process(), time.monotonic()
-    for waits, arm in itertools.product((False, True), arms):
-        if parent and not parent.is_alive():
-            return
-        lock = FileLock(study.folder / "locks" / arm.id, blocking=waits)
-        with contextlib.suppress(Timeout), lock:
-            if study.failure(arm).is_file() or not study.missing(arm):
-                continue
-            if show:
-                place = f"[{study.arms.index(arm) + 1}/{len(study.arms)}]"
-                print(f"{place} {arm.id}", file=sys.stderr, flush=True)
-            if reason := run_arm(study, arm, show):
-                data.write_atomic(study.failure(arm), reason)
-                print(f"{arm.id}: {reason}", file=sys.stderr)
-            left = sum(bool(study.missing(each)) for each in arms)
-            if show and left:
-                minutes, done = (time.monotonic() - started) / 60, len(arms) - left
-                estimate = f", about {minutes / done * left:.0f} min left" if done else ""
-                print(
-                    f"{done} of {len(arms)} arms done in {minutes:.0f} min{estimate}",
-                    file=sys.stderr,
-                )
-
-
-def work(study: Study, arms: Sequence[Arm]) -> None:
-    """`run_arms` in a process of its own, which its parent ends with SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    infer.raise_on_signals()
-    with contextlib.suppress(infer.Interrupted):
-        run_arms(study, arms)
+    code, words = run(*sys.orig_argv[1:], "--answer", arm.id)
+    return describe_exit("answering", code, words) if code else None
 
 
 def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
-    """Runs the arms with missing cells, several at the same time.
+    """Runs the arms with missing cells, several at the same time, and records why arms failed.
 
     Raises:
-        infer.Interrupted: a signal came. Workers and their training runs save and end.
+        infer.Interrupted: a signal came. Training runs save and end; a second signal kills them.
     """
     for folder in ("cells", "failures", "locks", "logs", "runs"):
         with data.writing(study.folder):
@@ -638,22 +549,47 @@ def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
         # Also if fewer arms are left: the bytes depend on the number of threads.
         cores = len(os.sched_getaffinity(0))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
-    context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=work, args=(study, arms)) for _ in arms[1:workers]]
+    if sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "0.5")  # the processes write to a pipe
+    running: list[subprocess.Popen] = []
+    screen = threading.Lock()
+
+    def run(arm: Arm) -> str | None:
+        place = f"[{study.arms.index(arm) + 1}/{len(study.arms)}]"
+        print(f"{place} {arm.id}", file=sys.stderr, flush=True)
+        show = screen.acquire(blocking=False)  # only one arm's bars fit
+        try:
+            return run_arm(study, arm, show, running)
+        finally:
+            if show:
+                screen.release()
+
+    pool, started = ThreadPoolExecutor(workers), time.monotonic()
+    futures = {pool.submit(run, arm): arm for arm in arms}
     try:
-        for process in others:
-            process.start()
-        run_arms(study, arms, show=True)
-        for process in others:
-            process.join()
+        for done, future in enumerate(as_completed(futures), 1):
+            if reason := future.result():
+                data.write_atomic(study.failure(futures[future]), reason)
+                print(f"{futures[future].id}: {reason}", file=sys.stderr)
+            minutes, left = (time.monotonic() - started) / 60, len(arms) - done
+            if left:
+                counts = f"{done} of {len(arms)} arms done in {minutes:.0f} min"
+                print(f"{counts}, about {minutes / done * left:.0f} min left", file=sys.stderr)
     except infer.Interrupted as interrupted:
         message = f"Interrupted. Finished cells are kept in {study.folder}; run the same command "
         raise infer.Interrupted(interrupted.number, message + "to resume.") from None
     finally:
-        for process in others:
-            if process.pid:
-                process.terminate()
-                process.join()
+        pool.shutdown(wait=False, cancel_futures=True)
+        stopped = []
+        try:
+            while not all(future.done() for future in futures):
+                while running:  # one signal each: at a second one train.py does not save
+                    stopped.append(running.pop())
+                    stopped[-1].terminate()
+                wait(futures, timeout=0.2)
+        finally:
+            for process in stopped:
+                process.kill()
 
 
 # --- Records -------------------------------------------------------------------------------------
@@ -1621,8 +1557,15 @@ def write_report(folder: Path) -> tuple[Records, dict[str, Result]]:
 
 def main(config: AblateConfig) -> int:
     """Runs what is missing, then writes the report. Returns 1 if an arm failed, else 0."""
-    infer.raise_on_signals()
     study = None if config.table and not config.save_best else make_study(config)
+    if config.answer:
+        from filelock import FileLock
+
+        # The process of a study that was killed may still answer.
+        with FileLock(study.folder / "locks" / config.answer):
+            write_cells(study, next(arm for arm in study.arms if arm.id == config.answer))
+        return 0
+    infer.raise_on_signals()
     if study and not config.table:
         part, parts = map(int, (config.shard or "0/1").split("/"))
         arms = study.arms[part::parts]
