@@ -37,8 +37,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
 import data
 import infer
 import train
@@ -187,8 +185,8 @@ class AblateConfig(data.RowsFlags):
     """Rebuild report and picture from the records, and run nothing."""
     save_best: bool = False
     """At the end, store the decoding with the best answers in the adapter that gave them."""
-    answer: tyro.conf.Suppress[str | None] = None
-    """Only write the missing cells of this arm; a study runs itself with it."""
+    answer: str | None = None
+    """Only ask this arm, whose training is complete. Used by the study itself."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -293,7 +291,7 @@ class Study:
         """The decodings whose cells are not complete, or have other settings."""
 
         def is_done(name: str) -> bool:
-            with contextlib.suppress(UsageError):
+            with contextlib.suppress(OSError, ValueError):
                 lines = read_cell(self.cell(arm, name))
                 settings = {line.get("settings") for line in lines}
                 return settings == {self.settings(arm, name)} and len(lines) == len(self.probes)
@@ -618,31 +616,10 @@ class Records:
         return list(dict.fromkeys(arm for arm, _, _ in self.about["arms"].values()))
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in a file. Raises UsageError if the file is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist. Run the study first: python ablate.py") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is broken ({data.first_line(error)}). {REPAIR}") from None
-
-
-REPAIR = "Remove it; the same command (without --table) makes it again."
-
-
 def read_cell(path: Path) -> list[dict[str, Any]]:
-    """The lines of a cell. Raises UsageError if it is missing, cut or broken."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        if lines.pop():
-            raise ValueError("the last line is cut")
-        records = [json.loads(line) for line in lines]
-        if not records or not all(isinstance(record, dict) for record in records):
-            raise ValueError("no answers")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is broken ({data.first_line(error)}). {REPAIR}") from None
-    return records
+    """The lines of a cell. Raises OSError or ValueError if it is missing, cut or broken."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def flatten_answer(record: Mapping[str, Any], place: int) -> dict[str, Any]:
@@ -651,15 +628,15 @@ def flatten_answer(record: Mapping[str, Any], place: int) -> dict[str, Any]:
     if not found <= infer.CHECKS.keys():
         raise ValueError(f"unknown findings {sorted(found)}")
     facts = record.get("facts") or {"named": [], "missing": [], "wrong": []}
-    named, missing, wrong = (len(facts[name]) for name in ("named", "missing", "wrong"))
     ended = record["finish_reason"] == "stop"
-    texts = ("arm", "question", "text", "finish_reason", "verdict", "sha256", "machine")
+    texts = ("arm", "question", "text", "verdict", "machine", "stop_ids")
     return {
         **{name: str(record[name]) for name in texts},
         "decoding": str(record["decoding_arm"]),
+        "adapter": record["adapter"],
         "seed": int(record["seed"]),
         "place": place,
-        "findings": [(f["name"], int(f["span"][0]), int(f["span"][1])) for f in record["findings"]],
+        "spans": [(int(start), int(end)) for start, end in (f["span"] for f in record["findings"])],
         "sound_and_ended": not found and ended,
         "sound": not found,
         "unsound": bool(found),
@@ -669,45 +646,28 @@ def flatten_answer(record: Mapping[str, Any], place: int) -> dict[str, Any]:
         # The answer surprises the base model, continues as another speaker, or invents a medicine.
         "drift": bool(found & {"surprisal", "leak", "invented-medicine"}),
         "list_items": infer.measure_list(record["text"])[0],
-        "points": named,
-        "max_points": named + missing,
-        "wrong_claims": wrong,
+        "points": len(facts["named"]),
+        "max_points": len(facts["named"]) + len(facts["missing"]),
+        "wrong_claims": len(facts["wrong"]),
         "tokens": int(record["answer_tokens"]),
         "overruled": int(record["num_overruled"]),
         "repeats": bool(record["repeats"]),
-        "stop_ids": str(record["stop_ids"]),
-        "adapter": record["adapter"],
     }
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Numbers of a training run, and its evaluations after the first step.
-
-    Raises:
-        UsageError: a file is broken.
-    """
-    record = read_json(folder / "run.json")
-    try:
-        numbers = record["numbers"]
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        own = ("steps", "training_seconds", "adapter_bytes", "train_rows", "train_tokens")
-        return {
-            "eval_loss_before": float(numbers["before"]["eval_loss"]),
-            "eval_loss": float(numbers["chosen"]["eval_loss"]),
-            "token_accuracy": numbers["chosen"].get("eval_mean_token_accuracy"),
-            **{name: float(numbers[name]) for name in own},
-            "selected": dict(numbers["selected"]),
-            "evaluations": {int(e["step"]): e for e in lines if "eval_loss" in e and e["step"]},
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{folder} is broken ({error!r}). {REPAIR}") from None
-
-
-def distinct_decodings(names: Iterable[str]) -> list[str]:
-    """The decodings, and of those that differ only in cap or stop the first."""
-    asked = list(dict.fromkeys(names))
-    requests = [infer.Request("", DECODING_ARMS[name]) for name in asked]
-    return [asked[places[0]] for places in infer.merge_requests(requests)]
+    """Numbers of a training run, and its evaluations after the first step by their step."""
+    numbers = json.loads((folder / "run.json").read_text(encoding="utf-8"))["numbers"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    own = ("steps", "training_seconds", "adapter_bytes", "train_rows", "train_tokens")
+    return {
+        "eval_loss_before": float(numbers["before"]["eval_loss"]),
+        "eval_loss": float(numbers["chosen"]["eval_loss"]),
+        "token_accuracy": numbers["chosen"].get("eval_mean_token_accuracy"),
+        **{name: float(numbers[name]) for name in own},
+        "selected": dict(numbers["selected"]),
+        "evaluations": {int(e["step"]): e for e in lines if "eval_loss" in e and e["step"]},
+    }
 
 
 def read_records(folder: Path) -> Records:
@@ -718,37 +678,46 @@ def read_records(folder: Path) -> Records:
     """
     from pandas import DataFrame
 
-    about = read_json(folder / "study.json")
+    path = folder / "study.json"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist. Run the study first: python ablate.py")
     answers, runs, failures = [], [], {}
     try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        texts = (about["command"], about["base_model"], *about["questions"])
+        if about["study"] not in STUDIES or not all(isinstance(each, str) for each in texts):
+            raise ValueError("it describes no study")
         for arm_id, (arm, seed, cells) in about["arms"].items():
-            known = arm in (*UNTRAINED, *TRAINING_ARMS) and infer.RUN_NAME.fullmatch(arm_id)
-            if not known or not cells.keys() <= DECODING_ARMS.keys():
+            if arm not in (*UNTRAINED, *TRAINING_ARMS) or not cells.keys() <= DECODING_ARMS.keys():
                 raise ValueError(f"unknown arm {arm_id}")
-            if (failure := folder / "failures" / f"{arm_id}.txt").is_file():
-                failures[arm_id] = failure.read_text(encoding="utf-8")
-            found = False
+            path = folder / "failures" / f"{arm_id}.txt"
+            if path.is_file():
+                failures[arm_id] = path.read_text(encoding="utf-8")
+            found = len(answers)
             for decoding, settings in cells.items():
                 path = folder / "cells" / f"{arm_id}.{decoding}.jsonl"
                 lines = read_cell(path) if path.is_file() else []
-                if not lines or lines[0].get("settings") != settings:
-                    continue
-                found = True
-                answers += [flatten_answer(line, place) for place, line in enumerate(lines)]
-            if found and (folder / "runs" / arm_id / "run.json").is_file():
-                runs.append({"arm": arm, "seed": seed, **read_run(folder / "runs" / arm_id)})
-        texts = (about["command"], about["base_model"], *about["questions"])
-        if about["study"] not in STUDIES or not all(isinstance(each, str) for each in texts[:3]):
-            raise ValueError("study.json describes no study")
+                if lines and lines[0].get("settings") == settings:
+                    answers += [flatten_answer(line, place) for place, line in enumerate(lines)]
+            path = folder / "runs" / arm_id
+            if len(answers) > found and (path / "run.json").is_file():
+                runs.append({"arm": arm, "seed": seed, **read_run(path)})
+        path = folder / "cells"
         table = DataFrame(answers)
-        if not answers and not failures:
-            raise UsageError(f"{folder} has no finished cells. Run the study: python ablate.py")
         if answers:
-            table["distinct"] = table.decoding.isin(distinct_decodings(table.decoding))
-    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{folder} has a broken record ({error!r}). {REPAIR}") from None
+            # Of decodings that differ only in cap or stop, only the first counts as an observation.
+            names = table.decoding.unique()
+            requests = [infer.Request("", DECODING_ARMS[name]) for name in names]
+            distinct = [names[places[0]] for places in infer.merge_requests(requests)]
+            table["distinct"] = table.decoding.isin(distinct)
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path} is a broken record ({error!r}). Remove it; the same command (without --table) "
+            "makes it again."
+        ) from None
+    if not answers:
+        reasons = "".join(f"\n{arm}: {reason}" for arm, reason in failures.items())
+        raise UsageError(f"{folder} has no finished cells. Run python ablate.py first.{reasons}")
     return Records(about, table, DataFrame(runs, columns=None if runs else ["arm"]), failures)
 
 
@@ -787,8 +756,6 @@ def pair(answers: DataFrame, one: Mapping[str, str], other: Mapping[str, str]) -
     """Answers to the same question under the same seed, and where they are not fixed, of the same
     arm and decoding. Columns of the second have the suffix `_other`."""
     keys = [name for name in ("arm", "decoding", "seed", "question") if name not in one]
-    if answers.empty:
-        return answers
     answers = answers[[*PAIRED, "arm", "decoding", "seed", "question"]][
         answers.distinct | ("decoding" in one)
     ]
@@ -874,7 +841,7 @@ class Query:
         one, other = {self.by: self.one}, {self.by: self.other}
         if self.decoding:
             one["decoding"] = other["decoding"] = self.decoding
-        if self.trained and len(answers):
+        if self.trained:
             answers = answers[~answers.arm.isin(UNTRAINED)]
         pairs = pair(answers, one, other)
         return compare(pairs, self.outcome) if len(pairs) else None
@@ -927,8 +894,8 @@ def majority(arm: str, decoding: str, outcome: str) -> Callable[[Records], Resul
     """A check: is the interval of a share above one half? Below, the opposite is shown."""
 
     def check(records: Records) -> Result:
-        answers = records.select(arm, decoding) if len(records.answers) else ()
-        if not len(answers):
+        answers = records.select(arm, decoding)
+        if answers.empty:
             return NOT_RUN
         low, high = interval(int(answers[outcome].sum()), len(answers))
         verdict = "shown" if low > 0.5 else "the opposite" if high < 0.5 else "not shown"
@@ -1002,8 +969,6 @@ def check_pad(records: Records) -> Result:
 def check_bytes(records: Records) -> Result:
     """C13: greedy answers that were repeated in another batch have the same tokens."""
     answers = records.answers
-    if answers.empty:
-        return NOT_RUN
     greedy = [name for name in set(answers.decoding) if not DECODING_ARMS[name].temperature]
     cells = answers[(answers.place == 0) & answers.distinct & answers.decoding.isin(greedy)]
     if cells.empty:
@@ -1019,8 +984,6 @@ def check_loss_is_blind(records: Records) -> Result:
     The pair of decodings with the smallest p is reported, after Bonferroni over all pairs.
     """
     answers = records.answers
-    if answers.empty:
-        return NOT_RUN
     names = answers[~answers.arm.isin(UNTRAINED) & answers.distinct].decoding.unique()
     found = [
         (comparison, query)
@@ -1151,10 +1114,9 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 def mark_findings(answer: Any) -> str:
     """An answer as a cell of a table, with ⟦ ⟧ around what its findings are about."""
-    marks = [(start, end) for _, start, end in answer.findings if start < end]
     text, at, parts = answer.text, 0, []
-    for start, end in sorted(marks):
-        if end > at:
+    for start, end in sorted(answer.spans):
+        if end > max(start, at):
             start = max(start, at)
             parts += [escape_markdown(text[at:start]), "⟦", escape_markdown(text[start:end]), "⟧"]
             at = end
@@ -1192,7 +1154,7 @@ def list_cells(records: Records) -> DataFrame:
             }
         )
     cells = DataFrame(rows)
-    if records.runs.empty or cells.empty:
+    if records.runs.empty:
         return cells
     numbers = records.runs.drop(columns=["seed", "selected", "evaluations"])
     return cells.merge(numbers.groupby("arm").mean(numeric_only=True).round(6), "left", "arm")
@@ -1203,7 +1165,7 @@ def list_main_cells(records: Records) -> list[list[str]]:
     arms, study = records.arms, records.about["study"]
     decodings = [*(["plain"] if study == "training" else []), *MAIN_DECODINGS]
     if study == "decoding":
-        names = [n for n in DECODING_ARMS if n in set(records.answers.get("decoding", ()))]
+        names = [n for n in DECODING_ARMS if n in set(records.answers.decoding)]
         return [["decoding", *arms]] + [
             [name, *(describe_cell(records, arm, name) for arm in arms)] for name in names
         ]
@@ -1217,7 +1179,7 @@ def list_main_cells(records: Records) -> list[list[str]]:
 
 def describe_cell(records: Records, arm: str, decoding: str) -> str:
     """Sound and ended answers with their interval, or that there are none."""
-    own = records.select(arm, decoding) if len(records.answers) else ()
+    own = records.select(arm, decoding)
     failed = any(records.about["arms"][each][0] == arm for each in records.failures)
     return format_share(own.sound_and_ended) if len(own) else "failed" if failed else "not run"
 
@@ -1236,7 +1198,7 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     answers = records.answers
     asked = {arm: set(own.decoding) for arm, own in answers.groupby("arm")}
     common = set.intersection(*asked.values())
-    names = [name for name in distinct_decodings(answers.decoding) if name in common]
+    names = [name for name in answers[answers.distinct].decoding.unique() if name in common]
     if len(names) > 1:
         good = answers.groupby("decoding").sound_and_ended.agg(["mean", "sum", "count"])
         best, *others = sorted(names, key=lambda name: -good["mean"][name])
@@ -1312,10 +1274,10 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
         f"# Ablation `{about['study']}` of {escape_markdown(about['base_model'])}",
         "",
         f"The base model and {trained or 'an'} adapter{'s' * (trained > 1)}{rows_each}, answered "
-        f"{len(questions)} questions under up to {len(set(answers.get('decoding', ())))} "
+        f"{len(questions)} questions under up to {answers.decoding.nunique()} "
         "decodings. C1 to C15 are claims of the story that README tells.",
         "",
-        *(summarise(records, results) if len(answers) else ["No arm has finished."]),
+        *summarise(records, results),
         "",
         "![Verdicts, and eval loss against sound answers](ablation.png)",
         "",
@@ -1343,8 +1305,7 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
         lines += ["", "## What each metric selects", "", SELECTION_NOTE.replace("\n", " "), ""]
         lines += format_table(header, rows)
     lines += ["", *format_side_by_side(records)]
-    machines = dict.fromkeys(answers.machine) if len(answers) else ()
-    lines += [f"- {escape_markdown(machine)}" for machine in machines]
+    lines += [f"- {escape_markdown(machine)}" for machine in answers.machine.unique()]
     lines += [
         f"- `{about['command'].replace('`', ' ')}`",
         "- all numbers: [cells.csv](cells.csv); all answers: [cells](cells)",
@@ -1355,7 +1316,7 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
 def format_side_by_side(records: Records) -> list[str]:
     """The answers of `SIDE_BY_SIDE` to the first question, marked; nothing if one is missing."""
     names, found = SIDE_BY_SIDE[records.about["study"]], []
-    for arm, decoding in names if len(records.answers) else ():
+    for arm, decoding in names:
         own = records.select(arm, decoding)
         found += list(own[own.place == 0].itertuples())[:1]
     if len(found) < len(names):
@@ -1504,7 +1465,7 @@ def save_best_decoding(records: Records, study: Study) -> str:
         UsageError: no adapter has answered, or the adapter has changed since.
     """
     adapters = {arm.name: arm.adapter for arm in study.arms if arm.adapter and not arm.seed}
-    if records.answers.empty or not set(records.answers.arm) & adapters.keys():
+    if not set(records.answers.arm) & adapters.keys():
         raise UsageError("--save-best: no adapter has answered. Run the study without --table.")
     own = records.answers[records.answers.arm.isin(adapters)]
     counts = ["sound_and_ended", "points", "wrong_claims"]
@@ -1549,8 +1510,7 @@ def write_report(folder: Path) -> tuple[Records, dict[str, Result]]:
     results = {claim.id: claim.decide(records) for claim in CLAIMS}
     with data.writing(folder):
         data.write_atomic(folder / "cells.csv", list_cells(records).to_csv(index=False))
-        if len(records.answers):
-            draw_picture(records, folder / "ablation.png")
+        draw_picture(records, folder / "ablation.png")
         data.write_atomic(folder / "ablation.md", make_report(records, results))
     return records, results
 
