@@ -31,7 +31,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ from infer import DECODINGS, Decoding
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 StudyName = Literal["all", "training", "decoding"]
 
@@ -608,7 +608,7 @@ class Records:
 
     def select(self, arm: str, decoding: str) -> DataFrame:
         """The answers of an arm under a decoding, all seeds together."""
-        return select(self.answers, {"arm": arm, "decoding": decoding})
+        return select(self.answers, arm=arm, decoding=decoding)
 
     @property
     def arms(self) -> list[str]:
@@ -724,42 +724,34 @@ def read_records(folder: Path) -> Records:
 # --- Statistics ----------------------------------------------------------------------------------
 
 
-def interval(successes: int, total: int) -> tuple[float, float]:
-    """95% interval of a share (Wilson 1927); (0, 1) if nothing was counted."""
+def interval(outcomes: Series) -> tuple[float, float]:
+    """95% interval of the share of true outcomes (Wilson 1927)."""
     from scipy.stats import binomtest
 
-    if not total:
-        return 0.0, 1.0
-    found = binomtest(successes, total).proportion_ci(method="wilson")
+    found = binomtest(int(outcomes.sum()), len(outcomes)).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
 
 
-def format_share(values: Sequence[bool] | Any) -> str:
-    """A count with its interval."""
-    count, total = int(sum(values)), len(values)
-    low, high = interval(count, total)
-    return f"{count} of {total} ({low:.0%} to {high:.0%})"
+def format_share(outcomes: Series) -> str:
+    """The number of true outcomes, with the interval of their share."""
+    low, high = interval(outcomes)
+    return f"{outcomes.sum()} of {len(outcomes)} ({low:.0%} to {high:.0%})"
 
 
-def select(answers: DataFrame, where: Mapping[str, str]) -> DataFrame:
+def select(frame: DataFrame, **where: Any) -> DataFrame:
     """The rows with these values."""
     for column, value in where.items():
-        answers = answers[answers[column] == value]
-    return answers
-
-
-# Columns that paired answers are compared by.
-PAIRED = ["sound_and_ended", "sound", "unsound", "ended", "loops", "drift", "list_items", "points"]
+        frame = frame[frame[column] == value]
+    return frame
 
 
 def pair(answers: DataFrame, one: Mapping[str, str], other: Mapping[str, str]) -> DataFrame:
     """Answers to the same question under the same seed, and where they are not fixed, of the same
     arm and decoding. Columns of the second have the suffix `_other`."""
     keys = [name for name in ("arm", "decoding", "seed", "question") if name not in one]
-    answers = answers[[*PAIRED, "arm", "decoding", "seed", "question"]][
-        answers.distinct | ("decoding" in one)
-    ]
-    first, second = select(answers, one), select(answers, other)
+    if "decoding" not in one:
+        answers = answers[answers.distinct]
+    first, second = select(answers, **one), select(answers, **other)
     if other.get("arm") in UNTRAINED:
         keys.remove("seed")
         second = second[second.seed == 0]
@@ -804,8 +796,10 @@ class Comparison:
         )
 
 
-def compare(pairs: DataFrame, outcome: str) -> Comparison:
-    """The pairs compared by a column."""
+def compare(pairs: DataFrame, outcome: str) -> Comparison | None:
+    """The pairs compared by a column, or None if there are none."""
+    if pairs.empty:
+        return None
     first, second = pairs[outcome].astype(float), pairs[f"{outcome}_other"].astype(float)
     change = (first - second).groupby(pairs.question).sum()
     larger, smaller = int((change > 0).sum()), int((change < 0).sum())
@@ -828,7 +822,7 @@ class Query:
     """Name of an arm or a decoding."""
     other: str
     outcome: str
-    direction: Literal["more", "fewer"]
+    direction: Literal["more", "fewer"] = "more"
     decoding: str | None = None
     """Of arms: only under this decoding; otherwise under all common ones."""
     trained: bool = False
@@ -837,46 +831,23 @@ class Query:
     """Whether this outcome counts against the claim."""
 
     def run(self, answers: DataFrame) -> Comparison | None:
-        """The comparison, or None if an answer has no partner."""
+        """The comparison, or None if no answer has a partner."""
         one, other = {self.by: self.one}, {self.by: self.other}
         if self.decoding:
             one["decoding"] = other["decoding"] = self.decoding
         if self.trained:
             answers = answers[~answers.arm.isin(UNTRAINED)]
-        pairs = pair(answers, one, other)
-        return compare(pairs, self.outcome) if len(pairs) else None
+        return compare(pair(answers, one, other), self.outcome)
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A claim of the story, and how the records decide it.
+def decide(found: Sequence[tuple[Query, Comparison | None]]) -> Result:
+    """The verdict on queries and their comparisons.
 
-    With `queries`, of the first alternative whose cells exist: shown if every query that is not a
-    harm shows, and no harm does; the opposite if every query shows the other way, or a harm does
-    and no query shows. Otherwise not shown.
+    Shown if every query that is not a harm shows, and no harm does; the opposite if every query
+    shows the other way, or a harm does and no query shows. Otherwise not shown.
     """
-
-    id: str
-    text: str
-    queries: Sequence[Sequence[Query]] = ()
-    check: Callable[[Records], Result] | None = None
-    """Decides in place of queries."""
-    about_questions: bool = False
-    """Whether it is about the story's own questions."""
-
-    def decide(self, records: Records) -> Result:
-        """Verdict, and the numbers it is based on."""
-        if self.check:
-            return self.check(records)
-        for queries in self.queries:
-            found = [query.run(records.answers) for query in queries]
-            if None not in found:
-                return decide(list(zip(queries, found, strict=True)))
+    if any(each is None for _, each in found):
         return NOT_RUN
-
-
-def decide(found: Sequence[tuple[Query, Comparison]]) -> Result:
-    """The verdict on queries and their comparisons, as `Claim` describes."""
     opposite = {"more": "fewer", "fewer": "more"}
     wanted = [(query, each) for query, each in found if not query.is_harm]
     shown = [each.shows(query.direction) for query, each in wanted]
@@ -890,16 +861,29 @@ def decide(found: Sequence[tuple[Query, Comparison]]) -> Result:
     return verdict, "; ".join(each.describe(q.one, q.other, q.outcome) for q, each in found)
 
 
+def compare_answers(*alternatives: Sequence[Query]) -> Callable[[Records], Result]:
+    """A check by the queries of the first alternative whose cells exist."""
+
+    def check(records: Records) -> Result:
+        for queries in alternatives:
+            result = decide([(query, query.run(records.answers)) for query in queries])
+            if result != NOT_RUN:
+                return result
+        return NOT_RUN
+
+    return check
+
+
 def majority(arm: str, decoding: str, outcome: str) -> Callable[[Records], Result]:
     """A check: is the interval of a share above one half? Below, the opposite is shown."""
 
     def check(records: Records) -> Result:
-        answers = records.select(arm, decoding)
-        if answers.empty:
+        outcomes = records.select(arm, decoding)[outcome]
+        if outcomes.empty:
             return NOT_RUN
-        low, high = interval(int(answers[outcome].sum()), len(answers))
+        low, high = interval(outcomes)
         verdict = "shown" if low > 0.5 else "the opposite" if high < 0.5 else "not shown"
-        share = format_share(answers[outcome])
+        share = format_share(outcomes)
         return verdict, f"{outcome.replace('_', ' ')}: {arm} under {decoding} {share}"
 
     return check
@@ -908,10 +892,10 @@ def majority(arm: str, decoding: str, outcome: str) -> Callable[[Records], Resul
 def check_loss(records: Records) -> Result:
     """C1: the loss fell, and there are fewer sound and ended answers than of the base model."""
     query = Query("arm", "week4", "base", "sound_and_ended", "fewer", "story-collapse")
-    found, runs = query.run(records.answers), select(records.runs, {"arm": "week4"})
-    if found is None or runs.empty:
+    runs = select(records.runs, arm="week4")
+    verdict, text = decide([(query, query.run(records.answers))])
+    if verdict == "not run" or runs.empty:
         return NOT_RUN
-    verdict, text = decide([(query, found)])
     before, after = runs.eval_loss_before.mean(), runs.eval_loss.mean()
     if verdict == "shown" and not after < before:
         verdict = "not shown"
@@ -920,17 +904,17 @@ def check_loss(records: Records) -> Result:
 
 def check_stop(records: Records) -> Result:
     """C8: not decided if the generation config already names the end-of-turn token."""
-    query = Query("decoding", "collapse-stop", "story-collapse", "sound_and_ended", "more")
-    found = query.run(records.answers)
-    if found is None:
-        return NOT_RUN
-    explicit, implicit = (
-        select(records.answers, {"decoding": name}).stop_ids.iloc[0]
-        for name in (query.one, query.other)
-    )
-    if explicit == implicit:
-        return "not run", f"the base model's generation config already names this token, {explicit}"
-    return decide([(query, found)])
+    query = Query("decoding", "collapse-stop", "story-collapse", "sound_and_ended")
+    verdict, text = decide([(query, query.run(records.answers))])
+    if verdict != "not run":
+        explicit, implicit = (
+            select(records.answers, decoding=name).stop_ids.iloc[0]
+            for name in (query.one, query.other)
+        )
+        if explicit == implicit:
+            text = f"the base model's generation config already names this token, {explicit}"
+            return "not run", text
+    return verdict, text
 
 
 def check_cap(records: Records) -> Result:
@@ -939,15 +923,16 @@ def check_cap(records: Records) -> Result:
 
     capped = {"collapse-cap-128": "story-collapse", "fix-cap-128": "story-fix"}
     capped |= {"plain-cap-128": "plain", "plain": "plain-cap-512"}
-    names = [({"decoding": short}, {"decoding": long}) for short, long in capped.items()]
-    frames = [each for one, other in names if len(each := pair(records.answers, one, other))]
-    if not frames:
-        return NOT_RUN
-    pairs = pandas.concat(frames)
+    pairs = pandas.concat(
+        pair(records.answers, {"decoding": short}, {"decoding": long})
+        for short, long in capped.items()
+    )
     query = Query("decoding", "smaller cap", "larger cap", "unsound", "fewer")
     verdict, text = decide([(query, compare(pairs, "unsound"))])
-    cured = int((pairs.sound_and_ended & ~pairs.sound_and_ended_other).sum())
-    hidden = int((pairs.sound & ~pairs.ended & pairs.unsound_other).sum())
+    if verdict == "not run":
+        return NOT_RUN
+    cured = (pairs.sound_and_ended & ~pairs.sound_and_ended_other).sum()
+    hidden = (pairs.sound & ~pairs.ended & pairs.unsound_other).sum()
     return verdict, f"{text}; cured {cured} answers, cut {hidden} before they became unsound"
 
 
@@ -959,7 +944,7 @@ def check_pad(records: Records) -> Result:
     ]
     text = "Llama 3.2 3B: {:,} bytes; with an added token {:,} (16-bit), {:,} (fp32)".format(*sizes)
     for added, native in (("week3", "week3-native-pad"), ("kit-added-pad", "kit-by-loss")):
-        runs = [select(records.runs, {"arm": name}) for name in (added, native)]
+        runs = [select(records.runs, arm=name) for name in (added, native)]
         if all(len(each) for each in runs):
             own = [each.adapter_bytes.mean() for each in runs]
             text += f"; {added} {own[0]:,.0f}, {native} {own[1]:,.0f}"
@@ -968,14 +953,14 @@ def check_pad(records: Records) -> Result:
 
 def check_bytes(records: Records) -> Result:
     """C13: greedy answers that were repeated in another batch have the same tokens."""
-    answers = records.answers
-    greedy = [name for name in set(answers.decoding) if not DECODING_ARMS[name].temperature]
-    cells = answers[(answers.place == 0) & answers.distinct & answers.decoding.isin(greedy)]
-    if cells.empty:
+    cells = records.answers[(records.answers.place == 0) & records.answers.distinct]
+    greedy = [name for name in cells.decoding.unique() if not DECODING_ARMS[name].temperature]
+    repeats = cells[cells.decoding.isin(greedy)].repeats
+    if repeats.empty:
         return NOT_RUN
     text = "the first question again in another batch, equal up to "
-    text += f"{REPEATED_TOKENS} tokens: {format_share(cells.repeats)}"
-    return ("shown" if cells.repeats.all() else "the opposite"), text
+    text += f"{REPEATED_TOKENS} tokens: {format_share(repeats)}"
+    return ("shown" if repeats.all() else "the opposite"), text
 
 
 def check_loss_is_blind(records: Records) -> Result:
@@ -985,109 +970,114 @@ def check_loss_is_blind(records: Records) -> Result:
     """
     answers = records.answers
     names = answers[~answers.arm.isin(UNTRAINED) & answers.distinct].decoding.unique()
-    found = [
-        (comparison, query)
+    queries = [
+        Query("decoding", one, other, "sound_and_ended", trained=True)
         for one, other in itertools.combinations(names, 2)
-        if (query := Query("decoding", one, other, "sound_and_ended", "more", trained=True))
-        and (comparison := query.run(answers))
     ]
+    compared = [(query, query.run(answers)) for query in queries]
+    found = [(query, comparison) for query, comparison in compared if comparison]
     if not found:
         return NOT_RUN
-    best, query = min(found, key=lambda each: each[0].p)
+    query, best = min(found, key=lambda each: each[1].p)
     verdict = "shown" if best.p * len(found) < 0.05 else "not shown"
     text = best.describe(query.one, query.other, query.outcome)
     return verdict, f"{text}; smallest p of {len(found)} pairs of decodings"
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the story, and how the records decide it."""
+
+    id: str
+    text: str
+    decide: Callable[[Records], Result]
+    """The verdict, and the numbers it is based on."""
+    about_questions: bool = False
+    """Whether it is about the story's own questions."""
+
+
 CLAIMS = (
-    Claim("C1", "Eval loss fell and the model got worse.", check=check_loss),
+    Claim("C1", "Eval loss fell and the model got worse.", check_loss),
     Claim(
         "C2",
         "Under greedy decoding with the n-gram ban, most answers of `week4` are unsound.",
-        check=majority("week4", "story-collapse", "unsound"),
+        majority("week4", "story-collapse", "unsound"),
         about_questions=True,
     ),
     Claim(
         "C3",
         "`no_repeat_ngram_size=3` causes drift.",
-        [[Query("decoding", "story-collapse", "collapse-no-ban", "drift", "more")]],
+        compare_answers([Query("decoding", "story-collapse", "collapse-no-ban", "drift")]),
     ),
     Claim(
         "C4",
         "Two epochs of 8,000 : 4,000 rows teach longer lists and fewer endings.",
-        [
+        compare_answers(
             [
-                Query("arm", "week4", "base", "list_items", "more"),
+                Query("arm", "week4", "base", "list_items"),
                 Query("arm", "week4", "base", "ended", "fewer"),
             ]
-        ],
+        ),
     ),
     Claim(
         "C5",
         "A mix of 85 : 15 rows gives more sound and ended answers.",
-        [
-            [Query("arm", "week4-rebalanced", "week4", "sound_and_ended", "more")],
-            [Query("arm", "kit-by-loss", "kit-week4-mix", "sound_and_ended", "more")],
-        ],
+        compare_answers(
+            [Query("arm", "week4-rebalanced", "week4", "sound_and_ended")],
+            [Query("arm", "kit-by-loss", "kit-week4-mix", "sound_and_ended")],
+        ),
     ),
     Claim(
         "C6",
         "LoRA on the feed-forward layers too names more facts, also at equal parameters.",
-        [
+        compare_answers(
             [
-                Query("arm", "week4-all-linear", o, "points", "more")
-                for o in ("week4", "week4-wide-attention")
+                Query("arm", "week4-all-linear", "week4", "points"),
+                Query("arm", "week4-all-linear", "week4-wide-attention", "points"),
             ],
             [
-                Query("arm", "kit-by-loss", o, "points", "more")
-                for o in ("kit-attention", "kit-wide-attention")
+                Query("arm", "kit-by-loss", "kit-attention", "points"),
+                Query("arm", "kit-by-loss", "kit-wide-attention", "points"),
             ],
-        ],
+        ),
         about_questions=True,
     ),
     Claim(
         "C7",
         "Removing the n-gram ban gives more sound and ended answers.",
-        [[Query("decoding", "collapse-no-ban", "story-collapse", "sound_and_ended", "more")]],
+        compare_answers(
+            [Query("decoding", "collapse-no-ban", "story-collapse", "sound_and_ended")]
+        ),
     ),
-    Claim("C8", "The explicit end-of-turn token ends more answers soundly.", check=check_stop),
+    Claim("C8", "The explicit end-of-turn token ends more answers soundly.", check_stop),
     Claim(
         "C9",
         "`repetition_penalty=1.3` reduces loops and does no harm.",
-        [
+        compare_answers(
             [
                 Query("decoding", "story-fix", "plain", "loops", "fewer"),
                 Query("decoding", "story-fix", "plain", "sound_and_ended", "fewer", is_harm=True),
-                Query("decoding", "story-fix", "plain", "drift", "more", is_harm=True),
+                Query("decoding", "story-fix", "plain", "drift", is_harm=True),
             ]
-        ],
+        ),
     ),
-    Claim("C10", "A smaller `max_new_tokens` gives fewer unsound answers.", check=check_cap),
-    Claim("C11", "An added pad token makes the adapter 10 times as large.", check=check_pad),
+    Claim("C10", "A smaller `max_new_tokens` gives fewer unsound answers.", check_cap),
+    Claim("C11", "An added pad token makes the adapter 10 times as large.", check_pad),
     Claim(
         "C12",
         "After the fixes, most answers of `fixed` are sound and ended.",
-        check=majority("fixed", "story-fix", "sound_and_ended"),
+        majority("fixed", "story-fix", "sound_and_ended"),
         about_questions=True,
     ),
-    Claim("C13", "Greedy decoding repeats its bytes.", check=check_bytes),
+    Claim("C13", "Greedy decoding repeats its bytes.", check_bytes),
     Claim(
         "C14",
         "The fixed decoding alone makes trained models answer soundly.",
-        [
-            [
-                Query(
-                    "decoding",
-                    "story-fix",
-                    "story-collapse",
-                    "sound_and_ended",
-                    "more",
-                    trained=True,
-                )
-            ]
-        ],
+        compare_answers(
+            [Query("decoding", "story-fix", "story-collapse", "sound_and_ended", trained=True)]
+        ),
     ),
-    Claim("C15", "One eval loss goes with different answers.", check=check_loss_is_blind),
+    Claim("C15", "One eval loss goes with different answers.", check_loss_is_blind),
 )
 
 
@@ -1107,9 +1097,10 @@ def escape_markdown(text: str) -> str:
     return escaped.replace("\n", "<br>")
 
 
-def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a markdown table; the first row is its header."""
+    header, *others = rows
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *others)]
 
 
 def mark_findings(answer: Any) -> str:
@@ -1128,29 +1119,28 @@ def list_cells(records: Records) -> DataFrame:
     """One row per arm and decoding, all seeds together: the table of cells.csv."""
     from pandas import DataFrame
 
+    counts = "sound_and_ended sound ended loops lists drift points max_points wrong_claims".split()
     rows = []
     for (arm, decoding), own in records.answers.groupby(["arm", "decoding"], sort=False):
-        low, high = interval(int(own.sound_and_ended.sum()), len(own))
+        low, high = interval(own.sound_and_ended)
         base = {"arm": "base", "decoding": "plain" if arm == "base" else decoding}
         pairs = pair(records.answers, {"arm": arm, "decoding": decoding}, base)
-        against = compare(pairs, "sound_and_ended") if len(pairs) else None
-        counts = "sound_and_ended sound ended loops lists drift points max_points wrong_claims"
+        against = compare(pairs, "sound_and_ended")
+        overruled = 100 * own.overruled.sum() / max(1, own.tokens.sum())
         rows.append(
             {
                 "arm": arm,
                 "decoding": decoding,
                 "answers": len(own),
-                **{name: int(own[name].sum()) for name in counts.split()},
+                **own[counts].sum(),
                 "interval_low": round(low, 4),
                 "interval_high": round(high, 4),
                 "better_than_base": against and against.larger,
                 "worse_than_base": against and against.smaller,
                 "p_against_base": against and round(against.p, 4),
                 "mean_tokens": round(own.tokens.mean(), 1),
-                "overruled_per_100_tokens": round(
-                    100 * own.overruled.sum() / max(1, own.tokens.sum()), 2
-                ),
-                "repeats": bool(own.repeats.all()),
+                "overruled_per_100_tokens": round(overruled, 2),
+                "repeats": own.repeats.all(),
             }
         )
     cells = DataFrame(rows)
@@ -1161,69 +1151,68 @@ def list_cells(records: Records) -> DataFrame:
 
 
 def list_main_cells(records: Records) -> list[list[str]]:
-    """Header and rows of the report's table: sound and ended answers under the main decodings."""
-    arms, study = records.arms, records.about["study"]
-    decodings = [*(["plain"] if study == "training" else []), *MAIN_DECODINGS]
-    if study == "decoding":
-        names = [n for n in DECODING_ARMS if n in set(records.answers.decoding)]
-        return [["decoding", *arms]] + [
-            [name, *(describe_cell(records, arm, name) for arm in arms)] for name in names
-        ]
-    rows = [["arm", "eval loss", *decodings]]
-    for arm in arms:
-        runs = select(records.runs, {"arm": arm})
-        loss = f"{runs.eval_loss.mean():.3f}" if len(runs) else ""
-        rows.append([arm, loss, *(describe_cell(records, arm, each) for each in decodings)])
+    """Header and rows of the report's table: sound and ended answers under the main decodings.
+
+    One row per arm with its eval loss; of the study of decodings, one row per decoding.
+    """
+    about, is_decoding = records.about, records.about["study"] == "decoding"
+    decodings = [*(["plain"] if about["study"] == "training" else []), *MAIN_DECODINGS]
+    if is_decoding:
+        decodings = [name for name in DECODING_ARMS if name in set(records.answers.decoding)]
+    failed = {about["arms"][arm_id][0] for arm_id in records.failures}
+    rows = [["decoding" if is_decoding else "arm", *decodings]]
+    for arm in records.arms:
+        outcomes = [records.select(arm, decoding).sound_and_ended for decoding in decodings]
+        empty = "failed" if arm in failed else "not run"
+        rows.append([arm, *(format_share(each) if len(each) else empty for each in outcomes)])
+    if is_decoding:
+        return [list(column) for column in zip(*rows, strict=True)]
+    rows[0].insert(1, "eval loss")
+    for row in rows[1:]:
+        runs = select(records.runs, arm=row[0])
+        row.insert(1, f"{runs.eval_loss.mean():.3f}" if len(runs) else "")
     return rows
-
-
-def describe_cell(records: Records, arm: str, decoding: str) -> str:
-    """Sound and ended answers with their interval, or that there are none."""
-    own = records.select(arm, decoding)
-    failed = any(records.about["arms"][each][0] == arm for each in records.failures)
-    return format_share(own.sound_and_ended) if len(own) else "failed" if failed else "not run"
 
 
 def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     """What the story got right and wrong, and which settings to use, in a few sentences."""
-    lines, verdicts = [], ("shown", "the opposite", "not shown", "not run")
-    headings = ("Shown", "Contradicted, the opposite is shown", "Not shown", "Not run")
-    for verdict, heading in zip(verdicts, headings, strict=True):
+    lines = []
+    for verdict, heading in {
+        "shown": "Shown",
+        "the opposite": "Contradicted, the opposite is shown",
+        "not shown": "Not shown",
+        "not run": "Not run",
+    }.items():
         own = [claim for claim in CLAIMS if results[claim.id][0] == verdict]
-        texts = [f'{claim.id} "{claim.text}"' for claim in own]
-        if verdict not in verdicts[:2]:
-            texts = [", ".join(claim.id for claim in own)]
+        text = ", ".join(claim.id for claim in own)
+        if verdict in ("shown", "the opposite"):
+            text = " ".join(f'{claim.id} "{claim.text}"' for claim in own)
         if own:
-            lines.append(f"- **{heading} ({len(own)} of {len(CLAIMS)}):** {' '.join(texts)}")
+            lines.append(f"- **{heading} ({len(own)} of {len(CLAIMS)}):** {text}")
     answers = records.answers
-    asked = {arm: set(own.decoding) for arm, own in answers.groupby("arm")}
-    common = set.intersection(*asked.values())
+    common = set.intersection(*(set(own.decoding) for _, own in answers.groupby("arm")))
     names = [name for name in answers[answers.distinct].decoding.unique() if name in common]
-    if len(names) > 1:
-        good = answers.groupby("decoding").sound_and_ended.agg(["mean", "sum", "count"])
-        best, *others = sorted(names, key=lambda name: -good["mean"][name])
-        found = Query("decoding", best, others[0], "sound_and_ended", "more").run(answers)
-        counts = ", ".join(
-            f"{name} {good['sum'][name]} of {good['count'][name]}" for name in (best, *others)
-        )
-        lines.append(
-            f"- **Decoding:** sound and ended answers of all arms: {counts}. {best} against "
-            f"{others[0]}: p = {found.p:.2g}."
-        )
-        own = answers[answers.decoding == best].groupby("arm", sort=False).sound_and_ended.mean()
-        top = own.idxmax()
-        share = format_share(records.select(top, best).sound_and_ended)
-        text = f"under {best}, {top} has the most, {share}"
-        if top != "base" and "base" in own.index:
-            found = Query("arm", top, "base", "sound_and_ended", "more", best).run(answers)
-            share = format_share(records.select("base", best).sound_and_ended)
-            text += f"; the base model has {share}, p = {found.p:.2g}"
-        lines.append(f"- **Training:** {text}.")
-        if len(records.runs):
-            losses = records.runs.groupby("arm").eval_loss.mean()
-            low = losses.idxmin()
-            share = format_share(records.select(low, best).sound_and_ended)
-            lines.append(f"- **Eval loss:** the lowest, {losses[low]:.3f}, is of {low}: {share}.")
+    if len(names) < 2:
+        return lines
+    good = answers.groupby("decoding").sound_and_ended.agg(["mean", "sum", "count"])
+    best, second, *_ = names = sorted(names, key=lambda name: -good["mean"][name])
+    counts = ", ".join(f"{name} {good['sum'][name]} of {good['count'][name]}" for name in names)
+    found = Query("decoding", best, second, "sound_and_ended").run(answers)
+    lines.append(
+        f"- **Decoding:** sound and ended answers of all arms: {counts}. {best} against {second}: "
+        f"p = {found.p:.2g}."
+    )
+    own = select(answers, decoding=best).groupby("arm", sort=False).sound_and_ended
+    top, shares = own.mean().idxmax(), own.agg(format_share)
+    text = f"under {best}, {top} has the most, {shares[top]}"
+    if top != "base" and "base" in shares:
+        found = Query("arm", top, "base", "sound_and_ended", decoding=best).run(answers)
+        text += f"; the base model has {shares['base']}, p = {found.p:.2g}"
+    lines.append(f"- **Training:** {text}.")
+    if len(records.runs):
+        losses = records.runs.groupby("arm").eval_loss.mean()
+        low = losses.idxmin()
+        lines.append(f"- **Eval loss:** the lowest, {losses[low]:.3f}, is of {low}: {shares[low]}.")
     return lines
 
 
@@ -1233,7 +1222,7 @@ def list_selections(records: Records) -> list[list[str]]:
     Only of runs with several evaluations that answered the probes. The last row counts how often a
     metric selected a step with the most.
     """
-    rows: list[list[str]] = [["arm", *(f"by {name}" for name in train.METRICS), "most"]]
+    rows = [["arm", *(f"by {name}" for name in train.METRICS), "most"]]
     hits = dict.fromkeys(train.METRICS, 0)
     for run in records.runs.to_dict("records"):
         steps = {n: e for n, e in run["evaluations"].items() if e.get("eval_answers")}
@@ -1251,6 +1240,23 @@ def list_selections(records: Records) -> list[list[str]]:
     return [*rows, ["has the most", *(f"{hits[n]} of {count}" for n in hits), ""]] if count else []
 
 
+def list_side_by_side(records: Records) -> list[list[str]]:
+    """Header and one row: the answers of `SIDE_BY_SIDE` to the first question, with their findings
+    marked. Empty if an answer is missing."""
+    names = SIDE_BY_SIDE[records.about["study"]]
+    first = select(records.answers, place=0)
+    found = [select(first, arm=arm, decoding=decoding) for arm, decoding in names]
+    if any(own.empty for own in found):
+        return []
+    answers = [next(own.itertuples()) for own in found]
+    header = [
+        f"arm {each.arm}, decoding {each.decoding}: {each.verdict}, "
+        + ("ended" if each.ended else "cut at the limit")
+        for each in answers
+    ]
+    return [list(map(escape_markdown, header)), list(map(mark_findings, answers))]
+
+
 NOTES = """*Sound and ended*: the judge finds no defect of form, and the stop token ended the answer
 before the limit; in parentheses a 95% interval (Wilson). *Drift*: the answer surprises the base
 model, continues as another speaker, or invents a medicine. *Eval loss*: of the weights that were
@@ -1266,16 +1272,14 @@ sound and ended; they have a lower token limit. `answers` ranks by sound answers
 def make_report(records: Records, results: Mapping[str, Result]) -> str:
     """The study as markdown; `results` are those of the claims. Equal records give equal bytes."""
     about, answers = records.about, records.answers
-    header, *rows = list_main_cells(records)
-    questions = about["questions"]
-    trained = len(select(records.runs, {"seed": 0})) if len(records.runs) else 0
+    questions, trained = about["questions"], records.runs.arm.nunique()
     rows_each = f", trained on {records.runs.train_rows.max():.0f} rows each" if trained else ""
     lines = [
         f"# Ablation `{about['study']}` of {escape_markdown(about['base_model'])}",
         "",
         f"The base model and {trained or 'an'} adapter{'s' * (trained > 1)}{rows_each}, answered "
-        f"{len(questions)} questions under up to {answers.decoding.nunique()} "
-        "decodings. C1 to C15 are claims of the story that README tells.",
+        f"{len(questions)} questions under up to {answers.decoding.nunique()} decodings. C1 to C15 "
+        "are claims of the story that README tells.",
         "",
         *summarise(records, results),
         "",
@@ -1285,57 +1289,35 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
         "",
         f"Sound and ended answers to {len(questions)} questions:",
         "",
-        *format_table(header, rows),
+        *format_table(list_main_cells(records)),
         "",
         *(f"- {arm} failed: {escape_markdown(why[:600])}" for arm, why in records.failures.items()),
         "",
         "## Claims",
         "",
     ]
-    own = about.get("own_questions")
     for claim in CLAIMS:
         verdict, numbers = results[claim.id]
-        note = " It is about the story's questions; these are yours." if own else ""
-        lines.append(
-            f"- **{claim.id}: {verdict}.** {claim.text} {numbers[0].upper()}{numbers[1:]}."
-            f"{note if claim.about_questions else ''}"
-        )
+        line = f"- **{claim.id}: {verdict}.** {claim.text} {numbers[0].upper()}{numbers[1:]}."
+        if claim.about_questions and about.get("own_questions"):
+            line += " It is about the story's questions; these are yours."
+        lines.append(line)
     if selections := list_selections(records):
-        header, *rows = selections
         lines += ["", "## What each metric selects", "", SELECTION_NOTE.replace("\n", " "), ""]
-        lines += format_table(header, rows)
-    lines += ["", *format_side_by_side(records)]
+        lines += format_table(selections)
+    lines.append("")
+    if side_by_side := list_side_by_side(records):
+        lines += [f"## {escape_markdown(questions[0])}", "", *format_table(side_by_side), ""]
+        lines += [
+            "⟦ ⟧ mark what the findings are about. *Sound* is about form, not about facts.",
+            "",
+        ]
     lines += [f"- {escape_markdown(machine)}" for machine in answers.machine.unique()]
     lines += [
         f"- `{about['command'].replace('`', ' ')}`",
         "- all numbers: [cells.csv](cells.csv); all answers: [cells](cells)",
     ]
     return "\n".join(lines) + "\n"
-
-
-def format_side_by_side(records: Records) -> list[str]:
-    """The answers of `SIDE_BY_SIDE` to the first question, marked; nothing if one is missing."""
-    names, found = SIDE_BY_SIDE[records.about["study"]], []
-    for arm, decoding in names:
-        own = records.select(arm, decoding)
-        found += list(own[own.place == 0].itertuples())[:1]
-    if len(found) < len(names):
-        return []
-    header = [
-        f"arm {each.arm}, decoding {each.decoding}: {each.verdict}, "
-        + ("ended" if each.ended else "cut at the limit")
-        for each in found
-    ]
-    return [
-        f"## {escape_markdown(records.about['questions'][0])}",
-        "",
-        *format_table(
-            [escape_markdown(each) for each in header], [[mark_findings(each) for each in found]]
-        ),
-        "",
-        "⟦ ⟧ mark what the findings are about. *Sound* is about form, not about facts.",
-        "",
-    ]
 
 
 # --- The picture ---------------------------------------------------------------------------------
@@ -1351,54 +1333,38 @@ COLOURS: dict[str, tuple[str, str]] = {
 
 def draw_picture(records: Records, path: Path) -> None:
     """The verdicts under the main decodings, and beside them eval loss against sound answers."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     header, *rows = list_main_cells(records)
-    is_decoding = records.about["study"] == "decoding"
-    columns = header[1:] if is_decoding else header[2:]
     names = [row[0] for row in rows]
-    size = len(records.about["questions"])
-    width = 1.5 + 0.16 * size * len(columns)
-    losses = records.runs.groupby("arm").eval_loss.mean() if len(records.runs) else {}
-    figure = Figure(
-        figsize=(width + (4.6 if len(losses) else 0) + 1, 0.34 * len(names) + 2),
-        layout="constrained",
-    )
-    FigureCanvasAgg(figure)
-    grid, *others = figure.subplots(
-        1,
-        2 if len(losses) else 1,
-        squeeze=False,
-        width_ratios=[width, 4.6] if len(losses) else None,
-    )[0]
-    draw_grid(grid, records, names, columns, is_decoding)
-    if len(losses):
-        draw_losses(others[0], records, losses)
+    columns = [name for name in header[1:] if name != "eval loss"]
+    widths = [1.5 + 0.16 * len(records.about["questions"]) * len(columns)]
+    if len(records.runs):
+        widths.append(4.6)
+    figure = Figure(figsize=(sum(widths) + 1, 0.34 * len(names) + 2), layout="constrained")
+    grid, *others = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+    draw_grid(grid, records, names, columns)
+    for axes in others:
+        draw_losses(axes, records)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
     data.write_atomic(path, image.getvalue())
 
 
-def draw_grid(
-    axes: Axes, records: Records, names: Sequence[str], columns: Sequence[str], is_decoding: bool
-) -> None:
+def draw_grid(axes: Axes, records: Records, names: Sequence[str], columns: Sequence[str]) -> None:
     """One square per question and column; of several seeds the first."""
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patches import Patch
 
-    size = len(records.about["questions"])
-    squares, colours = [], []
+    size, is_decoding = len(records.about["questions"]), records.about["study"] == "decoding"
+    answers = select(records.answers, seed=0)
     for (line, name), (place, column) in itertools.product(enumerate(names), enumerate(columns)):
         arm, decoding = (column, name) if is_decoding else (name, column)
-        for answer in records.select(arm, decoding).itertuples():
-            if answer.seed == 0:
-                colours.append(
-                    next(c for outcome, c in COLOURS.values() if getattr(answer, outcome))
-                )
-                x = place * (size + 1) + answer.place
-                squares.append(Rectangle((x + 0.04, line + 0.07), 0.92, 0.86))
-    axes.add_collection(PatchCollection(squares, facecolors=colours, linewidths=0))
+        for answer in select(answers, arm=arm, decoding=decoding).itertuples():
+            colour = next(
+                colour for outcome, colour in COLOURS.values() if getattr(answer, outcome)
+            )
+            left = place * (size + 1) + answer.place + 0.04
+            axes.bar(left, 0.86, 0.92, line + 0.07, align="edge", color=colour)
     axes.set(xlim=(0, len(columns) * (size + 1) - 1), ylim=(len(names), 0))
     axes.set_yticks([line + 0.5 for line in range(len(names))], names)
     axes.set_xticks([place * (size + 1) + size / 2 for place in range(len(columns))], columns)
@@ -1413,18 +1379,20 @@ def draw_grid(
     )
 
 
-def draw_losses(axes: Axes, records: Records, losses: Any) -> None:
+def draw_losses(axes: Axes, records: Records) -> None:
     """Share of sound and ended answers under `kit` over eval loss, one labelled point per arm."""
-    points = []
-    for arm, loss in losses.items():
-        own = records.select(arm, "kit")
-        if len(own) and math.isfinite(loss):
-            points.append((loss, own.sound_and_ended.mean(), arm))
+    losses = records.runs.groupby("arm").eval_loss.mean()
+    shares = select(records.answers, decoding="kit").groupby("arm").sound_and_ended.mean()
+    points = [
+        (loss, shares[arm], arm)
+        for arm, loss in losses.items()
+        if arm in shares and math.isfinite(loss)
+    ]
     if not points:
         return
-    axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], color="#08519c", zorder=3)
-    low, high = (limit(x for x, _, _ in points) for limit in (min, max))
-    low, high = min(low, high - 0.05) - 0.02, high + 0.02
+    x, y, _ = zip(*points, strict=True)
+    axes.scatter(x, y, color="#08519c", zorder=3)
+    axes.set(xlim=(min(*x, max(x) - 0.05) - 0.02, max(x) + 0.02), ylim=(-0.02, 1.02))
     # Labels beside the axes, in the order of the points and a line apart, as near as they can be.
     points.sort(key=lambda each: (each[1], -each[0]))
     heights: list[float] = []
@@ -1442,12 +1410,11 @@ def draw_losses(axes: Axes, records: Records, losses: Any) -> None:
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": "0.7", "lw": 0.7, "relpos": (0, 0.5)},
         )
-    if len(base := records.select("base", "kit")):
-        axes.axhline(base.sound_and_ended.mean(), color="0.5", ls=":", label="base model", zorder=0)
+    if "base" in shares:
+        axes.axhline(shares["base"], color="0.5", ls=":", label="base model", zorder=0)
         axes.legend(loc="lower right", frameon=False)
-    axes.set(xlim=(low, high), ylim=(-0.02, 1.02), xlabel="eval loss (nats per token)")
+    axes.set(xlabel="eval loss (nats per token)", ylabel="sound and ended, decoding kit")
     axes.locator_params("x", nbins=4)
-    axes.set_ylabel("sound and ended, decoding kit")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 
+import pandas
 import pytest
 from conftest import ROOT, call_script, read_lines, run_study, write_rows
 from markdown_it import MarkdownIt
@@ -163,8 +164,8 @@ def test_intervals_and_p_by_hand():
         z, share = 1.959964, count / total
         centre, half = share + z * z / 2 / total, z * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4)
         expected = [max(0, (centre - half) / (1 + z * z / total)), min(1, (centre + half) / (1 + z * z / total))]
-        assert ablate.interval(count, total) == pytest.approx(expected, abs=1e-6)
-    assert ablate.interval(0, 0) == (0.0, 1.0)
+        outcomes = pandas.Series([True] * count + [False] * (total - count))
+        assert ablate.interval(outcomes) == pytest.approx(expected, abs=1e-6)
     for larger, smaller, p in ((0, 0, 1), (3, 0, 0.25), (8, 1, 20 / 512), (5, 5, 1), (0, 7, 2 / 128)):
         assert ablate.Comparison(0, 0, larger, smaller, 10, 10).p == pytest.approx(p)
 
