@@ -52,44 +52,43 @@ StudyName = Literal["all", "training", "decoding"]
 # --- Arms and decodings --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TrainingArm:
-    """What the story changed about a training run. The defaults are the kit's recipe."""
-
-    mix: data.MixName = "rebalanced"
-    target_modules: train.TargetModules = "all-linear"
-    epochs: int = 1
-    pad: infer.PadName = "native"
-    r: int = 16
-    metric_for_best_model: train.Metric = "eval_loss"
-    """The story selected weights by loss; the kit selects them by answers."""
-
-
-WEEK3 = TrainingArm(mix="chatdoctor", target_modules="attention", pad="added")
-WEEK4 = TrainingArm(mix="week4", target_modules="attention", epochs=2)
+# Flags of train.py. The story selected weights by loss; the kit selects them by answers.
+RECIPE = {
+    "mix": "rebalanced",
+    "target_modules": "all-linear",
+    "epochs": 1,
+    "pad": "native",
+    "r": 16,
+    "metric_for_best_model": "eval_loss",
+}
+WEEK3 = RECIPE | {"mix": "chatdoctor", "target_modules": "attention", "pad": "added"}
+WEEK4 = RECIPE | {"mix": "week4", "target_modules": "attention", "epochs": 2}
 # With this rank, attention has as many LoRA parameters as all linear layers have at rank 16, within
 # 1% for both base models.
 WIDE_R = 42
 
 # Each arm next to `week3` or `week4` is that run with a single change, and so are those of `kit`.
-TRAINING_ARMS: dict[str, TrainingArm] = {
+TRAINING_ARMS: dict[str, dict[str, Any]] = {
     "week3": WEEK3,
-    "week3-native-pad": dataclasses.replace(WEEK3, pad="native"),
-    "week3-week4-mix": dataclasses.replace(WEEK3, mix="week4"),
-    "week3-2-epochs": dataclasses.replace(WEEK3, epochs=2),
+    "week3-native-pad": WEEK3 | {"pad": "native"},
+    "week3-week4-mix": WEEK3 | {"mix": "week4"},
+    "week3-2-epochs": WEEK3 | {"epochs": 2},
     "week4": WEEK4,
-    "week4-rebalanced": dataclasses.replace(WEEK4, mix="rebalanced"),
-    "week4-all-linear": dataclasses.replace(WEEK4, target_modules="all-linear"),
-    "week4-wide-attention": dataclasses.replace(WEEK4, r=WIDE_R),
-    "fixed": TrainingArm(epochs=2),
-    "kit": TrainingArm(metric_for_best_model="answers"),
-    "kit-by-loss": TrainingArm(),
-    "kit-chatdoctor": TrainingArm(mix="chatdoctor"),
-    "kit-week4-mix": TrainingArm(mix="week4"),
-    "kit-attention": TrainingArm(target_modules="attention"),
-    "kit-wide-attention": TrainingArm(target_modules="attention", r=WIDE_R),
-    "kit-added-pad": TrainingArm(pad="added"),
+    "week4-rebalanced": WEEK4 | {"mix": "rebalanced"},
+    "week4-all-linear": WEEK4 | {"target_modules": "all-linear"},
+    "week4-wide-attention": WEEK4 | {"r": WIDE_R},
+    "fixed": RECIPE | {"epochs": 2},
+    "kit": RECIPE | {"metric_for_best_model": "answers"},
+    "kit-by-loss": RECIPE,
+    "kit-chatdoctor": RECIPE | {"mix": "chatdoctor"},
+    "kit-week4-mix": RECIPE | {"mix": "week4"},
+    "kit-attention": RECIPE | {"target_modules": "attention"},
+    "kit-wide-attention": RECIPE | {"target_modules": "attention", "r": WIDE_R},
+    "kit-added-pad": RECIPE | {"pad": "added"},
 }
+# Each equals another arm except for the mix, which --rows replaces.
+MIX_ARMS = """week3-week4-mix week4-rebalanced week4-all-linear kit-chatdoctor
+    kit-week4-mix""".split()
 # Arms that also answer the probes at each evaluation, which takes as long as their training does.
 EVALUATED_BY_ANSWERS = ("week3", "week4", "fixed", "kit")
 UNTRAINED = ("base", "adapter")
@@ -204,24 +203,17 @@ class AblateConfig(data.RowsFlags):
             problems.append(f"--shard {self.shard}: expected I/N with I from 0 to N - 1.")
         if self.adapter and self.study != "decoding":
             problems.append(f"--adapter {self.adapter} is for --study decoding.")
-        training_flags = [
-            name for name in ("rows", "system_prompt", "num_rows") if self.given(name)
-        ]
-        if training_flags and self.study == "decoding":
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in training_flags)
-            problems.append(f"{flags}: only for studies that train, not for --study decoding.")
+        for name in ("rows", "system_prompt", "num_rows"):
+            if self.study == "decoding" and getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                problems.append(f"{flag}: only for studies that train, not for --study decoding.")
         if self.dry_run and (self.table or self.save_best):
-            other = "--table" if self.table else "--save-best"
             problems.append(
-                f"{other} writes files, and --dry-run writes none. Give one of the two."
+                "--table or --save-best writes files, and --dry-run writes none. "
+                "Give one of the two."
             )
         if problems:
             raise ValueError("\n".join(problems))
-
-    def given(self, name: str) -> bool:
-        """Whether a flag has another value than its default."""
-        default = next(each.default for each in dataclasses.fields(self) if each.name == name)
-        return getattr(self, name) != default
 
     @property
     def folder(self) -> Path:
@@ -234,6 +226,8 @@ class AblateConfig(data.RowsFlags):
 class Arm:
     """A model to be asked, and the decodings it is asked under."""
 
+    id: str
+    """Name of its run, and the first part of its cells' names."""
     name: str
     """`base`, `adapter`, or a name in `TRAINING_ARMS`."""
     seed: int
@@ -245,11 +239,6 @@ class Arm:
     """The adapter's folder; None for the base model."""
     adapter_sha256: str | None = None
     """Digest of the weights, if the adapter exists already."""
-
-    @property
-    def id(self) -> str:
-        """Name of its run, and the first part of its cells' names."""
-        return self.name + (f"-seed{self.seed}" if self.seed else "")
 
 
 @dataclass(frozen=True)
@@ -289,15 +278,14 @@ class Study:
 
     def missing(self, arm: Arm) -> list[str]:
         """The decodings whose cells are not complete, or have other settings."""
-
-        def is_done(name: str) -> bool:
-            with contextlib.suppress(OSError, ValueError):
-                lines = read_cell(self.cell(arm, name))
-                settings = {line.get("settings") for line in lines}
-                return settings == {self.settings(arm, name)} and len(lines) == len(self.probes)
-            return False
-
-        return [name for name in arm.decodings if not is_done(name)]
+        missing = []
+        for name in arm.decodings:
+            found, expected = None, [self.settings(arm, name)] * len(self.probes)
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                found = [line["settings"] for line in read_cell(self.cell(arm, name))]
+            if found != expected:
+                missing.append(name)
+        return missing
 
 
 def training_flags(
@@ -305,10 +293,11 @@ def training_flags(
 ) -> tuple[str, ...]:
     """The flags of train.py for an arm; `given` are those of ablate.py that it passes on."""
     arm = TRAINING_ARMS[name]
-    flags: dict[str, Any] = {"profile": profile.name, **given, **dataclasses.asdict(arm)}
+    flags: dict[str, Any] = {"profile": profile.name, **given, **arm}
     if "rows" in given:
         del flags["mix"]
-    flags |= {"lora_alpha": 2 * arm.r, "seed": train.TrainConfig.seed + seed, "num_rows": num_rows}
+    seed += train.TrainConfig.seed
+    flags |= {"lora_alpha": 2 * arm["r"], "seed": seed, "num_rows": num_rows}
     if name not in EVALUATED_BY_ANSWERS:
         # Evaluated before the first step and after the last.
         flags |= {"num_probes": 0, "eval_every": 0.99}
@@ -319,66 +308,53 @@ def training_flags(
     )
 
 
-def is_covered(name: str, earlier: Sequence[str], study: StudyName) -> bool:
-    """Whether another arm differs only in the mix: without mixes, one of them is enough."""
-    arm = TRAINING_ARMS[name]
-    return name not in EVALUATED_BY_ANSWERS and any(
-        dataclasses.replace(TRAINING_ARMS[other], mix=arm.mix) == arm
-        for other in STUDIES[study]
-        if other in TRAINING_ARMS and other != name
-        if other in EVALUATED_BY_ANSWERS or other in earlier
-    )
-
-
 def make_study(config: AblateConfig) -> Study:
     """The study that the flags describe.
 
     Raises:
         UsageError: as `data.resolve_profile`; or rows or adapter cannot be used.
     """
-    adapter = checked = None
-    system_prompt, sources = config.system_prompt or data.SYSTEM_PROMPT, {}
+    checked, sources = None, {}
+    given = {each.name: getattr(config, each.name) for each in dataclasses.fields(data.RowsFlags)}
+    given = {name: value for name, value in given.items() if value != getattr(data.RowsFlags, name)}
     if config.study == "decoding":
         adapter = infer.find_adapter(config.adapter) if config.adapter else infer.latest_adapter()
         checked = infer.check_adapter(adapter, config.profile, config.base_model)
         profile, system_prompt = checked.profile, checked.record.system_prompt
     else:
         profile = data.resolve_profile(config.profile, config.base_model)
-        names = ("rows",) if config.rows else ("conversational", "encyclopedic")
-        for name in names:
-            source = config.rows or getattr(profile, name)
-            is_file = Path(source).is_file()
-            sources[name] = (
-                hashlib.sha256(Path(source).read_bytes()).hexdigest() if is_file else source
-            )
-    names = [each.name for each in dataclasses.fields(data.RowsFlags)] + ["base_model"]
-    given = {name: getattr(config, name) for name in names if config.given(name)}
+        system_prompt = config.system_prompt or data.SYSTEM_PROMPT
+        for name in ("rows",) if config.rows else ("conversational", "encyclopedic"):
+            sources[name] = config.rows or getattr(profile, name)
+            if Path(sources[name]).is_file():
+                sources[name] = hashlib.sha256(Path(sources[name]).read_bytes()).hexdigest()
     if config.rows:
-        rows_flags = {name: value for name, value in given.items() if name != "base_model"}
-        system_prompt = data.RowsConfig(**rows_flags).load(profile).system_prompt
-    arms: list[Arm] = []
-    for name, decodings in STUDIES[config.study].items():
-        for seed in range(config.seeds):
-            own = {
-                each: dataclasses.replace(DECODING_ARMS[each], sampling_seed=seed)
-                for each in decodings
-                # Of an untrained arm only sampled answers differ from seed to seed.
-                if not seed or name not in UNTRAINED or DECODING_ARMS[each].temperature
-            }
-            if name in UNTRAINED:
-                found = (None, adapter, checked.sha256) if name == "adapter" and checked else ()
-                arms += [Arm(name, seed, own, *found)] if own else []
-                continue
-            if config.rows and is_covered(name, [arm.name for arm in arms], config.study):
-                continue
+        system_prompt = data.RowsConfig(**given).load(profile).system_prompt
+    if config.base_model:
+        given["base_model"] = config.base_model
+    arms = []
+    studied = itertools.product(STUDIES[config.study].items(), range(config.seeds))
+    for (name, decodings), seed in studied:
+        own = {
+            each: dataclasses.replace(DECODING_ARMS[each], sampling_seed=seed)
+            for each in decodings
+            # Of an untrained arm only sampled answers differ from seed to seed.
+            if not seed or name not in UNTRAINED or DECODING_ARMS[each].temperature
+        }
+        arm = Arm(f"{name}-seed{seed}" if seed else name, name, seed, own)
+        if name == "adapter":
+            arm = dataclasses.replace(arm, adapter=checked.folder, adapter_sha256=checked.sha256)
+        elif name != "base":
             rows = config.num_rows or profile.ablation_rows
-            arm = Arm(name, seed, own, training_flags(name, profile, seed, rows, given))
+            flags = training_flags(name, profile, seed, rows, given)
             folder = config.folder / "runs" / arm.id / "adapter"
-            arms.append(dataclasses.replace(arm, adapter=folder))
+            arm = dataclasses.replace(arm, flags=flags, adapter=folder)
+        if own and not (config.rows and name in MIX_ARMS):
+            arms.append(arm)
     probes = infer.read_probes(config.probes)
     if not config.probes:
-        first = {name: place for place, name in enumerate(FIRST_PROBES)}
-        probes.sort(key=lambda probe: first.get(probe.id, len(first)))
+        places = {name: place for place, name in enumerate(FIRST_PROBES)}
+        probes.sort(key=lambda probe: places.get(probe.id, len(places)))
     probes = probes[: config.num_probes or profile.ablation_probes]
     return Study(config.folder, profile, tuple(arms), tuple(probes), system_prompt, sources)
 
@@ -606,15 +582,6 @@ class Records:
     failures: Mapping[str, str]
     """Why arms failed, by their id."""
 
-    def select(self, arm: str, decoding: str) -> DataFrame:
-        """The answers of an arm under a decoding, all seeds together."""
-        return select(self.answers, arm=arm, decoding=decoding)
-
-    @property
-    def arms(self) -> list[str]:
-        """Names of the arms, in the order of the study."""
-        return list(dict.fromkeys(arm for arm, _, _ in self.about["arms"].values()))
-
 
 def read_cell(path: Path) -> list[dict[str, Any]]:
     """The lines of a cell. Raises OSError or ValueError if it is missing, cut or broken."""
@@ -840,35 +807,30 @@ class Query:
         return compare(pair(answers, one, other), self.outcome)
 
 
-def decide(found: Sequence[tuple[Query, Comparison | None]]) -> Result:
-    """The verdict on queries and their comparisons.
+def compare_answers(*alternatives: Sequence[Query]) -> Callable[[Records], Result]:
+    """A check by the queries of the first alternative whose cells exist.
 
     Shown if every query that is not a harm shows, and no harm does; the opposite if every query
     shows the other way, or a harm does and no query shows. Otherwise not shown.
     """
-    if any(each is None for _, each in found):
-        return NOT_RUN
     opposite = {"more": "fewer", "fewer": "more"}
-    wanted = [(query, each) for query, each in found if not query.is_harm]
-    shown = [each.shows(query.direction) for query, each in wanted]
-    reverse = [each.shows(opposite[query.direction]) for query, each in wanted]
-    harm = any(each.shows(query.direction) for query, each in found if query.is_harm)
-    verdict: Verdict = "not shown"
-    if all(shown) and not harm:
-        verdict = "shown"
-    elif all(reverse) or (harm and not any(shown)):
-        verdict = "the opposite"
-    return verdict, "; ".join(each.describe(q.one, q.other, q.outcome) for q, each in found)
-
-
-def compare_answers(*alternatives: Sequence[Query]) -> Callable[[Records], Result]:
-    """A check by the queries of the first alternative whose cells exist."""
 
     def check(records: Records) -> Result:
         for queries in alternatives:
-            result = decide([(query, query.run(records.answers)) for query in queries])
-            if result != NOT_RUN:
-                return result
+            found = [(query, query.run(records.answers)) for query in queries]
+            if any(each is None for _, each in found):
+                continue
+            wanted = [(query, each) for query, each in found if not query.is_harm]
+            shown = [each.shows(query.direction) for query, each in wanted]
+            reverse = [each.shows(opposite[query.direction]) for query, each in wanted]
+            harm = any(each.shows(query.direction) for query, each in found if query.is_harm)
+            verdict: Verdict = "not shown"
+            if all(shown) and not harm:
+                verdict = "shown"
+            elif all(reverse) or (harm and not any(shown)):
+                verdict = "the opposite"
+            texts = [each.describe(query.one, query.other, query.outcome) for query, each in found]
+            return verdict, "; ".join(texts)
         return NOT_RUN
 
     return check
@@ -878,7 +840,7 @@ def majority(arm: str, decoding: str, outcome: str) -> Callable[[Records], Resul
     """A check: is the interval of a share above one half? Below, the opposite is shown."""
 
     def check(records: Records) -> Result:
-        outcomes = records.select(arm, decoding)[outcome]
+        outcomes = select(records.answers, arm=arm, decoding=decoding)[outcome]
         if outcomes.empty:
             return NOT_RUN
         low, high = interval(outcomes)
@@ -893,7 +855,7 @@ def check_loss(records: Records) -> Result:
     """C1: the loss fell, and there are fewer sound and ended answers than of the base model."""
     query = Query("arm", "week4", "base", "sound_and_ended", "fewer", "story-collapse")
     runs = select(records.runs, arm="week4")
-    verdict, text = decide([(query, query.run(records.answers))])
+    verdict, text = compare_answers([query])(records)
     if verdict == "not run" or runs.empty:
         return NOT_RUN
     before, after = runs.eval_loss_before.mean(), runs.eval_loss.mean()
@@ -905,15 +867,11 @@ def check_loss(records: Records) -> Result:
 def check_stop(records: Records) -> Result:
     """C8: not decided if the generation config already names the end-of-turn token."""
     query = Query("decoding", "collapse-stop", "story-collapse", "sound_and_ended")
-    verdict, text = decide([(query, query.run(records.answers))])
-    if verdict != "not run":
-        explicit, implicit = (
-            select(records.answers, decoding=name).stop_ids.iloc[0]
-            for name in (query.one, query.other)
-        )
-        if explicit == implicit:
-            text = f"the base model's generation config already names this token, {explicit}"
-            return "not run", text
+    verdict, text = compare_answers([query])(records)
+    stops = records.answers[records.answers.decoding.isin((query.one, query.other))].stop_ids
+    if verdict != "not run" and stops.nunique() == 1:
+        verdict = "not run"
+        text = f"the base model's generation config already names this token, {stops.iloc[0]}"
     return verdict, text
 
 
@@ -927,10 +885,15 @@ def check_cap(records: Records) -> Result:
         pair(records.answers, {"decoding": short}, {"decoding": long})
         for short, long in capped.items()
     )
-    query = Query("decoding", "smaller cap", "larger cap", "unsound", "fewer")
-    verdict, text = decide([(query, compare(pairs, "unsound"))])
-    if verdict == "not run":
+    found = compare(pairs, "unsound")
+    if found is None:
         return NOT_RUN
+    verdict = "not shown"
+    if found.shows("fewer"):
+        verdict = "shown"
+    elif found.shows("more"):
+        verdict = "the opposite"
+    text = found.describe("smaller cap", "larger cap", "unsound")
     cured = (pairs.sound_and_ended & ~pairs.sound_and_ended_other).sum()
     hidden = (pairs.sound & ~pairs.ended & pairs.unsound_other).sum()
     return verdict, f"{text}; cured {cured} answers, cut {hidden} before they became unsound"
@@ -1161,8 +1124,11 @@ def list_main_cells(records: Records) -> list[list[str]]:
         decodings = [name for name in DECODING_ARMS if name in set(records.answers.decoding)]
     failed = {about["arms"][arm_id][0] for arm_id in records.failures}
     rows = [["decoding" if is_decoding else "arm", *decodings]]
-    for arm in records.arms:
-        outcomes = [records.select(arm, decoding).sound_and_ended for decoding in decodings]
+    for arm in dict.fromkeys(arm for arm, _, _ in about["arms"].values()):
+        outcomes = [
+            select(records.answers, arm=arm, decoding=decoding).sound_and_ended
+            for decoding in decodings
+        ]
         empty = "failed" if arm in failed else "not run"
         rows.append([arm, *(format_share(each) if len(each) else empty for each in outcomes)])
     if is_decoding:
@@ -1431,40 +1397,31 @@ def save_best_decoding(records: Records, study: Study) -> str:
     Raises:
         UsageError: no adapter has answered, or the adapter has changed since.
     """
-    adapters = {arm.name: arm.adapter for arm in study.arms if arm.adapter and not arm.seed}
-    if not set(records.answers.arm) & adapters.keys():
-        raise UsageError("--save-best: no adapter has answered. Run the study without --table.")
-    own = records.answers[records.answers.arm.isin(adapters)]
-    counts = ["sound_and_ended", "points", "wrong_claims"]
-    means = own.groupby(["arm", "decoding"])[counts].mean()
-    ranked = means.sort_values(counts, ascending=[False, False, True])
-    arm, name = ranked.index[0]
-    answers, adapter, decoding = records.select(arm, name), adapters[arm], DECODING_ARMS[name]
-    if infer.hash_weights(adapter) not in set(answers.adapter):
+    paths = [arm.adapter for arm in study.arms if arm.adapter and arm.adapter.is_dir()]
+    adapters = {infer.hash_weights(path): path for path in paths}
+    own = records.answers[records.answers.adapter.isin(adapters)]
+    if own.empty:
         raise UsageError(
-            f"{adapter} is not the adapter that answered. Pass that one with --adapter, or run the "
-            "study again without --table."
+            "--save-best: no adapter has answered, or it has changed since. Pass the one that "
+            "answered with --adapter, or run the study again without --table."
         )
-    path = adapter / "generation_config.json"
-    config = {"do_sample": decoding.temperature > 0}
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        config = json.loads(path.read_text(encoding="utf-8")) | config
-    config["eos_token_id"] = json.loads(answers.stop_ids.iloc[0]) or None
-    for field in ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size"):
-        config[field] = getattr(decoding, field)
-    for field in ("temperature", "top_p"):
-        config.pop(field, None)
-        if decoding.temperature:
-            config[field] = getattr(decoding, field)
-    record = dataclasses.replace(infer.read_adapter_record(adapter), decoding=decoding)
+    counts = ["sound_and_ended", "points", "wrong_claims"]
+    means = own.groupby(["adapter", "decoding"])[counts].mean()
+    sha256, name = means.sort_values(counts, ascending=[False, False, True]).index[0]
+    answers, adapter = select(own, adapter=sha256, decoding=name), adapters[sha256]
+    decoding, path = DECODING_ARMS[name], adapter / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "top_p")
+    config |= {name: getattr(decoding, name) for name in names} | {
+        "do_sample": decoding.temperature > 0,
+        "temperature": decoding.temperature or None,
+        "eos_token_id": json.loads(answers.stop_ids.iloc[0]) or None,
+    }
     data.write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    record = dataclasses.replace(infer.read_adapter_record(adapter), decoding=decoding)
     text = json.dumps(dataclasses.asdict(record), indent=2) + "\n"
     data.write_atomic(adapter / infer.ADAPTER_RECORD, text)
-    text = f"{adapter} now uses {name}: sound and ended {format_share(answers.sound_and_ended)}"
-    if len(ranked) > 1:
-        following = records.select(*ranked.index[1]).sound_and_ended
-        text += f"; next {' under '.join(ranked.index[1])}, {format_share(following)}"
-    return text
+    return f"{adapter} now uses {name}: sound and ended {format_share(answers.sound_and_ended)}"
 
 
 def write_report(folder: Path) -> tuple[Records, dict[str, Result]]:

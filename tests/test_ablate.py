@@ -30,7 +30,7 @@ DRIFT = "Eye yawning, Eye yawns, Eye years, Eye yolks, Eye yells, Eye yields, Ey
 
 
 def changed(one, other):
-    return {field.name for field in dataclasses.fields(one) if getattr(one, field.name) != getattr(other, field.name)}
+    return {name for name in one if one[name] != other[name]}
 
 
 @pytest.mark.parametrize("run", ["week3", "week4"])
@@ -42,11 +42,17 @@ def test_each_arm_beside_a_run_of_the_story_is_a_single_change_of_it(run):
 
 
 def test_each_decoding_between_collapse_and_fix_is_a_single_change():
+    decodings = {name: dataclasses.asdict(decoding) for name, decoding in ablate.DECODING_ARMS.items()}
     for name, field in {"no-ban": "no_repeat_ngram_size", "penalty": "repetition_penalty", "stop": "stop"}.items():
         # Without a ban there is nothing that could count the prompt.
-        change = changed(ablate.DECODING_ARMS[f"collapse-{name}"], infer.DECODINGS["story-collapse"]) - {"count_prompt"}
-        assert change == {field}
-    assert changed(ablate.DECODING_ARMS["fix-answer-only"], infer.DECODINGS["story-fix"]) == {"count_prompt"}
+        assert changed(decodings[f"collapse-{name}"], decodings["story-collapse"]) - {"count_prompt"} == {field}
+    assert changed(decodings["fix-answer-only"], decodings["story-fix"]) == {"count_prompt"}
+
+
+def test_arms_that_need_mixes_equal_another_arm_without_them():
+    for name in ablate.MIX_ARMS:
+        same = [arm for arm in ablate.TRAINING_ARMS.values() if changed(arm, ablate.TRAINING_ARMS[name]) <= {"mix"}]
+        assert len(same) > 1
 
 
 @pytest.mark.parametrize("profile", data.PROFILES)
@@ -64,8 +70,8 @@ def test_every_arm_is_a_command_that_train_understands():
     for profile in data.PROFILES.values():
         for name, arm in ablate.TRAINING_ARMS.items():
             config = tyro.cli(train.TrainConfig, args=ablate.training_flags(name, profile, 2, 32, {}))
-            assert all(getattr(config, field) == value for field, value in dataclasses.asdict(arm).items())
-            assert config.lora_alpha == 2 * arm.r and config.seed == train.TrainConfig.seed + 2 and config.num_rows == 32
+            assert all(getattr(config, field) == value for field, value in arm.items())
+            assert config.lora_alpha == 2 * arm["r"] and config.seed == train.TrainConfig.seed + 2 and config.num_rows == 32
             assert (config.num_probes is None) == (name in ablate.EVALUATED_BY_ANSWERS)
 
 
@@ -247,7 +253,7 @@ def test_seeds_are_pooled_and_one_that_is_missing_takes_nothing_with_it(tmp_path
         ("week4-rebalanced", "story-collapse"): [SOUND] * 2,
     }
     records = write_study(tmp_path, texts)
-    assert len(records.select("week4", "story-collapse")) == 4
+    assert len(ablate.select(records.answers, arm="week4", decoding="story-collapse")) == 4
     # The base model stands for every seed; another training does not.
     assert len(ablate.pair(records.answers, {"arm": "week4"}, {"arm": "base"})) == 4
     assert len(ablate.pair(records.answers, {"arm": "week4"}, {"arm": "week4-rebalanced"})) == 0
