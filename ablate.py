@@ -170,7 +170,7 @@ class AblateConfig(data.RowsFlags):
     """Training rows of each run. Unset: the profile's."""
     num_probes: int | None = None
     """Number of probe questions; the story's five come first. Unset: the profile's."""
-    shard: str | None = None
+    shard: str = "0/1"
     """Run only part I of N of the arms, as I/N with I from 0: one part per GPU or SLURM task."""
     workers: int | None = None
     """Arms that run at the same time and share the cores. Unset: the profile's."""
@@ -198,7 +198,7 @@ class AblateConfig(data.RowsFlags):
             if value is not None and not 1 <= value <= most:
                 allowed = "1 or more" if most == math.inf else f"1 to {most}"
                 problems.append(f"--{name.replace('_', '-')} {value}: expected {allowed}.")
-        shard = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.shard or "0/1")
+        shard = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.shard)
         if not shard or int(shard[1]) >= int(shard[2]):
             problems.append(f"--shard {self.shard}: expected I/N with I from 0 to N - 1.")
         if self.adapter and self.study != "decoding":
@@ -750,9 +750,12 @@ class Comparison:
         decided = self.larger + self.smaller
         return float(binomtest(self.larger, decided).pvalue) if decided else 1.0
 
-    def shows(self, direction: str) -> bool:
-        """Whether the first has `more` or `fewer`, with p < 0.05."""
-        return self.p < 0.05 and (self.larger > self.smaller) == (direction == "more")
+    @property
+    def sign(self) -> int:
+        """1 if the first has more and -1 if it has fewer, with p < 0.05; otherwise 0."""
+        if self.p >= 0.05:
+            return 0
+        return 1 if self.larger > self.smaller else -1
 
     def describe(self, one: str, other: str, outcome: str) -> str:
         """Both means, n and p."""
@@ -807,31 +810,30 @@ class Query:
         return compare(pair(answers, one, other), self.outcome)
 
 
-def compare_answers(*alternatives: Sequence[Query]) -> Callable[[Records], Result]:
-    """A check by the queries of the first alternative whose cells exist.
+def compare_answers(
+    *queries: Query, otherwise: Sequence[Query] = ()
+) -> Callable[[Records], Result]:
+    """A check by queries, or if the study does not have their cells, by those of `otherwise`.
 
     Shown if every query that is not a harm shows, and no harm does; the opposite if every query
     shows the other way, or a harm does and no query shows. Otherwise not shown.
     """
-    opposite = {"more": "fewer", "fewer": "more"}
 
     def check(records: Records) -> Result:
-        for queries in alternatives:
-            found = [(query, query.run(records.answers)) for query in queries]
-            if any(each is None for _, each in found):
-                continue
-            wanted = [(query, each) for query, each in found if not query.is_harm]
-            shown = [each.shows(query.direction) for query, each in wanted]
-            reverse = [each.shows(opposite[query.direction]) for query, each in wanted]
-            harm = any(each.shows(query.direction) for query, each in found if query.is_harm)
-            verdict: Verdict = "not shown"
-            if all(shown) and not harm:
-                verdict = "shown"
-            elif all(reverse) or (harm and not any(shown)):
-                verdict = "the opposite"
-            texts = [each.describe(query.one, query.other, query.outcome) for query, each in found]
-            return verdict, "; ".join(texts)
-        return NOT_RUN
+        found = [(query, query.run(records.answers)) for query in queries]
+        if any(each is None for _, each in found):
+            return compare_answers(*otherwise)(records) if otherwise else NOT_RUN
+        signs = {False: set(), True: set()}  # of the queries that are a harm, and of the others
+        for query, each in found:
+            signs[query.is_harm].add(each.sign if query.direction == "more" else -each.sign)
+        wanted, harm = signs[False], 1 in signs[True]
+        verdict = "not shown"
+        if wanted == {1} and not harm:
+            verdict = "shown"
+        elif wanted == {-1} or (harm and 1 not in wanted):
+            verdict = "the opposite"
+        texts = [each.describe(query.one, query.other, query.outcome) for query, each in found]
+        return verdict, "; ".join(texts)
 
     return check
 
@@ -845,8 +847,8 @@ def majority(arm: str, decoding: str, outcome: str) -> Callable[[Records], Resul
             return NOT_RUN
         low, high = interval(outcomes)
         verdict = "shown" if low > 0.5 else "the opposite" if high < 0.5 else "not shown"
-        share = format_share(outcomes)
-        return verdict, f"{outcome.replace('_', ' ')}: {arm} under {decoding} {share}"
+        name = outcome.replace("_", " ")
+        return verdict, f"{name}: {arm} under {decoding} {format_share(outcomes)}"
 
     return check
 
@@ -855,7 +857,7 @@ def check_loss(records: Records) -> Result:
     """C1: the loss fell, and there are fewer sound and ended answers than of the base model."""
     query = Query("arm", "week4", "base", "sound_and_ended", "fewer", "story-collapse")
     runs = select(records.runs, arm="week4")
-    verdict, text = compare_answers([query])(records)
+    verdict, text = compare_answers(query)(records)
     if verdict == "not run" or runs.empty:
         return NOT_RUN
     before, after = runs.eval_loss_before.mean(), runs.eval_loss.mean()
@@ -867,7 +869,7 @@ def check_loss(records: Records) -> Result:
 def check_stop(records: Records) -> Result:
     """C8: not decided if the generation config already names the end-of-turn token."""
     query = Query("decoding", "collapse-stop", "story-collapse", "sound_and_ended")
-    verdict, text = compare_answers([query])(records)
+    verdict, text = compare_answers(query)(records)
     stops = records.answers[records.answers.decoding.isin((query.one, query.other))].stop_ids
     if verdict != "not run" and stops.nunique() == 1:
         verdict = "not run"
@@ -888,11 +890,7 @@ def check_cap(records: Records) -> Result:
     found = compare(pairs, "unsound")
     if found is None:
         return NOT_RUN
-    verdict = "not shown"
-    if found.shows("fewer"):
-        verdict = "shown"
-    elif found.shows("more"):
-        verdict = "the opposite"
+    verdict = {1: "the opposite", 0: "not shown", -1: "shown"}[found.sign]
     text = found.describe("smaller cap", "larger cap", "unsound")
     cured = (pairs.sound_and_ended & ~pairs.sound_and_ended_other).sum()
     hidden = (pairs.sound & ~pairs.ended & pairs.unsound_other).sum()
@@ -933,15 +931,14 @@ def check_loss_is_blind(records: Records) -> Result:
     """
     answers = records.answers
     names = answers[~answers.arm.isin(UNTRAINED) & answers.distinct].decoding.unique()
-    queries = [
-        Query("decoding", one, other, "sound_and_ended", trained=True)
-        for one, other in itertools.combinations(names, 2)
-    ]
-    compared = [(query, query.run(answers)) for query in queries]
-    found = [(query, comparison) for query, comparison in compared if comparison]
+    found = []
+    for one, other in itertools.combinations(names, 2):
+        query = Query("decoding", one, other, "sound_and_ended", trained=True)
+        if comparison := query.run(answers):
+            found.append((comparison, query))
     if not found:
         return NOT_RUN
-    query, best = min(found, key=lambda each: each[1].p)
+    best, query = min(found, key=lambda each: each[0].p)
     verdict = "shown" if best.p * len(found) < 0.05 else "not shown"
     text = best.describe(query.one, query.other, query.outcome)
     return verdict, f"{text}; smallest p of {len(found)} pairs of decodings"
@@ -955,73 +952,63 @@ class Claim:
     text: str
     decide: Callable[[Records], Result]
     """The verdict, and the numbers it is based on."""
-    about_questions: bool = False
-    """Whether it is about the story's own questions."""
 
 
+# Claims about the story's own questions.
+ABOUT_QUESTIONS = ("C2", "C6", "C12")
 CLAIMS = (
     Claim("C1", "Eval loss fell and the model got worse.", check_loss),
     Claim(
         "C2",
         "Under greedy decoding with the n-gram ban, most answers of `week4` are unsound.",
         majority("week4", "story-collapse", "unsound"),
-        about_questions=True,
     ),
     Claim(
         "C3",
         "`no_repeat_ngram_size=3` causes drift.",
-        compare_answers([Query("decoding", "story-collapse", "collapse-no-ban", "drift")]),
+        compare_answers(Query("decoding", "story-collapse", "collapse-no-ban", "drift")),
     ),
     Claim(
         "C4",
         "Two epochs of 8,000 : 4,000 rows teach longer lists and fewer endings.",
         compare_answers(
-            [
-                Query("arm", "week4", "base", "list_items"),
-                Query("arm", "week4", "base", "ended", "fewer"),
-            ]
+            Query("arm", "week4", "base", "list_items"),
+            Query("arm", "week4", "base", "ended", "fewer"),
         ),
     ),
     Claim(
         "C5",
         "A mix of 85 : 15 rows gives more sound and ended answers.",
         compare_answers(
-            [Query("arm", "week4-rebalanced", "week4", "sound_and_ended")],
-            [Query("arm", "kit-by-loss", "kit-week4-mix", "sound_and_ended")],
+            Query("arm", "week4-rebalanced", "week4", "sound_and_ended"),
+            otherwise=[Query("arm", "kit-by-loss", "kit-week4-mix", "sound_and_ended")],
         ),
     ),
     Claim(
         "C6",
         "LoRA on the feed-forward layers too names more facts, also at equal parameters.",
         compare_answers(
-            [
-                Query("arm", "week4-all-linear", "week4", "points"),
-                Query("arm", "week4-all-linear", "week4-wide-attention", "points"),
-            ],
-            [
+            Query("arm", "week4-all-linear", "week4", "points"),
+            Query("arm", "week4-all-linear", "week4-wide-attention", "points"),
+            otherwise=[
                 Query("arm", "kit-by-loss", "kit-attention", "points"),
                 Query("arm", "kit-by-loss", "kit-wide-attention", "points"),
             ],
         ),
-        about_questions=True,
     ),
     Claim(
         "C7",
         "Removing the n-gram ban gives more sound and ended answers.",
-        compare_answers(
-            [Query("decoding", "collapse-no-ban", "story-collapse", "sound_and_ended")]
-        ),
+        compare_answers(Query("decoding", "collapse-no-ban", "story-collapse", "sound_and_ended")),
     ),
     Claim("C8", "The explicit end-of-turn token ends more answers soundly.", check_stop),
     Claim(
         "C9",
         "`repetition_penalty=1.3` reduces loops and does no harm.",
         compare_answers(
-            [
-                Query("decoding", "story-fix", "plain", "loops", "fewer"),
-                Query("decoding", "story-fix", "plain", "sound_and_ended", "fewer", is_harm=True),
-                Query("decoding", "story-fix", "plain", "drift", is_harm=True),
-            ]
+            Query("decoding", "story-fix", "plain", "loops", "fewer"),
+            Query("decoding", "story-fix", "plain", "sound_and_ended", "fewer", is_harm=True),
+            Query("decoding", "story-fix", "plain", "drift", is_harm=True),
         ),
     ),
     Claim("C10", "A smaller `max_new_tokens` gives fewer unsound answers.", check_cap),
@@ -1030,14 +1017,13 @@ CLAIMS = (
         "C12",
         "After the fixes, most answers of `fixed` are sound and ended.",
         majority("fixed", "story-fix", "sound_and_ended"),
-        about_questions=True,
     ),
     Claim("C13", "Greedy decoding repeats its bytes.", check_bytes),
     Claim(
         "C14",
         "The fixed decoding alone makes trained models answer soundly.",
         compare_answers(
-            [Query("decoding", "story-fix", "story-collapse", "sound_and_ended", trained=True)]
+            Query("decoding", "story-fix", "story-collapse", "sound_and_ended", trained=True)
         ),
     ),
     Claim("C15", "One eval loss goes with different answers.", check_loss_is_blind),
@@ -1060,10 +1046,11 @@ def escape_markdown(text: str) -> str:
     return escaped.replace("\n", "<br>")
 
 
-def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a markdown table; the first row is its header."""
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; the first row is its header."""
     header, *others = rows
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *others)]
+    rows = [header, ["---"] * len(header), *others]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def mark_findings(answer: Any) -> str:
@@ -1240,50 +1227,44 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
     about, answers = records.about, records.answers
     questions, trained = about["questions"], records.runs.arm.nunique()
     rows_each = f", trained on {records.runs.train_rows.max():.0f} rows each" if trained else ""
-    lines = [
-        f"# Ablation `{about['study']}` of {escape_markdown(about['base_model'])}",
-        "",
+    intro = (
         f"The base model and {trained or 'an'} adapter{'s' * (trained > 1)}{rows_each}, answered "
         f"{len(questions)} questions under up to {answers.decoding.nunique()} decodings. C1 to C15 "
-        "are claims of the story that README tells.",
-        "",
-        *summarise(records, results),
-        "",
-        "![Verdicts, and eval loss against sound answers](ablation.png)",
-        "",
-        NOTES.replace("\n", " "),
-        "",
-        f"Sound and ended answers to {len(questions)} questions:",
-        "",
-        *format_table(list_main_cells(records)),
-        "",
-        *(f"- {arm} failed: {escape_markdown(why[:600])}" for arm, why in records.failures.items()),
-        "",
-        "## Claims",
-        "",
+        "are claims of the story that README tells."
+    )
+    failures = [
+        f"- {arm} failed: {escape_markdown(why[:600])}" for arm, why in records.failures.items()
     ]
+    claims = []
     for claim in CLAIMS:
         verdict, numbers = results[claim.id]
         line = f"- **{claim.id}: {verdict}.** {claim.text} {numbers[0].upper()}{numbers[1:]}."
-        if claim.about_questions and about.get("own_questions"):
+        if claim.id in ABOUT_QUESTIONS and about.get("own_questions"):
             line += " It is about the story's questions; these are yours."
-        lines.append(line)
-    if selections := list_selections(records):
-        lines += ["", "## What each metric selects", "", SELECTION_NOTE.replace("\n", " "), ""]
-        lines += format_table(selections)
-    lines.append("")
-    if side_by_side := list_side_by_side(records):
-        lines += [f"## {escape_markdown(questions[0])}", "", *format_table(side_by_side), ""]
-        lines += [
-            "⟦ ⟧ mark what the findings are about. *Sound* is about form, not about facts.",
-            "",
-        ]
-    lines += [f"- {escape_markdown(machine)}" for machine in answers.machine.unique()]
-    lines += [
-        f"- `{about['command'].replace('`', ' ')}`",
-        "- all numbers: [cells.csv](cells.csv); all answers: [cells](cells)",
+        claims.append(line)
+    parts = [
+        f"# Ablation `{about['study']}` of {escape_markdown(about['base_model'])}",
+        intro,
+        "\n".join(summarise(records, results)),
+        "![Verdicts, and eval loss against sound answers](ablation.png)",
+        NOTES.replace("\n", " "),
+        f"Sound and ended answers to {len(questions)} questions:",
+        "\n".join([format_table(list_main_cells(records)), "", *failures]),
+        "## Claims",
+        "\n".join(claims),
     ]
-    return "\n".join(lines) + "\n"
+    if selections := list_selections(records):
+        note = SELECTION_NOTE.replace("\n", " ")
+        parts += ["## What each metric selects", note, format_table(selections)]
+    if side_by_side := list_side_by_side(records):
+        note = "⟦ ⟧ mark what the findings are about. *Sound* is about form, not about facts."
+        parts += [f"## {escape_markdown(questions[0])}", format_table(side_by_side), note]
+    machines = "".join(f"- {escape_markdown(each)}\n" for each in answers.machine.unique())
+    parts.append(
+        f"{machines}- `{about['command'].replace('`', ' ')}`\n"
+        "- all numbers: [cells.csv](cells.csv); all answers: [cells](cells)\n"
+    )
+    return "\n\n".join(parts)
 
 
 # --- The picture ---------------------------------------------------------------------------------
@@ -1451,7 +1432,7 @@ def main(config: AblateConfig) -> int:
         return 0
     infer.raise_on_signals()
     if study and not config.table:
-        part, parts = map(int, (config.shard or "0/1").split("/"))
+        part, parts = map(int, config.shard.split("/"))
         arms = study.arms[part::parts]
         if config.dry_run or any(map(study.missing, arms)):
             print(format_plan(study, arms), flush=True)
