@@ -264,25 +264,17 @@ class Study:
         ]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
-    def cell(self, arm: Arm, decoding: str) -> Path:
-        """File of an arm's answers under a decoding."""
-        return self.folder / "cells" / f"{arm.id}.{decoding}.jsonl"
-
-    def failure(self, arm: Arm) -> Path:
-        """File that contains why the arm failed."""
-        return self.folder / "failures" / f"{arm.id}.txt"
-
     def train_flags(self, arm: Arm) -> list[str]:
         """All flags of train.py for an arm."""
         return [*arm.flags, "--output-dir", str(self.folder / "runs"), "--name", arm.id]
 
     def missing(self, arm: Arm) -> list[str]:
         """The decodings whose cells are not complete, or have other settings."""
-        missing = []
+        cells, missing = self.folder / "cells", []
         for name in arm.decodings:
             found, expected = None, [self.settings(arm, name)] * len(self.probes)
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-                found = [line["settings"] for line in read_cell(self.cell(arm, name))]
+                found = [line["settings"] for line in read_cell(cells / f"{arm.id}.{name}.jsonl")]
             if found != expected:
                 missing.append(name)
         return missing
@@ -314,7 +306,7 @@ def make_study(config: AblateConfig) -> Study:
     Raises:
         UsageError: as `data.resolve_profile`; or rows or adapter cannot be used.
     """
-    checked, sources = None, {}
+    sources: dict[str, str] = {}
     given = {each.name: getattr(config, each.name) for each in dataclasses.fields(data.RowsFlags)}
     given = {name: value for name, value in given.items() if value != getattr(data.RowsFlags, name)}
     if config.study == "decoding":
@@ -341,16 +333,16 @@ def make_study(config: AblateConfig) -> Study:
             # Of an untrained arm only sampled answers differ from seed to seed.
             if not seed or name not in UNTRAINED or DECODING_ARMS[each].temperature
         }
-        arm = Arm(f"{name}-seed{seed}" if seed else name, name, seed, own)
+        arm_id = f"{name}-seed{seed}" if seed else name
+        flags = folder = sha256 = None
         if name == "adapter":
-            arm = dataclasses.replace(arm, adapter=checked.folder, adapter_sha256=checked.sha256)
+            folder, sha256 = checked.folder, checked.sha256
         elif name != "base":
             rows = config.num_rows or profile.ablation_rows
             flags = training_flags(name, profile, seed, rows, given)
-            folder = config.folder / "runs" / arm.id / "adapter"
-            arm = dataclasses.replace(arm, flags=flags, adapter=folder)
+            folder = config.folder / "runs" / arm_id / "adapter"
         if own and not (config.rows and name in MIX_ARMS):
-            arms.append(arm)
+            arms.append(Arm(arm_id, name, seed, own, flags, folder, sha256))
     probes = infer.read_probes(config.probes)
     if not config.probes:
         places = {name: place for place, name in enumerate(FIRST_PROBES)}
@@ -362,18 +354,17 @@ def make_study(config: AblateConfig) -> Study:
 def format_plan(study: Study, arms: Sequence[Arm]) -> str:
     """Arms, decodings, commands and counts as plain text."""
     width = max(len(arm.id) for arm in study.arms)
-    missing = {arm.id: study.missing(arm) for arm in arms}
-    lines = [
-        f"{arm.id:<{width}}  {len(arm.decodings) - len(missing[arm.id]):>2} of "
-        f"{len(arm.decodings):>2} cells done  {', '.join(arm.decodings)}"
-        for arm in arms
-    ]
-    commands = [f"train.py {shlex.join(study.train_flags(arm))}" for arm in arms if arm.flags]
+    lines, commands, left = [], [], 0
+    for arm in arms:
+        count, missing = len(arm.decodings), len(study.missing(arm))
+        names = ", ".join(arm.decodings)
+        lines.append(f"{arm.id:<{width}}  {count - missing:>2} of {count:>2} cells done  {names}")
+        if arm.flags:
+            commands.append(f"python train.py {shlex.join(study.train_flags(arm))}")
+        left += missing
     cells = sum(len(arm.decodings) for arm in arms)
-    left = sum(map(len, missing.values()))
-    lines += ["", *(f"python {command}" for command in commands), ""]
-    lines.append(f"{cells} cells of {len(study.probes)} questions, {left} to do, in {study.folder}")
-    return "\n".join(lines)
+    end = f"{cells} cells of {len(study.probes)} questions, {left} to do, in {study.folder}"
+    return "\n".join([*lines, "", *commands, "", end])
 
 
 # --- Running -------------------------------------------------------------------------------------
@@ -426,14 +417,14 @@ def write_cells(study: Study, arm: Arm) -> None:
     judged = {key: infer.judge_answers(loaded, [each])[0] for key, each in bar}
     for place, name in enumerate(names):
         own = answers[place * len(questions) : (place + 1) * len(questions)]
+        ids, again_ids = own[0].token_ids, repeated[place].token_ids
         cell = {
             "arm": arm.name,
             "seed": arm.seed,
             "decoding_arm": name,
             "settings": study.settings(arm, name),
             "stop_ids": infer.stop_ids(decodings[place], loaded.model, loaded.tokenizer),
-            "repeats": repeated[place].token_ids
-            == own[0].token_ids[: len(repeated[place].token_ids)],
+            "repeats": ids[: len(again_ids)] == again_ids,
             "machine": machine,
         }
         lines = []
@@ -443,17 +434,18 @@ def write_cells(study: Study, arm: Arm) -> None:
             del record["seconds"]  # equal answers are equal bytes
             lines.append(record)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        data.write_atomic(study.cell(arm, name), text)
+        data.write_atomic(study.folder / "cells" / f"{arm.id}.{name}.jsonl", text)
 
 
-def run_logged(
-    command: Sequence[str], log: Path, show: bool, running: list[subprocess.Popen]
-) -> tuple[int, str]:
-    """Runs Python with these arguments. stdout goes to the log, stderr too and with `show` to ours.
+# The processes of the study, and the one whose progress is shown.
+RUNNING: list[subprocess.Popen] = []
+SHOWN = threading.Lock()
 
-    The process is appended to `running`. Returns its exit code, and the end of its stderr.
-    """
-    end = b""
+
+def run_logged(command: Sequence[str], log: Path) -> tuple[int, str]:
+    """Runs Python with these arguments. stdout and stderr go to the log, and of one process at a
+    time stderr also to ours. Returns the exit code, and the end of stderr."""
+    end, is_shown = b"", SHOWN.acquire(blocking=False)
     with (
         log.open("ab") as words,
         subprocess.Popen(
@@ -463,13 +455,15 @@ def run_logged(
             start_new_session=True,  # Ctrl-C reaches only this process, which passes it on
         ) as process,
     ):
-        running.append(process)
+        RUNNING.append(process)
         while chunk := process.stderr.read1():
             words.write(chunk)
             end = (end + chunk)[-4000:]
-            if show:
+            if is_shown:
                 sys.stderr.buffer.write(chunk)
                 sys.stderr.flush()
+    if is_shown:
+        SHOWN.release()
     return process.returncode, end.decode(errors="replace")
 
 
@@ -484,26 +478,24 @@ def describe_exit(name: str, code: int, words: str) -> str:
     return f"{name} failed ({how}). {data.escape_controls(' '.join(message))[:600]}"
 
 
-def run_arm(study: Study, arm: Arm, show: bool, running: list[subprocess.Popen]) -> str | None:
+def run_arm(study: Study, arm: Arm) -> str | None:
     """Trains an arm, if it is trained, and asks it, each in a process that frees its memory.
 
-    Returns why it failed, or None. `show` and `running` are those of `run_logged`.
+    Returns why it failed, or None.
     """
-
-    def run(*command: str) -> tuple[int, str]:
-        return run_logged(command, study.folder / "logs" / f"{arm.id}.log", show, running)
-
+    place, log = study.arms.index(arm) + 1, study.folder / "logs" / f"{arm.id}.log"
+    print(f"[{place}/{len(study.arms)}] {arm.id}", file=sys.stderr, flush=True)
     if arm.flags:
         command = [str(data.HERE / "train.py"), *study.train_flags(arm)]
-        code, words = run(*command)
+        code, words = run_logged(command, log)
         while code == train.BUSY:  # the study was killed, and this run continues
             time.sleep(5)
-            code, words = run(*command)
+            code, words = run_logged(command, log)
         if code == train.OTHER_VALUES:
-            code, words = run(*command, "--restart")
+            code, words = run_logged([*command, "--restart"], log)
         if code:
             return describe_exit("train.py", code, words)
-    code, words = run(*sys.orig_argv[1:], "--answer", arm.id)
+    code, words = run_logged([*sys.orig_argv[1:], "--answer", arm.id], log)
     return describe_exit("answering", code, words) if code else None
 
 
@@ -516,8 +508,9 @@ def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
     for folder in ("cells", "failures", "locks", "logs", "runs"):
         with data.writing(study.folder):
             (study.folder / folder).mkdir(parents=True, exist_ok=True)
-    for arm in arms:
-        study.failure(arm).unlink(missing_ok=True)
+    failures = {arm.id: study.folder / "failures" / f"{arm.id}.txt" for arm in arms}
+    for path in failures.values():
+        path.unlink(missing_ok=True)
     arms = [arm for arm in arms if study.missing(arm)]
     if workers > 1:
         # Also if fewer arms are left: the bytes depend on the number of threads.
@@ -525,26 +518,14 @@ def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
     if sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "0.5")  # the processes write to a pipe
-    running: list[subprocess.Popen] = []
-    screen = threading.Lock()
-
-    def run(arm: Arm) -> str | None:
-        place = f"[{study.arms.index(arm) + 1}/{len(study.arms)}]"
-        print(f"{place} {arm.id}", file=sys.stderr, flush=True)
-        show = screen.acquire(blocking=False)  # only one arm's bars fit
-        try:
-            return run_arm(study, arm, show, running)
-        finally:
-            if show:
-                screen.release()
-
     pool, started = ThreadPoolExecutor(workers), time.monotonic()
-    futures = {pool.submit(run, arm): arm for arm in arms}
+    futures = {pool.submit(run_arm, study, arm): arm for arm in arms}
     try:
         for done, future in enumerate(as_completed(futures), 1):
             if reason := future.result():
-                data.write_atomic(study.failure(futures[future]), reason)
-                print(f"{futures[future].id}: {reason}", file=sys.stderr)
+                arm_id = futures[future].id
+                data.write_atomic(failures[arm_id], reason)
+                print(f"{arm_id}: {reason}", file=sys.stderr)
             minutes, left = (time.monotonic() - started) / 60, len(arms) - done
             if left:
                 counts = f"{done} of {len(arms)} arms done in {minutes:.0f} min"
@@ -557,8 +538,8 @@ def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
         stopped = []
         try:
             while not all(future.done() for future in futures):
-                while running:  # one signal each: at a second one train.py does not save
-                    stopped.append(running.pop())
+                while RUNNING:  # one signal each: at a second one train.py does not save
+                    stopped.append(RUNNING.pop())
                     stopped[-1].terminate()
                 wait(futures, timeout=0.2)
         finally:
@@ -685,7 +666,9 @@ def read_records(folder: Path) -> Records:
     if not answers:
         reasons = "".join(f"\n{arm}: {reason}" for arm, reason in failures.items())
         raise UsageError(f"{folder} has no finished cells. Run python ablate.py first.{reasons}")
-    return Records(about, table, DataFrame(runs, columns=None if runs else ["arm"]), failures)
+    return Records(
+        about, table, DataFrame(runs, columns=None if runs else ["arm", "eval_loss"]), failures
+    )
 
 
 # --- Statistics ----------------------------------------------------------------------------------
@@ -1100,31 +1083,22 @@ def list_cells(records: Records) -> DataFrame:
     return cells.merge(numbers.groupby("arm").mean(numeric_only=True).round(6), "left", "arm")
 
 
-def list_main_cells(records: Records) -> list[list[str]]:
-    """Header and rows of the report's table: sound and ended answers under the main decodings.
+def list_main_cells(records: Records) -> DataFrame:
+    """Arms x main decodings: sound and ended answers as text, or why there are none.
 
-    One row per arm with its eval loss; of the study of decodings, one row per decoding.
+    Of the study of decodings: all its decodings x arms.
     """
-    about, is_decoding = records.about, records.about["study"] == "decoding"
+    about, answers = records.about, records.answers
+    arms = dict.fromkeys(arm for arm, _, _ in about["arms"].values())
     decodings = [*(["plain"] if about["study"] == "training" else []), *MAIN_DECODINGS]
-    if is_decoding:
-        decodings = [name for name in DECODING_ARMS if name in set(records.answers.decoding)]
+    if about["study"] == "decoding":
+        decodings = [name for name in DECODING_ARMS if name in set(answers.decoding)]
+    cells = answers.groupby(["arm", "decoding"]).sound_and_ended.agg(format_share).unstack()
+    cells = cells.reindex(index=list(arms), columns=decodings).astype(object)
     failed = {about["arms"][arm_id][0] for arm_id in records.failures}
-    rows = [["decoding" if is_decoding else "arm", *decodings]]
-    for arm in dict.fromkeys(arm for arm, _, _ in about["arms"].values()):
-        outcomes = [
-            select(records.answers, arm=arm, decoding=decoding).sound_and_ended
-            for decoding in decodings
-        ]
-        empty = "failed" if arm in failed else "not run"
-        rows.append([arm, *(format_share(each) if len(each) else empty for each in outcomes)])
-    if is_decoding:
-        return [list(column) for column in zip(*rows, strict=True)]
-    rows[0].insert(1, "eval loss")
-    for row in rows[1:]:
-        runs = select(records.runs, arm=row[0])
-        row.insert(1, f"{runs.eval_loss.mean():.3f}" if len(runs) else "")
-    return rows
+    for arm in arms:
+        cells.loc[arm] = cells.loc[arm].fillna("failed" if arm in failed else "not run")
+    return cells.T if about["study"] == "decoding" else cells
 
 
 def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
@@ -1158,8 +1132,8 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     own = select(answers, decoding=best).groupby("arm", sort=False).sound_and_ended
     top, shares = own.mean().idxmax(), own.agg(format_share)
     text = f"under {best}, {top} has the most, {shares[top]}"
-    if top != "base" and "base" in shares:
-        found = Query("arm", top, "base", "sound_and_ended", decoding=best).run(answers)
+    found = Query("arm", top, "base", "sound_and_ended", decoding=best).run(answers)
+    if top != "base" and found:
         text += f"; the base model has {shares['base']}, p = {found.p:.2g}"
     lines.append(f"- **Training:** {text}.")
     if len(records.runs):
@@ -1242,6 +1216,11 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
         if claim.id in ABOUT_QUESTIONS and about.get("own_questions"):
             line += " It is about the story's questions; these are yours."
         claims.append(line)
+    cells = list_main_cells(records)
+    if about["study"] != "decoding":
+        losses = records.runs.groupby("arm").eval_loss.mean().map("{:.3f}".format)
+        cells.insert(0, "eval loss", losses.reindex(cells.index).fillna(""))
+    header = ["decoding" if about["study"] == "decoding" else "arm", *cells.columns]
     parts = [
         f"# Ablation `{about['study']}` of {escape_markdown(about['base_model'])}",
         intro,
@@ -1249,7 +1228,7 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
         "![Verdicts, and eval loss against sound answers](ablation.png)",
         NOTES.replace("\n", " "),
         f"Sound and ended answers to {len(questions)} questions:",
-        "\n".join([format_table(list_main_cells(records)), "", *failures]),
+        "\n".join([format_table([header, *cells.itertuples()]), "", *failures]),
         "## Claims",
         "\n".join(claims),
     ]
@@ -1282,15 +1261,13 @@ def draw_picture(records: Records, path: Path) -> None:
     """The verdicts under the main decodings, and beside them eval loss against sound answers."""
     from matplotlib.figure import Figure
 
-    header, *rows = list_main_cells(records)
-    names = [row[0] for row in rows]
-    columns = [name for name in header[1:] if name != "eval loss"]
-    widths = [1.5 + 0.16 * len(records.about["questions"]) * len(columns)]
+    cells = list_main_cells(records)
+    widths = [1.5 + 0.16 * len(records.about["questions"]) * len(cells.columns)]
     if len(records.runs):
         widths.append(4.6)
-    figure = Figure(figsize=(sum(widths) + 1, 0.34 * len(names) + 2), layout="constrained")
+    figure = Figure(figsize=(sum(widths) + 1, 0.34 * len(cells) + 2), layout="constrained")
     grid, *others = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    draw_grid(grid, records, names, columns)
+    draw_grid(grid, records, list(cells.index), list(cells.columns))
     for axes in others:
         draw_losses(axes, records)
     image = io.BytesIO()
