@@ -443,8 +443,11 @@ SHOWN = threading.Lock()
 
 
 def run_logged(command: Sequence[str], log: Path) -> tuple[int, str]:
-    """Runs Python with these arguments. stdout and stderr go to the log, and of one process at a
-    time stderr also to ours. Returns the exit code, and the end of stderr."""
+    """Runs Python with these arguments. Its output goes to the log, and of one process at a time
+    stderr also to ours.
+
+    Returns the exit code, and how it failed, with the last message on stderr.
+    """
     end, is_shown = b"", SHOWN.acquire(blocking=False)
     with (
         log.open("ab") as words,
@@ -464,18 +467,14 @@ def run_logged(command: Sequence[str], log: Path) -> tuple[int, str]:
                 sys.stderr.flush()
     if is_shown:
         SHOWN.release()
-    return process.returncode, end.decode(errors="replace")
-
-
-def describe_exit(name: str, code: int, words: str) -> str:
-    """Why a process failed: its exit code or signal, and the last message on its stderr."""
-    how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+    code = process.returncode
+    how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
     if code == -signal.SIGKILL:
         how += ", possibly for lack of memory"
-    lines = [line for line in re.split(r"[\r\n]+", words) if line.strip()]
+    lines = [line for line in re.split(r"[\r\n]+", end.decode(errors="replace")) if line.strip()]
     starts = [place for place, line in enumerate(lines) if line.startswith("error: ")]
-    message = lines[starts[-1] :] if starts else lines[-1:]
-    return f"{name} failed ({how}). {data.escape_controls(' '.join(message))[:600]}"
+    message = " ".join(lines[starts[-1] :] if starts else lines[-1:])
+    return code, f"failed ({how}). {data.escape_controls(message)[:600]}"
 
 
 def run_arm(study: Study, arm: Arm) -> str | None:
@@ -487,16 +486,16 @@ def run_arm(study: Study, arm: Arm) -> str | None:
     print(f"[{place}/{len(study.arms)}] {arm.id}", file=sys.stderr, flush=True)
     if arm.flags:
         command = [str(data.HERE / "train.py"), *study.train_flags(arm)]
-        code, words = run_logged(command, log)
+        code, reason = run_logged(command, log)
         while code == train.BUSY:  # the study was killed, and this run continues
             time.sleep(5)
-            code, words = run_logged(command, log)
+            code, reason = run_logged(command, log)
         if code == train.OTHER_VALUES:
-            code, words = run_logged([*command, "--restart"], log)
+            code, reason = run_logged([*command, "--restart"], log)
         if code:
-            return describe_exit("train.py", code, words)
-    code, words = run_logged([*sys.orig_argv[1:], "--answer", arm.id], log)
-    return describe_exit("answering", code, words) if code else None
+            return f"train.py {reason}"
+    code, reason = run_logged([*sys.orig_argv[1:], "--answer", arm.id], log)
+    return f"answering {reason}" if code else None
 
 
 def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
@@ -1220,7 +1219,7 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
     if about["study"] != "decoding":
         losses = records.runs.groupby("arm").eval_loss.mean().map("{:.3f}".format)
         cells.insert(0, "eval loss", losses.reindex(cells.index).fillna(""))
-    header = ["decoding" if about["study"] == "decoding" else "arm", *cells.columns]
+    header = [cells.index.name, *cells.columns]
     parts = [
         f"# Ablation `{about['study']}` of {escape_markdown(about['base_model'])}",
         intro,
@@ -1258,49 +1257,41 @@ COLOURS: dict[str, tuple[str, str]] = {
 
 
 def draw_picture(records: Records, path: Path) -> None:
-    """The verdicts under the main decodings, and beside them eval loss against sound answers."""
-    from matplotlib.figure import Figure
+    """The verdicts under the main decodings, and beside them eval loss against sound answers.
 
-    cells = list_main_cells(records)
-    widths = [1.5 + 0.16 * len(records.about["questions"]) * len(cells.columns)]
-    if len(records.runs):
-        widths.append(4.6)
-    figure = Figure(figsize=(sum(widths) + 1, 0.34 * len(cells) + 2), layout="constrained")
+    One square per question, and of several seeds the first.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    cells, answers = list_main_cells(records), select(records.answers, seed=0)
+    is_decoding, size = records.about["study"] == "decoding", len(records.about["questions"])
+    rows, columns = list(cells.index), list(cells.columns)
+    widths = [1.5 + 0.16 * size * len(columns)] + ([4.6] if len(records.runs) else [])
+    figure = Figure(figsize=(sum(widths) + 1, 0.34 * len(rows) + 2), layout="constrained")
     grid, *others = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    draw_grid(grid, records, list(cells.index), list(cells.columns))
+    for (line, row), (place, column) in itertools.product(enumerate(rows), enumerate(columns)):
+        arm, decoding = (column, row) if is_decoding else (row, column)
+        for answer in select(answers, arm=arm, decoding=decoding).itertuples():
+            colour = next(shade for name, shade in COLOURS.values() if getattr(answer, name))
+            left = place * (size + 1) + answer.place + 0.04
+            grid.bar(left, 0.86, 0.92, line + 0.07, align="edge", color=colour)
+    grid.set(xlim=(0, len(columns) * (size + 1) - 1), ylim=(len(rows), 0))
+    grid.set_yticks([line + 0.5 for line in range(len(rows))], rows)
+    grid.set_xticks([place * (size + 1) + size / 2 for place in range(len(columns))], columns)
+    grid.xaxis.tick_top()
+    grid.tick_params(length=0)
+    grid.spines[:].set_visible(False)
+    grid.set_xlabel(f"decodings, with one square per question (1 to {size})")
+    grid.set_ylabel(cells.index.name)
+    handles = [Patch(facecolor=shade, label=label) for label, (_, shade) in COLOURS.items()]
+    legend = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 2, "frameon": False}
+    grid.legend(handles=handles, **legend)
     for axes in others:
         draw_losses(axes, records)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110, metadata={"Software": None})
     data.write_atomic(path, image.getvalue())
-
-
-def draw_grid(axes: Axes, records: Records, names: Sequence[str], columns: Sequence[str]) -> None:
-    """One square per question and column; of several seeds the first."""
-    from matplotlib.patches import Patch
-
-    size, is_decoding = len(records.about["questions"]), records.about["study"] == "decoding"
-    answers = select(records.answers, seed=0)
-    for (line, name), (place, column) in itertools.product(enumerate(names), enumerate(columns)):
-        arm, decoding = (column, name) if is_decoding else (name, column)
-        for answer in select(answers, arm=arm, decoding=decoding).itertuples():
-            colour = next(
-                colour for outcome, colour in COLOURS.values() if getattr(answer, outcome)
-            )
-            left = place * (size + 1) + answer.place + 0.04
-            axes.bar(left, 0.86, 0.92, line + 0.07, align="edge", color=colour)
-    axes.set(xlim=(0, len(columns) * (size + 1) - 1), ylim=(len(names), 0))
-    axes.set_yticks([line + 0.5 for line in range(len(names))], names)
-    axes.set_xticks([place * (size + 1) + size / 2 for place in range(len(columns))], columns)
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel(f"decodings, with one square per question (1 to {size})")
-    axes.set_ylabel("decoding" if is_decoding else "arm")
-    handles = [Patch(facecolor=colour, label=name) for name, (_, colour) in COLOURS.items()]
-    axes.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False
-    )
 
 
 def draw_losses(axes: Axes, records: Records) -> None:

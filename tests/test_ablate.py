@@ -390,12 +390,13 @@ def test_a_failed_arm_is_a_row_with_its_reason_and_older_answers_stay(tmp_path):
     assert (tmp_path / "cells" / "week4.kit.jsonl").is_file()
 
 
-def test_a_reason_is_the_last_message_of_the_process():
-    words = "a bar 1%\ra bar 2%\rwarning\nerror: The disk is full.\nFree some space."
-    assert ablate.describe_exit("train.py", 2, words) == (
-        "train.py failed (exit code 2). error: The disk is full. Free some space."
-    )
-    assert "SIGKILL, possibly for lack of memory" in ablate.describe_exit("answering", -9, "")
+def test_a_reason_is_the_last_message_of_the_process(tmp_path):
+    words = "a bar 1%\ra bar 2%\rwarning\nerror: The disk is full.\nFree some space.\n"
+    code, reason = ablate.run_logged(["-c", f"import sys; print('out'); sys.stderr.write({words!r}); sys.exit(2)"], tmp_path / "log")
+    assert (code, reason) == (2, "failed (exit code 2). error: The disk is full. Free some space.")
+    assert sorted((tmp_path / "log").read_bytes()) == sorted(("out\n" + words).encode())
+    code, reason = ablate.run_logged(["-c", "import os; os.kill(os.getpid(), 9)"], tmp_path / "log")
+    assert (code, reason) == (-9, "failed (SIGKILL, possibly for lack of memory). ")
 
 
 def test_probes_of_a_user_need_only_questions(tmp_path):
