@@ -293,11 +293,10 @@ def training_flags(
     if name not in EVALUATED_BY_ANSWERS:
         # Evaluated before the first step and after the last.
         flags |= {"num_probes": 0, "eval_every": 0.99}
-    return tuple(
-        text
-        for flag, value in flags.items()
-        for text in (f"--{flag.replace('_', '-')}", str(value))
-    )
+    words = []
+    for flag, value in flags.items():
+        words += [f"--{flag.replace('_', '-')}", str(value)]
+    return tuple(words)
 
 
 def make_study(config: AblateConfig) -> Study:
@@ -407,9 +406,9 @@ def write_cells(study: Study, arm: Arm) -> None:
     with tqdm(total=total, unit="token", desc=f"{arm.id}: answering", leave=False) as bar:
         answers = infer.answer_requests(loaded, requests, bar.update)
     again = []
-    for decoding in decodings:
-        cap = min(REPEATED_TOKENS, decoding.max_new_tokens)
-        again.append(infer.Request(questions[0], dataclasses.replace(decoding, max_new_tokens=cap)))
+    for each in decodings:
+        cap = min(REPEATED_TOKENS, each.max_new_tokens)
+        again.append(infer.Request(questions[0], dataclasses.replace(each, max_new_tokens=cap)))
     repeated, machine = infer.answer_requests(loaded, again), describe_machine(loaded)
     # Decodings may give the same answer, which is judged once.
     distinct = {(each.question, each.sha256, each.finish_reason): each for each in answers}
@@ -483,7 +482,7 @@ def run_arm(study: Study, arm: Arm) -> str | None:
     Returns why it failed, or None.
     """
     place, log = study.arms.index(arm) + 1, study.folder / "logs" / f"{arm.id}.log"
-    print(f"[{place}/{len(study.arms)}] {arm.id}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"[{place}/{len(study.arms)}] {arm.id}\n")
     if arm.flags:
         command = [str(data.HERE / "train.py"), *study.train_flags(arm)]
         code, reason = run_logged(command, log)
@@ -504,9 +503,6 @@ def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
     Raises:
         infer.Interrupted: a signal came. Training runs save and end; a second signal kills them.
     """
-    for folder in ("cells", "failures", "locks", "logs", "runs"):
-        with data.writing(study.folder):
-            (study.folder / folder).mkdir(parents=True, exist_ok=True)
     failures = {arm.id: study.folder / "failures" / f"{arm.id}.txt" for arm in arms}
     for path in failures.values():
         path.unlink(missing_ok=True)
@@ -518,13 +514,12 @@ def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
     if sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "0.5")  # the processes write to a pipe
     pool, started = ThreadPoolExecutor(workers), time.monotonic()
-    futures = {pool.submit(run_arm, study, arm): arm for arm in arms}
+    futures = {pool.submit(run_arm, study, arm): arm.id for arm in arms}
     try:
         for done, future in enumerate(as_completed(futures), 1):
             if reason := future.result():
-                arm_id = futures[future].id
-                data.write_atomic(failures[arm_id], reason)
-                print(f"{arm_id}: {reason}", file=sys.stderr)
+                data.write_atomic(failures[futures[future]], reason)
+                print(f"{futures[future]}: {reason}", file=sys.stderr)
             minutes, left = (time.monotonic() - started) / 60, len(arms) - done
             if left:
                 counts = f"{done} of {len(arms)} arms done in {minutes:.0f} min"
@@ -1103,12 +1098,9 @@ def list_main_cells(records: Records) -> DataFrame:
 def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     """What the story got right and wrong, and which settings to use, in a few sentences."""
     lines = []
-    for verdict, heading in {
-        "shown": "Shown",
-        "the opposite": "Contradicted, the opposite is shown",
-        "not shown": "Not shown",
-        "not run": "Not run",
-    }.items():
+    headings = {"shown": "Shown", "the opposite": "Contradicted, the opposite is shown"}
+    headings |= {"not shown": "Not shown", "not run": "Not run"}
+    for verdict, heading in headings.items():
         own = [claim for claim in CLAIMS if results[claim.id][0] == verdict]
         text = ", ".join(claim.id for claim in own)
         if verdict in ("shown", "the opposite"):
@@ -1121,7 +1113,8 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     if len(names) < 2:
         return lines
     good = answers.groupby("decoding").sound_and_ended.agg(["mean", "sum", "count"])
-    best, second, *_ = names = sorted(names, key=lambda name: -good["mean"][name])
+    names.sort(key=lambda name: -good["mean"][name])
+    best, second = names[:2]
     counts = ", ".join(f"{name} {good['sum'][name]} of {good['count'][name]}" for name in names)
     found = Query("decoding", best, second, "sound_and_ended").run(answers)
     lines.append(
@@ -1418,8 +1411,9 @@ def main(config: AblateConfig) -> int:
                 for arm in study.arms
             },
         }
-        with data.writing(config.folder):
-            config.folder.mkdir(parents=True, exist_ok=True)
+        for folder in ("cells", "failures", "locks", "logs", "runs"):
+            with data.writing(config.folder):
+                (config.folder / folder).mkdir(parents=True, exist_ok=True)
         data.write_atomic(config.folder / "study.json", json.dumps(about, indent=2) + "\n")
         run_study(study, arms, config.workers or study.profile.workers)
     records, results = write_report(config.folder)
