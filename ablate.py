@@ -559,7 +559,7 @@ class Records:
 
 
 def read_cell(path: Path) -> list[dict[str, Any]]:
-    """The lines of a cell. Raises OSError or ValueError if it is missing, cut or broken."""
+    """The JSON lines of a file. Raises OSError or ValueError if it is missing, cut or broken."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -600,7 +600,7 @@ def flatten_answer(record: Mapping[str, Any], place: int) -> dict[str, Any]:
 def read_run(folder: Path) -> dict[str, Any]:
     """Numbers of a training run, and its evaluations after the first step by their step."""
     numbers = json.loads((folder / "run.json").read_text(encoding="utf-8"))["numbers"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_cell(folder / "metrics.jsonl")
     own = ("steps", "training_seconds", "adapter_bytes", "train_rows", "train_tokens")
     return {
         "eval_loss_before": float(numbers["before"]["eval_loss"]),
@@ -702,30 +702,24 @@ def pair(answers: DataFrame, one: Mapping[str, str], other: Mapping[str, str]) -
     return first.merge(second, on=keys, suffixes=("", "_other"))
 
 
-@dataclass(frozen=True)
 class Comparison:
-    """Pairs of answers compared by an outcome, question by question.
+    """Pairs of answers, at least one, compared by the column `outcome`, question by question.
 
     Answers of several arms, decodings or seeds to one question are not independent, so each
     question counts once, by the sum of its differences.
     """
 
-    first: float
-    """Mean outcome per answer."""
-    second: float
-    larger: int
-    """Questions for which the first has more."""
-    smaller: int
-    questions: int
-    pairs: int
-
-    @property
-    def p(self) -> float:
-        """Of the two-sided sign test, ties left out (Dixon and Mood 1946)."""
+    def __init__(self, pairs: DataFrame, outcome: str) -> None:
         from scipy.stats import binomtest
 
+        first, second = pairs[outcome].astype(float), pairs[f"{outcome}_other"].astype(float)
+        change = (first - second).groupby(pairs.question).sum()
+        self.outcome, self.first, self.second = outcome, first.mean(), second.mean()
+        self.pairs, self.questions = len(pairs), len(change)
+        self.larger, self.smaller = int((change > 0).sum()), int((change < 0).sum())
+        # The two-sided sign test, ties left out (Dixon and Mood 1946).
         decided = self.larger + self.smaller
-        return float(binomtest(self.larger, decided).pvalue) if decided else 1.0
+        self.p = float(binomtest(self.larger, decided).pvalue) if decided else 1.0
 
     @property
     def sign(self) -> int:
@@ -734,23 +728,13 @@ class Comparison:
             return 0
         return 1 if self.larger > self.smaller else -1
 
-    def describe(self, one: str, other: str, outcome: str) -> str:
+    def describe(self, one: str, other: str) -> str:
         """Both means, n and p."""
         return (
-            f"{outcome.replace('_', ' ')}: {one} {self.first:.3g}, {other} {self.second:.3g} "
+            f"{self.outcome.replace('_', ' ')}: {one} {self.first:.3g}, {other} {self.second:.3g} "
             f"(means of {self.pairs} pairs; +{self.larger} -{self.smaller} of {self.questions} "
             f"questions, p = {self.p:.2g})"
         )
-
-
-def compare(pairs: DataFrame, outcome: str) -> Comparison | None:
-    """The pairs compared by a column, or None if there are none."""
-    if pairs.empty:
-        return None
-    first, second = pairs[outcome].astype(float), pairs[f"{outcome}_other"].astype(float)
-    change = (first - second).groupby(pairs.question).sum()
-    larger, smaller = int((change > 0).sum()), int((change < 0).sum())
-    return Comparison(first.mean(), second.mean(), larger, smaller, len(change), len(pairs))
 
 
 # --- Claims --------------------------------------------------------------------------------------
@@ -784,7 +768,8 @@ class Query:
             one["decoding"] = other["decoding"] = self.decoding
         if self.trained:
             answers = answers[~answers.arm.isin(UNTRAINED)]
-        return compare(pair(answers, one, other), self.outcome)
+        pairs = pair(answers, one, other)
+        return Comparison(pairs, self.outcome) if len(pairs) else None
 
 
 def compare_answers(
@@ -809,7 +794,7 @@ def compare_answers(
             verdict = "shown"
         elif wanted == {-1} or (harm and 1 not in wanted):
             verdict = "the opposite"
-        texts = [each.describe(query.one, query.other, query.outcome) for query, each in found]
+        texts = [each.describe(query.one, query.other) for query, each in found]
         return verdict, "; ".join(texts)
 
     return check
@@ -864,11 +849,11 @@ def check_cap(records: Records) -> Result:
         pair(records.answers, {"decoding": short}, {"decoding": long})
         for short, long in capped.items()
     )
-    found = compare(pairs, "unsound")
-    if found is None:
+    if pairs.empty:
         return NOT_RUN
+    found = Comparison(pairs, "unsound")
     verdict = {1: "the opposite", 0: "not shown", -1: "shown"}[found.sign]
-    text = found.describe("smaller cap", "larger cap", "unsound")
+    text = found.describe("smaller cap", "larger cap")
     cured = (pairs.sound_and_ended & ~pairs.sound_and_ended_other).sum()
     hidden = (pairs.sound & ~pairs.ended & pairs.unsound_other).sum()
     return verdict, f"{text}; cured {cured} answers, cut {hidden} before they became unsound"
@@ -917,7 +902,7 @@ def check_loss_is_blind(records: Records) -> Result:
         return NOT_RUN
     best, query = min(found, key=lambda each: each[0].p)
     verdict = "shown" if best.p * len(found) < 0.05 else "not shown"
-    text = best.describe(query.one, query.other, query.outcome)
+    text = best.describe(query.one, query.other)
     return verdict, f"{text}; smallest p of {len(found)} pairs of decodings"
 
 
@@ -1052,7 +1037,7 @@ def list_cells(records: Records) -> DataFrame:
         low, high = interval(own.sound_and_ended)
         base = {"arm": "base", "decoding": "plain" if arm == "base" else decoding}
         pairs = pair(records.answers, {"arm": arm, "decoding": decoding}, base)
-        against = compare(pairs, "sound_and_ended")
+        against = Comparison(pairs, "sound_and_ended") if len(pairs) else None
         overruled = 100 * own.overruled.sum() / max(1, own.tokens.sum())
         rows.append(
             {
@@ -1399,7 +1384,7 @@ def main(config: AblateConfig) -> int:
             print(format_plan(study, arms), flush=True)
         if config.dry_run:
             return 0
-        flags = [flag for flag in sys.argv[1:] if flag not in ("--save-best", "--dry-run")]
+        flags = [flag for flag in sys.argv[1:] if flag != "--save-best"]
         about = {
             "study": config.study,
             "command": shlex.join(["python", "ablate.py", *flags]),

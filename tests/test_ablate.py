@@ -173,7 +173,9 @@ def test_intervals_and_p_by_hand():
         outcomes = pandas.Series([True] * count + [False] * (total - count))
         assert ablate.interval(outcomes) == pytest.approx(expected, abs=1e-6)
     for larger, smaller, p in ((0, 0, 1), (3, 0, 0.25), (8, 1, 20 / 512), (5, 5, 1), (0, 7, 2 / 128)):
-        assert ablate.Comparison(0, 0, larger, smaller, 10, 10).p == pytest.approx(p)
+        outcomes = [(1, 0)] * larger + [(0, 1)] * smaller + [(1, 1)]
+        pairs = pandas.DataFrame(outcomes, columns=["x", "x_other"]).assign(question=range(len(outcomes)))
+        assert ablate.Comparison(pairs, "x").p == pytest.approx(p)
 
 
 def test_a_claim_is_decided_by_its_rule_and_may_come_out_either_way(tmp_path):
@@ -238,7 +240,7 @@ def test_a_question_counts_once_however_many_arms_answer_it(tmp_path):
     texts |= {(arm, "story-collapse"): [DRIFT] + [SOUND] * 7 for arm in arms}
     records = write_study(tmp_path, texts)
     pairs = ablate.pair(records.answers, {"decoding": "story-collapse"}, {"decoding": "collapse-no-ban"})
-    compared = ablate.compare(pairs, "drift")
+    compared = ablate.Comparison(pairs, "drift")
     assert (len(pairs), compared.questions, compared.larger, compared.smaller) == (80, 8, 1, 0)
     assert verdict(records, "C3") == "not shown"
 
