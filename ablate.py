@@ -1372,9 +1372,12 @@ def main(config: AblateConfig) -> int:
     if config.answer:
         from filelock import FileLock
 
+        arms = {arm.id: arm for arm in study.arms}
+        if config.answer not in arms:
+            raise UsageError(f"--answer {config.answer}: expected one of {', '.join(arms)}.")
         # The process of a study that was killed may still answer.
         with FileLock(study.folder / "locks" / config.answer):
-            write_cells(study, next(arm for arm in study.arms if arm.id == config.answer))
+            write_cells(study, arms[config.answer])
         return 0
     infer.raise_on_signals()
     if study and not config.table:

@@ -149,7 +149,7 @@ class Study:
         lines = [" ".join(child) for child in started]
         if any("train.py" in line for line in lines):
             return "training"
-        return "answering" if any("spawn_main" in line for line in lines) else "planning"
+        return "answering" if any("--answer" in line for line in lines) else "planning"
 
     def result(self):
         folder, found = self.cwd / STUDY, {}
