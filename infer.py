@@ -1096,7 +1096,8 @@ def check_adapter_weights(
     arch = profile.architecture
     path = folder / WEIGHTS
     with _reading(path), safetensors.safe_open(path, framework="np") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     problems, modules = [], set()
     for name, found in shapes.items():
         lora = _LORA_TENSOR.fullmatch(name)
