@@ -164,6 +164,7 @@ def wait_for(process, happened):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes(trained, tmp_path):
     """Ctrl-C during a step, SIGTERM during an evaluation, and between them a second process and other values."""
     folder = tmp_path / "runs" / "train" / "tiny"

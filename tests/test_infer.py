@@ -471,6 +471,7 @@ def test_special_tokens_agree_in_tokenizer_config_and_generation_config(small_mo
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_small_model_is_made_once_and_whole_by_two_processes_after_one_was_killed(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -672,17 +673,17 @@ def test_the_pieces_of_a_streamed_answer_are_together_its_text(small_model):
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_rows")
 def test_answers_that_differ_only_in_cap_or_stop_may_be_cut_from_one_run(small_model):
-    penalty = Decoding(24, repetition_penalty=1.3, count_prompt=True)
-    sampled = Decoding(24, temperature=0.7, top_p=0.9)
+    penalty = Decoding(12, repetition_penalty=1.3, count_prompt=True)
+    sampled = Decoding(12, temperature=0.7, top_p=0.9)
     requests = [
         Request(QUESTIONS[0], dataclasses.replace(decoding, **change))
-        for decoding in (Decoding(24), penalty, sampled)
-        for change in ({}, {"max_new_tokens": 9}, {"stop": "generation-config"}, {"stop": "never", "max_new_tokens": 40})
+        for decoding in (Decoding(12), penalty, sampled)
+        for change in ({}, {"max_new_tokens": 5}, {"stop": "generation-config"}, {"stop": "never", "max_new_tokens": 20})
     ]
     told = []
     together = infer.answer_requests(small_model, requests, told.append)
     assert together == [infer.answer_requests(small_model, [request])[0] for request in requests]
-    assert sum(told) == infer.count_new_tokens(requests) == 3 * 40
+    assert sum(told) == infer.count_new_tokens(requests) == 3 * 20
 
 
 @pytest.mark.slow
