@@ -14,7 +14,7 @@ Steps, the most important first; each has a time limit, and one that fails does 
     tuned       the same with 16 rows in one pass, without checkpointing if that fits
     fp16        `kit` in float16, as on a T4: losses within 1% of bfloat16's?
     kit-16bit   `kit` with --no-load-in-4bit
-    trl         TRL without Unsloth: 16 rows in one pass, chunked loss, padding-free if flash-attn is installed
+    trl         TRL without Unsloth: 16 rows in one pass, its chunked loss, padding-free if flash-attn is installed
 
 The 3B model has its real weights if the hub can be reached, else random ones of the same shape.
 """
@@ -219,9 +219,9 @@ def make_plain_trainer(method, base_model, folder):
     if method == "trl":
         from trl import SFTConfig, SFTTrainer
 
-        settings |= {"max_length": data.MAX_SEQ_LENGTH, "loss_type": "chunked_nll" if on_gpu else "nll"}
-        settings["padding_free"] = importlib.util.find_spec("flash_attn") is not None
-        args = SFTConfig(**settings)
+        # Its default loss is the chunked one.
+        padding_free = importlib.util.find_spec("flash_attn") is not None
+        args = SFTConfig(**settings, max_length=data.MAX_SEQ_LENGTH, padding_free=padding_free)
         trainer = SFTTrainer(model=model, processing_class=tokenizer, args=args, train_dataset=train_rows, peft_config=lora)
     else:
         trainer = Trainer(

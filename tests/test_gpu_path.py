@@ -3,8 +3,10 @@
 import json
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 from gpu_workplace import finish, start_module, start_training
+
+from tests import gpu_check
 
 
 def run_module(*arguments, cwd):
@@ -24,6 +26,21 @@ def test_what_we_pass_binds_to_the_signatures_of_the_gpu_path():
     assert found["changed"] == ["report_to"] and found["said"] == ""
     assert found["unset_differing_defaults"] == []
     assert found["fp16"] and not found["bf16"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_steps_of_the_gpu_check_run_on_a_cpu(tmp_path):
+    """All but those that have no code for a CPU; with tiny models, so that its figures mean nothing."""
+    ran = run_script("tests.gpu_check", "--rehearse", "--folder", tmp_path, "--minutes", "30", cwd=ROOT)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert found["train"]["equal_in_new_process"] and found["train"]["record"]["numbers"]["steps"] == 2
+    assert found["resume"]["resumed"] and found["resume"]["identical"]
+    assert found["answers"]["small"]["equal"] == found["answers"]["small"]["alone"] == 16
+    for step in ("kit", "typical", "tuned", "kit-16bit"):
+        assert len(found[step]["losses"]) == gpu_check.NUM_STEPS
+    assert [line.split()[0] for line in ran.stdout.splitlines() if "needs a GPU" in line] == ["fp16", "trl"]
 
 
 def read_metrics(backend, cwd):
