@@ -439,7 +439,11 @@ def describe_machine():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     memory = card.total_memory / data.GIB if card else 0
-    return {"card": card.name if card else "none", "memory_gib": memory, "driver": data.installed_gpu(), "versions": versions}
+    driver = None
+    if card:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {"card": card.name if card else "none", "memory_gib": memory, "driver": driver, "versions": versions}
 
 
 def summarise(step, results):
