@@ -494,7 +494,9 @@ def main(config):
     deadline = time.monotonic() + 60 * config.minutes
     path = config.folder / "gpu_check.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results["machine"] = describe_machine() | {"rehearsal": config.rehearse}
+    machine = describe_machine() | {"rehearsal": config.rehearse}
+    if results.get("machine") != machine:
+        results = {"machine": machine}  # figures of different machines do not compare
     print(json.dumps(results["machine"]), flush=True)
     if not config.base_model:
         # Apart, since Unsloth has to be imported before transformers.
