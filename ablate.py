@@ -4,12 +4,10 @@
     python ablate.py --rows my.jsonl               the same comparisons on your dataset
     python ablate.py --probes my_questions.jsonl   and on your questions
     python ablate.py --dry-run                     print arms and commands; writes nothing
-    python ablate.py --study training              change one factor of the kit's recipe at a time
-    python ablate.py --study decoding              every decoding of base model and latest adapter
     python ablate.py --shard 0/2                   only the first half of the arms
     python ablate.py --table                       rebuild the report from the records
 
-Writes runs/ablate/STUDY/ablation.md, ablation.png, cells.csv and cells/ARM.DECODING.jsonl. Run the
+Writes runs/ablate/NAME/ablation.md, ablation.png, cells.csv and cells/ARM.DECODING.jsonl. Run the
 same command again to resume an interrupted study.
 """
 
@@ -47,8 +45,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame, Series
 
-StudyName = Literal["all", "training", "decoding"]
-
 # --- Arms and decodings --------------------------------------------------------------------------
 
 
@@ -67,82 +63,41 @@ WEEK4 = RECIPE | {"mix": "week4", "target_modules": "attention", "epochs": 2}
 # 1% for both base models.
 WIDE_R = 42
 
-# Each arm next to `week3` or `week4` is that run with a single change, and so are those of `kit`.
+# Each arm named after `week4` is that run with a single change.
 TRAINING_ARMS: dict[str, dict[str, Any]] = {
     "week3": WEEK3,
-    "week3-native-pad": WEEK3 | {"pad": "native"},
-    "week3-week4-mix": WEEK3 | {"mix": "week4"},
-    "week3-2-epochs": WEEK3 | {"epochs": 2},
     "week4": WEEK4,
+    "fixed": RECIPE | {"epochs": 2},
+    "kit": RECIPE | {"metric_for_best_model": "answers"},
+    "week4-1-epoch": WEEK4 | {"epochs": 1},
     "week4-rebalanced": WEEK4 | {"mix": "rebalanced"},
     "week4-all-linear": WEEK4 | {"target_modules": "all-linear"},
     "week4-wide-attention": WEEK4 | {"r": WIDE_R},
-    "fixed": RECIPE | {"epochs": 2},
-    "kit": RECIPE | {"metric_for_best_model": "answers"},
-    "kit-by-loss": RECIPE,
-    "kit-chatdoctor": RECIPE | {"mix": "chatdoctor"},
-    "kit-week4-mix": RECIPE | {"mix": "week4"},
-    "kit-attention": RECIPE | {"target_modules": "attention"},
-    "kit-wide-attention": RECIPE | {"target_modules": "attention", "r": WIDE_R},
-    "kit-added-pad": RECIPE | {"pad": "added"},
 }
 # Each equals another arm except for the mix, which --rows replaces.
-MIX_ARMS = """week3-week4-mix week4-rebalanced week4-all-linear kit-chatdoctor
-    kit-week4-mix""".split()
+MIX_ARMS = ("week4-rebalanced", "week4-all-linear")
 # Arms that also answer the probes at each evaluation, which takes as long as their training does.
 EVALUATED_BY_ANSWERS = ("week3", "week4", "fixed", "kit")
-UNTRAINED = ("base", "adapter")
+MAX_EVALUATION_PROBES = 26
 
 _COLLAPSE, _FIX = DECODINGS["story-collapse"], DECODINGS["story-fix"]
+MAIN_DECODINGS = ("story-collapse", "story-fix", "kit")
+# Those that differ only in cap or stop are cut from the same generation and cost nothing.
 DECODING_ARMS: dict[str, Decoding] = {
-    **DECODINGS,
+    **{name: DECODINGS[name] for name in ("plain", *MAIN_DECODINGS)},
     "collapse-no-ban": dataclasses.replace(_COLLAPSE, no_repeat_ngram_size=0, count_prompt=False),
-    "collapse-penalty": dataclasses.replace(_COLLAPSE, repetition_penalty=1.3),
     "collapse-stop": dataclasses.replace(_COLLAPSE, stop="end-of-turn"),
     "collapse-cap-128": dataclasses.replace(_COLLAPSE, max_new_tokens=128),
-    "fix-answer-only": dataclasses.replace(_FIX, count_prompt=False),
     "fix-cap-128": dataclasses.replace(_FIX, max_new_tokens=128),
     "plain-cap-128": Decoding(max_new_tokens=128),
-    "plain-cap-512": Decoding(max_new_tokens=512),
-    "plain-no-stop": Decoding(stop="never"),
-    "ngram-6": Decoding(no_repeat_ngram_size=6, count_prompt=True),
-    "ngram-8": Decoding(no_repeat_ngram_size=8, count_prompt=True),
-    "penalty-1.1-prompt": Decoding(repetition_penalty=1.1, count_prompt=True),
 }
-MAIN_DECODINGS = ("story-collapse", "story-fix", "kit")
-# Decodings that differ only in cap or stop are cut from the same generation and cost nothing.
-_STORY = ("plain", "week3", *MAIN_DECODINGS, "collapse-no-ban", "collapse-penalty", "collapse-stop")
-_STORY += ("collapse-cap-128", "fix-answer-only", "fix-cap-128", "plain-cap-128")
-
-# The decodings of each arm: `base` is the base model, `adapter` that of --adapter, and every other
-# name a training run.
-STUDIES: dict[StudyName, dict[str, tuple[str, ...]]] = {
-    "all": {
-        "base": _STORY,
-        "week3": _STORY,
-        "week3-native-pad": MAIN_DECODINGS,
-        "week3-week4-mix": MAIN_DECODINGS,
-        "week3-2-epochs": MAIN_DECODINGS,
-        "week4": _STORY,
-        "week4-rebalanced": MAIN_DECODINGS,
-        "week4-all-linear": MAIN_DECODINGS,
-        "week4-wide-attention": MAIN_DECODINGS,
-        "fixed": _STORY,
-        "kit": MAIN_DECODINGS,
-    },
-    "training": dict.fromkeys(
-        """base kit-by-loss kit-chatdoctor kit-week4-mix kit-attention kit-wide-attention
-        kit-added-pad fixed""".split(),
-        ("plain", *MAIN_DECODINGS),
-    ),
-    "decoding": dict.fromkeys(UNTRAINED, tuple(DECODING_ARMS)),
+# The decodings of each arm. `base` is the base model, every other name a training run.
+ARMS: dict[str, tuple[str, ...]] = {
+    name: tuple(DECODING_ARMS) if name in ("base", *EVALUATED_BY_ANSWERS) else MAIN_DECODINGS
+    for name in ("base", *TRAINING_ARMS)
 }
 # The answers to the first question that the report shows side by side.
-SIDE_BY_SIDE: dict[StudyName, tuple[tuple[str, str], ...]] = {
-    "all": (("week3", "week3"), ("week4", "story-collapse"), ("fixed", "story-fix")),
-    "training": (("base", "kit"), ("kit-week4-mix", "kit"), ("kit-by-loss", "kit")),
-    "decoding": tuple(("adapter", name) for name in MAIN_DECODINGS),
-}
+SIDE_BY_SIDE = (("week3", "plain"), ("week4", "story-collapse"), ("fixed", "story-fix"))
 # Asked first: the story's five, then five with prompts of the same padded length.
 FIRST_PROBES = """type-2-diabetes hypertension iron-deficiency malaria heart-attack migraine asthma
     stroke meningitis cystitis""".split()
@@ -157,19 +112,16 @@ REPEATED_TOKENS = 64
 class AblateConfig(data.RowsFlags):
     """Flags of ablate.py."""
 
-    study: StudyName = "all"
-    """`all`: the story; `training`: single factors of the kit's recipe; `decoding`: every decoding
-    of base model and one adapter."""
     name: str | None = None
-    """Name of the study's folder. Unset: made of --study, --rows and --probes."""
-    adapter: str | None = None
-    """Adapter folder or hub id for --study decoding. Unset: that of the last finished run."""
+    """Name of the study's folder. Unset: `story`, and the names of --rows and other files."""
     seeds: int = 1
-    """How many times each run is trained and sampled answers are drawn, with different seeds."""
+    """How many times each run is trained, with different seeds."""
     num_rows: int | None = None
     """Training rows of each run. Unset: the profile's."""
     num_probes: int | None = None
     """Number of probe questions; the story's five come first. Unset: the profile's."""
+    eval_every: float | None = None
+    """Share of the steps between two evaluations that answer probes. Unset: the profile's."""
     shard: str = "0/1"
     """Run only part I of N of the arms, as I/N with I from 0: one part per GPU or SLURM task."""
     workers: int | None = None
@@ -182,8 +134,6 @@ class AblateConfig(data.RowsFlags):
     """Print arms, commands and counts, and stop. Writes nothing."""
     table: bool = False
     """Rebuild report and picture from the records, and run nothing."""
-    save_best: bool = False
-    """At the end, store the decoding with the best answers in the adapter that gave them."""
     answer: str | None = None
     """Only ask this arm, whose training is complete. Used by the study itself."""
 
@@ -201,24 +151,20 @@ class AblateConfig(data.RowsFlags):
         shard = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.shard)
         if not shard or int(shard[1]) >= int(shard[2]):
             problems.append(f"--shard {self.shard}: expected I/N with I from 0 to N - 1.")
-        if self.adapter and self.study != "decoding":
-            problems.append(f"--adapter {self.adapter} is for --study decoding.")
-        for name in ("rows", "system_prompt", "num_rows"):
-            if self.study == "decoding" and getattr(self, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                problems.append(f"{flag}: only for studies that train, not for --study decoding.")
-        if self.dry_run and (self.table or self.save_best):
-            problems.append(
-                "--table or --save-best writes files, and --dry-run writes none. "
-                "Give one of the two."
-            )
+        if self.rows and (self.conversational or self.encyclopedic):
+            problems.append("--rows replaces the mix. Remove it, or the sources of the mix.")
+        if not 0 < (self.eval_every or 0.5) < 1:
+            problems.append(f"--eval-every {self.eval_every}: expected a share between 0 and 1.")
+        if self.dry_run and self.table:
+            problems.append("--table writes files, and --dry-run writes none. Give one of the two.")
         if problems:
             raise ValueError("\n".join(problems))
 
     @property
     def folder(self) -> Path:
         """The study's folder."""
-        parts = [self.study, *(train.name_rows(each) for each in (self.rows, self.probes) if each)]
+        sources = (self.rows, self.conversational, self.encyclopedic, self.probes)
+        parts = ["story", *(train.name_rows(each) for each in sources if each)]
         return infer.RUNS / "ablate" / (self.name or "-".join(parts))
 
 
@@ -229,16 +175,14 @@ class Arm:
     id: str
     """Name of its run, and the first part of its cells' names."""
     name: str
-    """`base`, `adapter`, or a name in `TRAINING_ARMS`."""
+    """`base`, or a name in `TRAINING_ARMS`."""
     seed: int
-    """Added to train.py's own seed, and the seed of sampled answers."""
+    """Added to train.py's own seed."""
     decodings: Mapping[str, Decoding]
     flags: tuple[str, ...] | None = None
     """Flags of train.py; None if nothing is trained."""
     adapter: Path | None = None
     """The adapter's folder; None for the base model."""
-    adapter_sha256: str | None = None
-    """Digest of the weights, if the adapter exists already."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +201,7 @@ class Study:
         """Digest of everything that a cell's answers and verdicts depend on."""
         values = [
             dataclasses.asdict(arm.decodings[decoding]),
-            (arm.name, arm.seed, arm.adapter_sha256, arm.flags and [*arm.flags, self.sources]),
+            (arm.name, arm.seed, arm.flags and [*arm.flags, self.sources]),
             (self.profile.name, self.profile.base_model, self.system_prompt),
             [dataclasses.asdict(probe) for probe in self.probes],
             {name: check.threshold for name, check in infer.CHECKS.items()},
@@ -278,6 +222,25 @@ class Study:
             if found != expected:
                 missing.append(name)
         return missing
+
+    def format_plan(self, arms: Sequence[Arm]) -> str:
+        """Arms, decodings, commands and counts as plain text."""
+        width = max(len(arm.id) for arm in self.arms)
+        lines, commands, left = [], [], 0
+        for arm in arms:
+            count, missing = len(arm.decodings), len(self.missing(arm))
+            names = ", ".join(arm.decodings)
+            lines.append(
+                f"{arm.id:<{width}}  {count - missing:>2} of {count:>2} cells done  {names}"
+            )
+            if arm.flags:
+                commands.append(f"python train.py {shlex.join(self.train_flags(arm))}")
+            left += missing
+        cells = sum(len(arm.decodings) for arm in arms)
+        end = f"{cells} cells of {len(self.probes)} questions, {left} to do, in {self.folder}"
+        return "\n".join(
+            [*lines, "", *commands, "", Comparison.describe_power(len(self.probes)), end]
+        )
 
 
 def training_flags(
@@ -303,67 +266,39 @@ def make_study(config: AblateConfig) -> Study:
     """The study that the flags describe.
 
     Raises:
-        UsageError: as `data.resolve_profile`; or rows or adapter cannot be used.
+        UsageError: as `data.resolve_profile`; or the rows cannot be used.
     """
     sources: dict[str, str] = {}
     given = {each.name: getattr(config, each.name) for each in dataclasses.fields(data.RowsFlags)}
     given = {name: value for name, value in given.items() if value != getattr(data.RowsFlags, name)}
-    if config.study == "decoding":
-        adapter = infer.find_adapter(config.adapter) if config.adapter else infer.latest_adapter()
-        checked = infer.check_adapter(adapter, config.profile, config.base_model)
-        profile, system_prompt = checked.profile, checked.record.system_prompt
-    else:
-        profile = data.resolve_profile(config.profile, config.base_model)
-        system_prompt = config.system_prompt or data.SYSTEM_PROMPT
-        for name in ("rows",) if config.rows else ("conversational", "encyclopedic"):
-            sources[name] = config.rows or getattr(profile, name)
-            if Path(sources[name]).is_file():
-                sources[name] = hashlib.sha256(Path(sources[name]).read_bytes()).hexdigest()
+    profile = data.resolve_profile(config.profile, config.base_model)
+    system_prompt = config.system_prompt or data.SYSTEM_PROMPT
+    for name in ("rows",) if config.rows else ("conversational", "encyclopedic"):
+        sources[name] = getattr(config, name) or getattr(profile, name)
+        if Path(sources[name]).is_file():
+            sources[name] = hashlib.sha256(Path(sources[name]).read_bytes()).hexdigest()
     if config.rows:
         system_prompt = data.RowsConfig(**given).load(profile).system_prompt
-    if config.base_model:
-        given["base_model"] = config.base_model
-    arms = []
-    studied = itertools.product(STUDIES[config.study].items(), range(config.seeds))
-    for (name, decodings), seed in studied:
-        own = {
-            each: dataclasses.replace(DECODING_ARMS[each], sampling_seed=seed)
-            for each in decodings
-            # Of an untrained arm only sampled answers differ from seed to seed.
-            if not seed or name not in UNTRAINED or DECODING_ARMS[each].temperature
-        }
-        arm_id = f"{name}-seed{seed}" if seed else name
-        flags = folder = sha256 = None
-        if name == "adapter":
-            folder, sha256 = checked.folder, checked.sha256
-        elif name != "base":
-            rows = config.num_rows or profile.ablation_rows
-            flags = training_flags(name, profile, seed, rows, given)
-            folder = config.folder / "runs" / arm_id / "adapter"
-        if own and not (config.rows and name in MIX_ARMS):
-            arms.append(Arm(arm_id, name, seed, own, flags, folder, sha256))
+    given |= {n: getattr(config, n) for n in ("base_model", "eval_every") if getattr(config, n)}
     probes = infer.read_probes(config.probes)
     if not config.probes:
         places = {name: place for place, name in enumerate(FIRST_PROBES)}
         probes.sort(key=lambda probe: places.get(probe.id, len(places)))
     probes = probes[: config.num_probes or profile.ablation_probes]
+    given["num_probes"] = min(len(probes), MAX_EVALUATION_PROBES)
+    arms = []
+    for (name, decodings), seed in itertools.product(ARMS.items(), range(config.seeds)):
+        own = {each: DECODING_ARMS[each] for each in decodings}
+        arm_id = f"{name}-seed{seed}" if seed else name
+        if name == "base":
+            arms += [Arm(arm_id, name, seed, own)] * (not seed)
+        elif not (config.rows and name in MIX_ARMS):
+            rows = config.num_rows or profile.ablation_rows
+            flags = training_flags(name, profile, seed, rows, given)
+            arms.append(
+                Arm(arm_id, name, seed, own, flags, config.folder / "runs" / arm_id / "adapter")
+            )
     return Study(config.folder, profile, tuple(arms), tuple(probes), system_prompt, sources)
-
-
-def format_plan(study: Study, arms: Sequence[Arm]) -> str:
-    """Arms, decodings, commands and counts as plain text."""
-    width = max(len(arm.id) for arm in study.arms)
-    lines, commands, left = [], [], 0
-    for arm in arms:
-        count, missing = len(arm.decodings), len(study.missing(arm))
-        names = ", ".join(arm.decodings)
-        lines.append(f"{arm.id:<{width}}  {count - missing:>2} of {count:>2} cells done  {names}")
-        if arm.flags:
-            commands.append(f"python train.py {shlex.join(study.train_flags(arm))}")
-        left += missing
-    cells = sum(len(arm.decodings) for arm in arms)
-    end = f"{cells} cells of {len(study.probes)} questions, {left} to do, in {study.folder}"
-    return "\n".join([*lines, "", *commands, "", end])
 
 
 # --- Running -------------------------------------------------------------------------------------
@@ -544,20 +479,6 @@ def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
 # --- Records -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Records:
-    """A study as it was recorded."""
-
-    about: Mapping[str, Any]
-    """study.json: the command, the questions and the arms."""
-    answers: DataFrame
-    """One row per answer, see `flatten_answer`; in the order of the report."""
-    runs: DataFrame
-    """One row per training run, see `read_run`."""
-    failures: Mapping[str, str]
-    """Why arms failed, by their id."""
-
-
 def read_cell(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file. Raises OSError or ValueError if it is missing, cut or broken."""
     with path.open(encoding="utf-8") as file:
@@ -612,57 +533,88 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def read_records(folder: Path) -> Records:
-    """The study's records; cells of other settings are left out.
+@dataclass(frozen=True)
+class Records:
+    """A study as it was recorded."""
 
-    Raises:
-        UsageError: there are none, or one is broken.
-    """
-    from pandas import DataFrame
+    about: Mapping[str, Any]
+    """study.json: the command, the questions and the arms."""
+    answers: DataFrame
+    """One row per answer, see `flatten_answer`; in the order of the report."""
+    runs: DataFrame
+    """One row per training run, see `read_run`."""
+    failures: Mapping[str, str]
+    """Why arms failed, by their id."""
+    readings: DataFrame
+    """readings.csv, if there is one: for each reader and pair of answers of a training run, the
+    arm, the question, the metric that selects the second answer's step, and the vote: 1 for the
+    answer at the step that answers select, -1 for the other, 0 for neither."""
 
-    path = folder / "study.json"
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist. Run the study first: python ablate.py")
-    answers, runs, failures = [], [], {}
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        texts = (about["command"], about["base_model"], *about["questions"])
-        if about["study"] not in STUDIES or not all(isinstance(each, str) for each in texts):
-            raise ValueError("it describes no study")
-        for arm_id, (arm, seed, cells) in about["arms"].items():
-            if arm not in (*UNTRAINED, *TRAINING_ARMS) or not cells.keys() <= DECODING_ARMS.keys():
-                raise ValueError(f"unknown arm {arm_id}")
-            path = folder / "failures" / f"{arm_id}.txt"
+    @classmethod
+    def read(cls, folder: Path) -> Records:
+        """The study's records; cells of other settings are left out.
+
+        Raises:
+            UsageError: there are none, or one is broken.
+        """
+        from pandas import DataFrame, read_csv
+
+        path = folder / "study.json"
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist. Run the study first: python ablate.py")
+        answers, runs, failures = [], [], {}
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            texts = (about["command"], about["base_model"], *about["questions"])
+            if not all(isinstance(each, str) for each in texts):
+                raise ValueError("it describes no study")
+            for arm_id, (arm, seed, cells) in about["arms"].items():
+                if arm not in ARMS or not cells.keys() <= DECODING_ARMS.keys():
+                    raise ValueError(f"unknown arm {arm_id}")
+                path = folder / "failures" / f"{arm_id}.txt"
+                if path.is_file():
+                    failures[arm_id] = path.read_text(encoding="utf-8")
+                found = len(answers)
+                for decoding, settings in cells.items():
+                    path = folder / "cells" / f"{arm_id}.{decoding}.jsonl"
+                    lines = read_cell(path) if path.is_file() else []
+                    if lines and lines[0].get("settings") == settings:
+                        answers += [flatten_answer(line, place) for place, line in enumerate(lines)]
+                path = folder / "runs" / arm_id
+                if len(answers) > found and (path / "run.json").is_file():
+                    runs.append({"arm": arm, "seed": seed, **read_run(path)})
+            path, columns = folder / "readings.csv", ["reader", "arm", "metric", "question", "vote"]
+            readings = DataFrame(columns=columns)
             if path.is_file():
-                failures[arm_id] = path.read_text(encoding="utf-8")
-            found = len(answers)
-            for decoding, settings in cells.items():
-                path = folder / "cells" / f"{arm_id}.{decoding}.jsonl"
-                lines = read_cell(path) if path.is_file() else []
-                if lines and lines[0].get("settings") == settings:
-                    answers += [flatten_answer(line, place) for place, line in enumerate(lines)]
-            path = folder / "runs" / arm_id
-            if len(answers) > found and (path / "run.json").is_file():
-                runs.append({"arm": arm, "seed": seed, **read_run(path)})
-        path = folder / "cells"
-        table = DataFrame(answers)
-        if answers:
-            # Of decodings that differ only in cap or stop, only the first counts as an observation.
-            names = table.decoding.unique()
-            requests = [infer.Request("", DECODING_ARMS[name]) for name in names]
-            distinct = [names[places[0]] for places in infer.merge_requests(requests)]
-            table["distinct"] = table.decoding.isin(distinct)
-    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path} is a broken record ({error!r}). Remove it; the same command (without --table) "
-            "makes it again."
-        ) from None
-    if not answers:
-        reasons = "".join(f"\n{arm}: {reason}" for arm, reason in failures.items())
-        raise UsageError(f"{folder} has no finished cells. Run python ablate.py first.{reasons}")
-    return Records(
-        about, table, DataFrame(runs, columns=None if runs else ["arm", "eval_loss"]), failures
-    )
+                readings = read_csv(path)[columns]
+                readings["vote"] = readings.vote.map({-1: -1, 0: 0, 1: 1}).astype(int)
+            path = folder / "cells"
+            table = DataFrame(answers)
+            if answers:
+                # Of decodings that differ only in cap or stop, only the first counts.
+                names = table.decoding.unique()
+                requests = [infer.Request("", DECODING_ARMS[name]) for name in names]
+                distinct = [names[places[0]] for places in infer.merge_requests(requests)]
+                table["distinct"] = table.decoding.isin(distinct)
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            OSError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise UsageError(
+                f"{path} is a broken record ({error!r}). Remove it; the same command (without "
+                "--table) makes it again."
+            ) from None
+        if not answers:
+            reasons = "".join(f"\n{arm}: {reason}" for arm, reason in failures.items())
+            raise UsageError(
+                f"{folder} has no finished cells. Run python ablate.py first.{reasons}"
+            )
+        runs = DataFrame(runs, columns=None if runs else ["arm", "eval_loss"])
+        return cls(about, table, runs, failures, readings)
 
 
 # --- Statistics ----------------------------------------------------------------------------------
@@ -696,17 +648,23 @@ def pair(answers: DataFrame, one: Mapping[str, str], other: Mapping[str, str]) -
     if "decoding" not in one:
         answers = answers[answers.distinct]
     first, second = select(answers, **one), select(answers, **other)
-    if other.get("arm") in UNTRAINED:
+    if other.get("arm") == "base":
         keys.remove("seed")
         second = second[second.seed == 0]
     return first.merge(second, on=keys, suffixes=("", "_other"))
+
+
+# The smallest net share of questions that matters. A claim is `not shown` if the interval of a net
+# share excludes it, and `undecidable` if the questions are too few for that.
+RELEVANT = 0.2
 
 
 class Comparison:
     """Pairs of answers, at least one, compared by the column `outcome`, question by question.
 
     Answers of several arms, decodings or seeds to one question are not independent, so each
-    question counts once, by the sum of its differences.
+    question counts once, by the sum of its differences. The effect is the net share of questions:
+    those with more of the outcome, less those with fewer.
     """
 
     def __init__(self, pairs: DataFrame, outcome: str) -> None:
@@ -728,18 +686,55 @@ class Comparison:
             return 0
         return 1 if self.larger > self.smaller else -1
 
+    @property
+    def net(self) -> tuple[float, float, float]:
+        """The net share of questions in [-1, 1], and its 95% interval (Agresti and Min 2005: half
+        an observation is added to each cell of the table of pairs)."""
+        net, size = self.larger - self.smaller, self.questions + 2
+        spread = 1.96 * math.sqrt(self.larger + self.smaller + 1 - net**2 / size)
+        return net / self.questions, (net - spread) / size, (net + spread) / size
+
     def describe(self, one: str, other: str) -> str:
-        """Both means, n and p."""
+        """Both means, n, the effect with its interval, and p."""
         return (
             f"{self.outcome.replace('_', ' ')}: {one} {self.first:.3g}, {other} {self.second:.3g} "
             f"(means of {self.pairs} pairs; +{self.larger} -{self.smaller} of {self.questions} "
-            f"questions, p = {self.p:.2g})"
+            f"questions, {self.describe_net()}, p = {self.p:.2g})"
         )
+
+    def describe_net(self) -> str:
+        """The effect with its interval."""
+        return "net {:+.0%} [{:+.0%}, {:+.0%}]".format(*self.net)
+
+    @staticmethod
+    def detectable_net(questions: int, changed: float) -> float:
+        """The smallest net share of questions that the sign test finds with a power of 80%, if its
+        outcome changes for the share `changed` of them; infinite if it finds none."""
+        from scipy.stats import binom, binomtest
+
+        trials = round(questions * changed)
+        for least in range(trials // 2, trials + 1):
+            if trials and binomtest(least, trials).pvalue < 0.05:
+                shares = (place / 1000 for place in range(500, 1001))
+                share = next(each for each in shares if binom.sf(least - 1, trials, each) >= 0.8)
+                return (2 * share - 1) * changed
+        return math.inf
+
+    @classmethod
+    def describe_power(cls, questions: int) -> str:
+        """What a study of so many questions can find, in one sentence."""
+        parts = []
+        for changed in (0.2, 0.5, 1.0):
+            net = cls.detectable_net(questions, changed)
+            parts.append(
+                f"{net:.0%} if {changed:.0%} change" if net < 1 else f"none if {changed:.0%}"
+            )
+        return f"net share that {questions} questions find with 80% power: {', '.join(parts)}"
 
 
 # --- Claims --------------------------------------------------------------------------------------
 
-Verdict = Literal["shown", "not shown", "the opposite", "not run"]
+Verdict = Literal["shown", "not shown", "undecidable", "the opposite", "not run"]
 Result = tuple[Verdict, str]
 NOT_RUN: Result = ("not run", "the study does not have these cells")
 
@@ -761,65 +756,64 @@ class Query:
     is_harm: bool = False
     """Whether this outcome counts against the claim."""
 
-    def run(self, answers: DataFrame) -> Comparison | None:
-        """The comparison, or None if no answer has a partner."""
+    @property
+    def sense(self) -> int:
+        """1 if the query is for more, -1 if for fewer."""
+        return 1 if self.direction == "more" else -1
+
+    def pairs(self, answers: DataFrame) -> DataFrame:
+        """The pairs of answers, see `pair`."""
         one, other = {self.by: self.one}, {self.by: self.other}
         if self.decoding:
             one["decoding"] = other["decoding"] = self.decoding
         if self.trained:
-            answers = answers[~answers.arm.isin(UNTRAINED)]
-        pairs = pair(answers, one, other)
+            answers = answers[answers.arm != "base"]
+        return pair(answers, one, other)
+
+    def run(self, answers: DataFrame) -> Comparison | None:
+        """The comparison, or None if no answer has a partner."""
+        pairs = self.pairs(answers)
         return Comparison(pairs, self.outcome) if len(pairs) else None
 
 
-def compare_answers(
-    *queries: Query, otherwise: Sequence[Query] = ()
-) -> Callable[[Records], Result]:
-    """A check by queries, or if the study does not have their cells, by those of `otherwise`.
+def decide(found: Sequence[tuple[Query, Comparison]]) -> Verdict:
+    """The verdict of a claim's queries.
 
     Shown if every query that is not a harm shows, and no harm does; the opposite if every query
-    shows the other way, or a harm does and no query shows. Otherwise not shown.
+    shows the other way, or a harm does and no query shows. Otherwise not shown, if a harm shows or
+    a query's interval excludes `RELEVANT`; and undecidable, if none does.
     """
+    wanted = [(each, query.sense) for query, each in found if not query.is_harm]
+    signs = {each.sign * sense for each, sense in wanted}
+    harm = any(each.sign == query.sense for query, each in found if query.is_harm)
+    if signs == {1} and not harm:
+        return "shown"
+    if signs == {-1} or (harm and 1 not in signs):
+        return "the opposite"
+    is_absent = any(max(sense * end for end in each.net[1:]) < RELEVANT for each, sense in wanted)
+    return "not shown" if harm or is_absent else "undecidable"
+
+
+def compare_answers(*queries: Query) -> Callable[[Records], Result]:
+    """A check by queries, see `decide`."""
 
     def check(records: Records) -> Result:
         found = [(query, query.run(records.answers)) for query in queries]
         if any(each is None for _, each in found):
-            return compare_answers(*otherwise)(records) if otherwise else NOT_RUN
-        signs = {False: set(), True: set()}  # of the queries that are a harm, and of the others
-        for query, each in found:
-            signs[query.is_harm].add(each.sign if query.direction == "more" else -each.sign)
-        wanted, harm = signs[False], 1 in signs[True]
-        verdict = "not shown"
-        if wanted == {1} and not harm:
-            verdict = "shown"
-        elif wanted == {-1} or (harm and 1 not in wanted):
-            verdict = "the opposite"
-        texts = [each.describe(query.one, query.other) for query, each in found]
-        return verdict, "; ".join(texts)
-
-    return check
-
-
-def majority(arm: str, decoding: str, outcome: str) -> Callable[[Records], Result]:
-    """A check: is the interval of a share above one half? Below, the opposite is shown."""
-
-    def check(records: Records) -> Result:
-        outcomes = select(records.answers, arm=arm, decoding=decoding)[outcome]
-        if outcomes.empty:
             return NOT_RUN
-        low, high = interval(outcomes)
-        verdict = "shown" if low > 0.5 else "the opposite" if high < 0.5 else "not shown"
-        name = outcome.replace("_", " ")
-        return verdict, f"{name}: {arm} under {decoding} {format_share(outcomes)}"
+        texts = [each.describe(query.one, query.other) for query, each in found]
+        return decide(found), "; ".join(texts)
 
     return check
+
+
+WORSE = Query("arm", "week4", "base", "sound_and_ended", "fewer", "story-collapse")
 
 
 def check_loss(records: Records) -> Result:
     """C1: the loss fell, and there are fewer sound and ended answers than of the base model."""
-    query = Query("arm", "week4", "base", "sound_and_ended", "fewer", "story-collapse")
     runs = select(records.runs, arm="week4")
-    verdict, text = compare_answers(query)(records)
+    verdict, text = compare_answers(WORSE)(records)
     if verdict == "not run" or runs.empty:
         return NOT_RUN
     before, after = runs.eval_loss_before.mean(), runs.eval_loss.mean()
@@ -851,36 +845,28 @@ def check_cap(records: Records) -> Result:
     )
     if pairs.empty:
         return NOT_RUN
-    found = Comparison(pairs, "unsound")
-    verdict = {1: "the opposite", 0: "not shown", -1: "shown"}[found.sign]
-    text = found.describe("smaller cap", "larger cap")
+    query = Query("decoding", "smaller cap", "larger cap", "unsound", "fewer")
+    found = Comparison(pairs, query.outcome)
+    text = found.describe(query.one, query.other)
     cured = (pairs.sound_and_ended & ~pairs.sound_and_ended_other).sum()
     hidden = (pairs.sound & ~pairs.ended & pairs.unsound_other).sum()
-    return verdict, f"{text}; cured {cured} answers, cut {hidden} before they became unsound"
+    text += f"; cured {cured} answers, cut {hidden} before they became unsound"
+    return decide([(query, found)]), text
 
 
 def check_pad(records: Records) -> Result:
-    """C11: the exact sizes for Llama 3.2 3B, at least 10 times as large; also those of the runs."""
+    """C11: the exact sizes for Llama 3.2 3B, at least 10 times as large."""
     sizes = [
         train.count_adapter(data.PROFILES["t4"].architecture, "attention", 16, dtype)[1]
         for dtype in (None, "float16", "float32")
     ]
     text = "Llama 3.2 3B: {:,} bytes; with an added token {:,} (16-bit), {:,} (fp32)".format(*sizes)
-    for added, native in (("week3", "week3-native-pad"), ("kit-added-pad", "kit-by-loss")):
-        runs = [select(records.runs, arm=name) for name in (added, native)]
-        if all(len(each) for each in runs):
-            own = [each.adapter_bytes.mean() for each in runs]
-            text += f"; {added} {own[0]:,.0f}, {native} {own[1]:,.0f}"
     return ("shown" if sizes[1] >= 10 * sizes[0] else "not shown"), text
 
 
 def check_bytes(records: Records) -> Result:
     """C13: greedy answers that were repeated in another batch have the same tokens."""
-    cells = records.answers[(records.answers.place == 0) & records.answers.distinct]
-    greedy = [name for name in cells.decoding.unique() if not DECODING_ARMS[name].temperature]
-    repeats = cells[cells.decoding.isin(greedy)].repeats
-    if repeats.empty:
-        return NOT_RUN
+    repeats = records.answers[(records.answers.place == 0) & records.answers.distinct].repeats
     text = "the first question again in another batch, equal up to "
     text += f"{REPEATED_TOKENS} tokens: {format_share(repeats)}"
     return ("shown" if repeats.all() else "the opposite"), text
@@ -892,7 +878,7 @@ def check_loss_is_blind(records: Records) -> Result:
     The pair of decodings with the smallest p is reported, after Bonferroni over all pairs.
     """
     answers = records.answers
-    names = answers[~answers.arm.isin(UNTRAINED) & answers.distinct].decoding.unique()
+    names = answers[(answers.arm != "base") & answers.distinct].decoding.unique()
     found = []
     for one, other in itertools.combinations(names, 2):
         query = Query("decoding", one, other, "sound_and_ended", trained=True)
@@ -901,7 +887,8 @@ def check_loss_is_blind(records: Records) -> Result:
     if not found:
         return NOT_RUN
     best, query = min(found, key=lambda each: each[0].p)
-    verdict = "shown" if best.p * len(found) < 0.05 else "not shown"
+    is_absent = all(abs(end) < RELEVANT for each, _ in found for end in each.net[1:])
+    verdict = "shown" if best.p * len(found) < 0.05 else "not shown" if is_absent else "undecidable"
     text = best.describe(query.one, query.other)
     return verdict, f"{text}; smallest p of {len(found)} pairs of decodings"
 
@@ -914,81 +901,109 @@ class Claim:
     text: str
     decide: Callable[[Records], Result]
     """The verdict, and the numbers it is based on."""
+    evidence: Query | tuple[str, str, str] | None = None
+    """The comparison, or the arm, decoding and outcome, from which the report shows answers."""
+
+    @classmethod
+    def compare(cls, claim_id: str, text: str, *queries: Query) -> Claim:
+        """A claim that its queries decide."""
+        return cls(claim_id, text, compare_answers(*queries), queries[0])
+
+    @classmethod
+    def count(cls, claim_id: str, text: str, arm: str, decoding: str, outcome: str) -> Claim:
+        """A claim that is shown if the interval of a cell's share lies above one half; if it lies
+        below, the opposite is."""
+
+        def check(records: Records) -> Result:
+            outcomes = select(records.answers, arm=arm, decoding=decoding)[outcome]
+            if outcomes.empty:
+                return NOT_RUN
+            low, high = interval(outcomes)
+            verdict = "shown" if low > 0.5 else "the opposite" if high < 0.5 else "undecidable"
+            name = outcome.replace("_", " ")
+            return verdict, f"{name}: {arm} under {decoding} {format_share(outcomes)}"
+
+        return cls(claim_id, text, check, (arm, decoding, outcome))
 
 
 # Claims about the story's own questions.
 ABOUT_QUESTIONS = ("C2", "C6", "C12")
 CLAIMS = (
-    Claim("C1", "Eval loss fell and the model got worse.", check_loss),
-    Claim(
+    Claim("C1", "Eval loss fell and the model got worse.", check_loss, WORSE),
+    Claim.count(
         "C2",
         "Under greedy decoding with the n-gram ban, most answers of `week4` are unsound.",
-        majority("week4", "story-collapse", "unsound"),
+        "week4",
+        "story-collapse",
+        "unsound",
     ),
-    Claim(
+    Claim.compare(
         "C3",
         "`no_repeat_ngram_size=3` causes drift.",
-        compare_answers(Query("decoding", "story-collapse", "collapse-no-ban", "drift")),
+        Query("decoding", "story-collapse", "collapse-no-ban", "drift"),
     ),
-    Claim(
+    Claim.compare(
         "C4",
         "Two epochs of 8,000 : 4,000 rows teach longer lists and fewer endings.",
-        compare_answers(
-            Query("arm", "week4", "base", "list_items"),
-            Query("arm", "week4", "base", "ended", "fewer"),
-        ),
+        Query("arm", "week4", "base", "list_items"),
+        Query("arm", "week4", "base", "ended", "fewer"),
     ),
-    Claim(
+    Claim.compare(
         "C5",
         "A mix of 85 : 15 rows gives more sound and ended answers.",
-        compare_answers(
-            Query("arm", "week4-rebalanced", "week4", "sound_and_ended"),
-            otherwise=[Query("arm", "kit-by-loss", "kit-week4-mix", "sound_and_ended")],
-        ),
+        Query("arm", "week4-rebalanced", "week4", "sound_and_ended"),
     ),
-    Claim(
+    Claim.compare(
         "C6",
         "LoRA on the feed-forward layers too names more facts, also at equal parameters.",
-        compare_answers(
-            Query("arm", "week4-all-linear", "week4", "points"),
-            Query("arm", "week4-all-linear", "week4-wide-attention", "points"),
-            otherwise=[
-                Query("arm", "kit-by-loss", "kit-attention", "points"),
-                Query("arm", "kit-by-loss", "kit-wide-attention", "points"),
-            ],
-        ),
+        Query("arm", "week4-all-linear", "week4", "points"),
+        Query("arm", "week4-all-linear", "week4-wide-attention", "points"),
     ),
-    Claim(
+    Claim.compare(
         "C7",
         "Removing the n-gram ban gives more sound and ended answers.",
-        compare_answers(Query("decoding", "collapse-no-ban", "story-collapse", "sound_and_ended")),
+        Query("decoding", "collapse-no-ban", "story-collapse", "sound_and_ended"),
     ),
     Claim("C8", "The explicit end-of-turn token ends more answers soundly.", check_stop),
-    Claim(
+    Claim.compare(
         "C9",
         "`repetition_penalty=1.3` reduces loops and does no harm.",
-        compare_answers(
-            Query("decoding", "story-fix", "plain", "loops", "fewer"),
-            Query("decoding", "story-fix", "plain", "sound_and_ended", "fewer", is_harm=True),
-            Query("decoding", "story-fix", "plain", "drift", is_harm=True),
-        ),
+        Query("decoding", "story-fix", "plain", "loops", "fewer"),
+        Query("decoding", "story-fix", "plain", "sound_and_ended", "fewer", is_harm=True),
+        Query("decoding", "story-fix", "plain", "drift", is_harm=True),
     ),
-    Claim("C10", "A smaller `max_new_tokens` gives fewer unsound answers.", check_cap),
-    Claim("C11", "An added pad token makes the adapter 10 times as large.", check_pad),
     Claim(
+        "C10",
+        "A smaller `max_new_tokens` gives fewer unsound answers.",
+        check_cap,
+        Query("decoding", "collapse-cap-128", "story-collapse", "unsound", "fewer"),
+    ),
+    Claim("C11", "An added pad token makes the adapter 10 times as large.", check_pad),
+    Claim.count(
         "C12",
         "After the fixes, most answers of `fixed` are sound and ended.",
-        majority("fixed", "story-fix", "sound_and_ended"),
+        "fixed",
+        "story-fix",
+        "sound_and_ended",
     ),
     Claim("C13", "Greedy decoding repeats its bytes.", check_bytes),
-    Claim(
+    Claim.compare(
         "C14",
         "The fixed decoding alone makes trained models answer soundly.",
-        compare_answers(
-            Query("decoding", "story-fix", "story-collapse", "sound_and_ended", trained=True)
-        ),
+        Query("decoding", "story-fix", "story-collapse", "sound_and_ended", trained=True),
     ),
     Claim("C15", "One eval loss goes with different answers.", check_loss_is_blind),
+)
+
+
+# Single changes, of which the report says which one matters most.
+CHANGES = (
+    Query("decoding", "collapse-no-ban", "story-collapse", "sound_and_ended", trained=True),
+    Query("decoding", "story-fix", "story-collapse", "sound_and_ended", trained=True),
+    Query("decoding", "kit", "story-collapse", "sound_and_ended", trained=True),
+    Query("arm", "week4-rebalanced", "week4", "sound_and_ended"),
+    Query("arm", "week4-all-linear", "week4", "sound_and_ended"),
+    Query("arm", "week4-1-epoch", "week4", "sound_and_ended"),
 )
 
 
@@ -1063,28 +1078,26 @@ def list_cells(records: Records) -> DataFrame:
 
 
 def list_main_cells(records: Records) -> DataFrame:
-    """Arms x main decodings: sound and ended answers as text, or why there are none.
-
-    Of the study of decodings: all its decodings x arms.
-    """
+    """Arms x main decodings: sound and ended answers as text, or why there are none."""
     about, answers = records.about, records.answers
     arms = dict.fromkeys(arm for arm, _, _ in about["arms"].values())
-    decodings = [*(["plain"] if about["study"] == "training" else []), *MAIN_DECODINGS]
-    if about["study"] == "decoding":
-        decodings = [name for name in DECODING_ARMS if name in set(answers.decoding)]
     cells = answers.groupby(["arm", "decoding"]).sound_and_ended.agg(format_share).unstack()
-    cells = cells.reindex(index=list(arms), columns=decodings).astype(object)
+    cells = cells.reindex(index=list(arms), columns=list(MAIN_DECODINGS)).astype(object)
     failed = {about["arms"][arm_id][0] for arm_id in records.failures}
     for arm in arms:
         cells.loc[arm] = cells.loc[arm].fillna("failed" if arm in failed else "not run")
-    return cells.T if about["study"] == "decoding" else cells
+    return cells
 
 
 def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     """What the story got right and wrong, and which settings to use, in a few sentences."""
     lines = []
     headings = {"shown": "Shown", "the opposite": "Contradicted, the opposite is shown"}
-    headings |= {"not shown": "Not shown", "not run": "Not run"}
+    headings |= {
+        "not shown": f"Not shown, a net share of {RELEVANT:.0%} of the questions is excluded",
+        "undecidable": "Undecidable with so few questions",
+        "not run": "Not run",
+    }
     for verdict, heading in headings.items():
         own = [claim for claim in CLAIMS if results[claim.id][0] == verdict]
         text = ", ".join(claim.id for claim in own)
@@ -1120,6 +1133,23 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     return lines
 
 
+def list_changes(records: Records) -> list[list[str]]:
+    """Header and rows: the single changes that were run, the largest effect first."""
+    found = [(each, query) for query in CHANGES if (each := query.run(records.answers))]
+    found.sort(key=lambda pair: -abs(pair[0].net[0]))
+    rows = [
+        [
+            f"{query.other} to {query.one}",
+            f"{each.second:.0%} to {each.first:.0%}",
+            f"+{each.larger} -{each.smaller}",
+            each.describe_net().removeprefix("net "),
+            f"{each.p:.2g}",
+        ]
+        for each, query in found
+    ]
+    return [["change", "sound and ended", "questions", "net share", "p"], *rows] if rows else []
+
+
 def list_selections(records: Records) -> list[list[str]]:
     """Header and rows: the step each metric selects, with the sound and ended answers there.
 
@@ -1144,12 +1174,55 @@ def list_selections(records: Records) -> list[list[str]]:
     return [*rows, ["has the most", *(f"{hits[n]} of {count}" for n in hits), ""]] if count else []
 
 
+def list_readings(records: Records) -> list[list[str]]:
+    """Header and rows: how often blind readers preferred the answers at the step that answers
+    select, and how often those at the step of another metric. Empty without readings.csv.
+
+    Each answer counts once, by the sum of its readers' votes.
+    """
+    rows = []
+    for metric, own in records.readings.groupby("metric", sort=False):
+        votes = own.groupby(["arm", "question"]).vote.sum()
+        pairs = votes.reset_index().assign(question=range(len(votes)))
+        pairs = pairs.assign(better=pairs.vote > 0, better_other=pairs.vote < 0)
+        found = Comparison(pairs, "better")
+        equal = found.questions - found.larger - found.smaller
+        counts = [f"{found.larger}", f"{found.smaller}", f"{equal}"]
+        net = found.describe_net().removeprefix("net ")
+        rows.append([f"{metric} ({', '.join(own.arm.unique())})", *counts, net, f"{found.p:.2g}"])
+    header = ["against", "answers' step is better", "other step is better", "equal", "net share"]
+    return [[*header, "p"], *rows] if rows else []
+
+
+def list_examples(records: Records, results: Mapping[str, Result]) -> list[list[str]]:
+    """Header and rows: for each claim that is shown or reversed, three answers that are part of
+    the evidence, to the first questions that have one."""
+    rows = []
+    for claim in CLAIMS:
+        verdict, evidence = results[claim.id][0], claim.evidence
+        if verdict not in ("shown", "the opposite") or not evidence:
+            continue
+        sense = 1 if verdict == "shown" else -1
+        if isinstance(evidence, Query):
+            found = evidence.pairs(records.answers)
+            one, other = (found[f"{evidence.outcome}{end}"].astype(float) for end in ("", "_other"))
+            found = found[(one - other) * sense * evidence.sense > 0]
+        else:
+            arm, decoding, outcome = evidence
+            found = select(records.answers, arm=arm, decoding=decoding, **{outcome: sense == 1})
+        found = found.sort_values("place", kind="stable").drop_duplicates("question")
+        for each in found.head(3).itertuples():
+            cell = [claim.id, f"{each.arm}, {each.decoding}", each.verdict]
+            text = infer.shorten(each.text, 240)
+            rows.append([*cell, *map(escape_markdown, (each.question, text))])
+    return [["claim", "arm, decoding", "verdict", "question", "answer"], *rows] if rows else []
+
+
 def list_side_by_side(records: Records) -> list[list[str]]:
     """Header and one row: the answers of `SIDE_BY_SIDE` to the first question, with their findings
     marked. Empty if an answer is missing."""
-    names = SIDE_BY_SIDE[records.about["study"]]
     first = select(records.answers, place=0)
-    found = [select(first, arm=arm, decoding=decoding) for arm, decoding in names]
+    found = [select(first, arm=arm, decoding=decoding) for arm, decoding in SIDE_BY_SIDE]
     if any(own.empty for own in found):
         return []
     answers = [next(own.itertuples()) for own in found]
@@ -1167,8 +1240,9 @@ model, continues as another speaker, or invents a medicine. *Eval loss*: of the 
 kept, on rows held out from the sources that the arm trains on, so only arms with equal sources
 compare. C2 and C12 are decided by whether the interval of a share is above or below one half, the
 other comparisons by sign tests over the questions, p < 0.05, two-sided: `+a -b` means that the
-first has more on *a* questions and less on *b*. With few questions only large differences show.
-None of this says that an answer is medically correct, and none of it is medical advice."""
+first has more on *a* questions and less on *b*, and *net* is their difference as a share of the
+questions, with a 95% interval (Agresti and Min). None of this says that an answer is medically
+correct, and none of it is medical advice."""
 SELECTION_NOTE = """The evaluation that each metric selects, and how many of its probe answers are
 sound and ended; they have a lower token limit. `answers` ranks by sound answers, then by points."""
 
@@ -1194,27 +1268,40 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
             line += " It is about the story's questions; these are yours."
         claims.append(line)
     cells = list_main_cells(records)
-    if about["study"] != "decoding":
-        losses = records.runs.groupby("arm").eval_loss.mean().map("{:.3f}".format)
-        cells.insert(0, "eval loss", losses.reindex(cells.index).fillna(""))
+    losses = records.runs.groupby("arm").eval_loss.mean().map("{:.3f}".format)
+    cells.insert(0, "eval loss", losses.reindex(cells.index).fillna(""))
     header = [cells.index.name, *cells.columns]
     parts = [
-        f"# Ablation `{about['study']}` of {escape_markdown(about['base_model'])}",
+        f"# Ablation of {escape_markdown(about['base_model'])}",
         intro,
         "\n".join(summarise(records, results)),
         "![Verdicts, and eval loss against sound answers](ablation.png)",
         NOTES.replace("\n", " "),
         f"Sound and ended answers to {len(questions)} questions:",
         "\n".join([format_table([header, *cells.itertuples()]), "", *failures]),
+        Comparison.describe_power(len(questions)).capitalize() + ".",
         "## Claims",
         "\n".join(claims),
     ]
+    if changes := list_changes(records):
+        note = "Decodings over all trained arms, arms over all common decodings."
+        parts += ["## Single changes", note, format_table(changes)]
     if selections := list_selections(records):
         note = SELECTION_NOTE.replace("\n", " ")
         parts += ["## What each metric selects", note, format_table(selections)]
+    if readings := list_readings(records):
+        note = (
+            "Readers who saw neither arm nor step compared the answers of the two selected steps."
+        )
+        parts += ["## Blind readers", note, format_table(readings)]
     if side_by_side := list_side_by_side(records):
         note = "⟦ ⟧ mark what the findings are about. *Sound* is about form, not about facts."
         parts += [f"## {escape_markdown(questions[0])}", format_table(side_by_side), note]
+    if examples := list_examples(records, results):
+        note = (
+            "Of each claim that is shown or reversed, up to three answers to the first questions."
+        )
+        parts += ["## Evidence", note, format_table(examples)]
     machines = "".join(f"- {escape_markdown(each)}\n" for each in answers.machine.unique())
     parts.append(
         f"{machines}- `{about['command'].replace('`', ' ')}`\n"
@@ -1243,14 +1330,13 @@ def draw_picture(records: Records, path: Path) -> None:
     from matplotlib.patches import Patch
 
     cells, answers = list_main_cells(records), select(records.answers, seed=0)
-    is_decoding, size = records.about["study"] == "decoding", len(records.about["questions"])
+    size = len(records.about["questions"])
     rows, columns = list(cells.index), list(cells.columns)
     widths = [1.5 + 0.16 * size * len(columns)] + ([4.6] if len(records.runs) else [])
     figure = Figure(figsize=(sum(widths) + 1, 0.34 * len(rows) + 2), layout="constrained")
     grid, *others = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     for (line, row), (place, column) in itertools.product(enumerate(rows), enumerate(columns)):
-        arm, decoding = (column, row) if is_decoding else (row, column)
-        for answer in select(answers, arm=arm, decoding=decoding).itertuples():
+        for answer in select(answers, arm=row, decoding=column).itertuples():
             colour = next(shade for name, shade in COLOURS.values() if getattr(answer, name))
             left = place * (size + 1) + answer.place + 0.04
             grid.bar(left, 0.86, 0.92, line + 0.07, align="edge", color=colour)
@@ -1315,49 +1401,13 @@ def draw_losses(axes: Axes, records: Records) -> None:
 # --- Command -------------------------------------------------------------------------------------
 
 
-def save_best_decoding(records: Records, study: Study) -> str:
-    """Stores the decoding of the best cell in the adapter that answered; returns what was done.
-
-    Best is the largest share of sound and ended answers, then most points, then fewest wrong
-    claims. Writes kit.json, and generation_config.json for other programs.
-
-    Raises:
-        UsageError: no adapter has answered, or the adapter has changed since.
-    """
-    paths = [arm.adapter for arm in study.arms if arm.adapter and arm.adapter.is_dir()]
-    adapters = {infer.hash_weights(path): path for path in paths}
-    own = records.answers[records.answers.adapter.isin(adapters)]
-    if own.empty:
-        raise UsageError(
-            "--save-best: no adapter has answered, or it has changed since. Pass the one that "
-            "answered with --adapter, or run the study again without --table."
-        )
-    counts = ["sound_and_ended", "points", "wrong_claims"]
-    means = own.groupby(["adapter", "decoding"])[counts].mean()
-    sha256, name = means.sort_values(counts, ascending=[False, False, True]).index[0]
-    answers, adapter = select(own, adapter=sha256, decoding=name), adapters[sha256]
-    decoding, path = DECODING_ARMS[name], adapter / "generation_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    names = ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "top_p")
-    config |= {name: getattr(decoding, name) for name in names} | {
-        "do_sample": decoding.temperature > 0,
-        "temperature": decoding.temperature or None,
-        "eos_token_id": json.loads(answers.stop_ids.iloc[0]) or None,
-    }
-    data.write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    record = dataclasses.replace(infer.read_adapter_record(adapter), decoding=decoding)
-    text = json.dumps(dataclasses.asdict(record), indent=2) + "\n"
-    data.write_atomic(adapter / infer.ADAPTER_RECORD, text)
-    return f"{adapter} now uses {name}: sound and ended {format_share(answers.sound_and_ended)}"
-
-
 def write_report(folder: Path) -> tuple[Records, dict[str, Result]]:
     """Writes report, picture and cells.csv; returns the records and the results of the claims.
 
     Raises:
-        UsageError: as `read_records`.
+        UsageError: as `Records.read`.
     """
-    records = read_records(folder)
+    records = Records.read(folder)
     results = {claim.id: claim.decide(records) for claim in CLAIMS}
     with data.writing(folder):
         data.write_atomic(folder / "cells.csv", list_cells(records).to_csv(index=False))
@@ -1368,7 +1418,7 @@ def write_report(folder: Path) -> tuple[Records, dict[str, Result]]:
 
 def main(config: AblateConfig) -> int:
     """Runs what is missing, then writes the report. Returns 1 if an arm failed, else 0."""
-    study = None if config.table and not config.save_best else make_study(config)
+    study = None if config.table else make_study(config)
     if config.answer:
         from filelock import FileLock
 
@@ -1380,17 +1430,15 @@ def main(config: AblateConfig) -> int:
             write_cells(study, arms[config.answer])
         return 0
     infer.raise_on_signals()
-    if study and not config.table:
+    if study:
         part, parts = map(int, config.shard.split("/"))
         arms = study.arms[part::parts]
         if config.dry_run or any(map(study.missing, arms)):
-            print(format_plan(study, arms), flush=True)
+            print(study.format_plan(arms), flush=True)
         if config.dry_run:
             return 0
-        flags = [flag for flag in sys.argv[1:] if flag != "--save-best"]
         about = {
-            "study": config.study,
-            "command": shlex.join(["python", "ablate.py", *flags]),
+            "command": shlex.join(["python", "ablate.py", *sys.argv[1:]]),
             "base_model": study.profile.hub_id,
             "own_questions": config.probes is not None,
             "questions": [probe.question for probe in study.probes],
@@ -1408,8 +1456,6 @@ def main(config: AblateConfig) -> int:
     for claim in CLAIMS:
         print(f"{claim.id:<4} {results[claim.id][0]:<13} {claim.text}")
     print(f"\n{config.folder / 'ablation.md'}: report; ablation.png, cells.csv and cells beside it")
-    if config.save_best and study:
-        print(save_best_decoding(records, study))
     for arm, reason in records.failures.items():
         print(f"{arm} failed, and runs again with the same command: {reason}", file=sys.stderr)
     return 1 if records.failures else 0

@@ -1575,6 +1575,10 @@ class RowsFlags:
     rows: str | None = None
     """Your own rows, instead of a mix: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub id
     (owner/name or owner/name@commit)."""
+    conversational: str | None = None
+    """Source of the mix's conversational rows, as in --rows. Unset: the profile's."""
+    encyclopedic: str | None = None
+    """Source of the mix's encyclopedic rows, as in --rows. Unset: the profile's."""
     question_column: str | None = None
     """Column of the question, if its name is not recognised."""
     answer_column: str | None = None
@@ -1608,10 +1612,6 @@ class RowsConfig(RowsFlags):
     """Encyclopedic rows of --mix custom."""
     num_rows: int | None = None
     """Maximum number of training rows, in the mix's ratio. Unset: as many as there are."""
-    conversational: str | None = None
-    """Source of the mix's conversational rows, as in --rows. Unset: the profile's."""
-    encyclopedic: str | None = None
-    """Source of the mix's encyclopedic rows, as in --rows. Unset: the profile's."""
     seed: int = 3407
     """Draws the rows, and in training shuffles them and initialises LoRA."""
 

@@ -31,7 +31,7 @@ def ask(adapter, output):
 
     infer.prepare_environment(data.PROFILES["cpu"])
     loaded = infer.load_for_inference(data.PROFILES["cpu"], adapter and infer.check_adapter(adapter))
-    questions = [probe.question for probe in infer.read_probes()]
+    questions = [probe.question for probe in infer.read_probes()[: infer.REFERENCE_PROBES]]
     named = [(name, Request(question, decoding)) for name, decoding in CANDIDATES.items() for question in questions]
     total = 2 * sum(request.decoding.max_new_tokens for _, request in named)
     with tqdm(total=total, unit="token") as bar, output.open("w", encoding="utf-8") as lines:

@@ -216,7 +216,7 @@ def run_study(cwd, *flags):
 def ablated(tmp_path_factory):
     """A study of the base model and one training run: stopped while it trains, then resumed."""
     cwd = tmp_path_factory.mktemp("ablated")
-    study = cwd / "runs" / "ablate" / "all"
+    study = cwd / "runs" / "ablate" / "story"
     stopped = start_study(cwd)
     while not list(study.glob("runs/*/checkpoint-1/trainer_state.json")):
         assert stopped.poll() is None, (cwd / "words.txt").read_text()
@@ -224,7 +224,7 @@ def ablated(tmp_path_factory):
     stopped.terminate()
     assert stopped.wait() == 128 + signal.SIGTERM
     said = (cwd / "words.txt").read_text()
-    assert "Interrupted. Finished cells are kept in runs/ablate/all; run the same command to resume." in said
+    assert "Interrupted. Finished cells are kept in runs/ablate/story; run the same command to resume." in said
     assert "Traceback" not in said
     left = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
     assert not any(str(cwd) in line for line in left)

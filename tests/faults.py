@@ -31,7 +31,7 @@ import train
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs") / "train" / "tiny"
-STUDY = Path("runs") / "ablate" / "all"
+STUDY = Path("runs") / "ablate" / "story"
 WRITTEN = ("metrics.jsonl", "samples/0.jsonl", "samples/2.jsonl", "samples/4.jsonl")
 
 
@@ -156,7 +156,7 @@ class Study:
         for path in sorted(folder.glob("cells/[!.]*.jsonl")):
             # The settings name the files of rows, which are in another folder in each round.
             found[path.name] = [line | {"settings": None} for line in ablate.read_cell(path)]
-        weights = folder / "runs" / "kit-by-loss" / "adapter" / "adapter_model.safetensors"
+        weights = folder / "runs" / "fixed" / "adapter" / "adapter_model.safetensors"
         return found | {"adapter": hashlib.sha256(weights.read_bytes()).hexdigest()}
 
 

@@ -7,9 +7,11 @@ import math
 import re
 import shutil
 
+import numpy
 import pandas
 import pytest
-from conftest import ROOT, call_script, read_lines, run_study, write_rows
+import scipy.stats
+from conftest import call_script, read_lines, run_study, write_rows
 from markdown_it import MarkdownIt
 
 import ablate
@@ -33,20 +35,19 @@ def changed(one, other):
     return {name for name in one if one[name] != other[name]}
 
 
-@pytest.mark.parametrize("run", ["week3", "week4"])
-def test_each_arm_beside_a_run_of_the_story_is_a_single_change_of_it(run):
-    arms = {name: arm for name, arm in ablate.TRAINING_ARMS.items() if name.startswith(f"{run}-")}
-    changes = [changed(arm, ablate.TRAINING_ARMS[run]) for arm in arms.values()]
-    assert len(arms) == 3 and all(len(change) == 1 for change in changes)
-    assert len({change.pop() for change in changes}) == 3
+def test_each_arm_beside_week4_is_a_single_change_of_it():
+    arms = {name: arm for name, arm in ablate.TRAINING_ARMS.items() if name.startswith("week4-")}
+    changes = [changed(arm, ablate.TRAINING_ARMS["week4"]) for arm in arms.values()]
+    assert [len(change) for change in changes] == [1] * 4
+    assert {change.pop() for change in changes} == {"epochs", "mix", "target_modules", "r"}
 
 
 def test_each_decoding_between_collapse_and_fix_is_a_single_change():
     decodings = {name: dataclasses.asdict(decoding) for name, decoding in ablate.DECODING_ARMS.items()}
-    for name, field in {"no-ban": "no_repeat_ngram_size", "penalty": "repetition_penalty", "stop": "stop"}.items():
+    for name, field in {"no-ban": "no_repeat_ngram_size", "stop": "stop", "cap-128": "max_new_tokens"}.items():
         # Without a ban there is nothing that could count the prompt.
         assert changed(decodings[f"collapse-{name}"], decodings["story-collapse"]) - {"count_prompt"} == {field}
-    assert changed(decodings["fix-answer-only"], decodings["story-fix"]) == {"count_prompt"}
+    assert changed(decodings["fix-cap-128"], decodings["story-fix"]) == {"max_new_tokens"}
 
 
 def test_arms_that_need_mixes_equal_another_arm_without_them():
@@ -79,11 +80,11 @@ def test_every_arm_is_a_command_that_train_understands():
 def test_a_dry_run_prints_arms_and_commands_and_writes_nothing(tmp_path, profile):
     ran = call_script("ablate.py", "--dry-run", "--profile", profile, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    for arm, decodings in ablate.STUDIES["all"].items():
+    for arm, decodings in ablate.ARMS.items():
         assert re.search(rf"(?m)^{arm} +0 of +{len(decodings)} cells done  {', '.join(decodings)}$", ran.stdout)
     commands = re.findall(r"(?m)^python train\.py .*$", ran.stdout)
-    assert len(commands) == 10 and all(f"--profile {profile} " in command for command in commands)
-    assert "69 cells of " in ran.stdout and list(tmp_path.iterdir()) == []
+    assert len(commands) == 8 and all(f"--profile {profile} " in command for command in commands)
+    assert "net share that" in ran.stdout and "57 cells of " in ran.stdout and list(tmp_path.iterdir()) == []
 
 
 def test_shards_are_disjoint_and_together_all_arms(tmp_path):
@@ -91,8 +92,8 @@ def test_shards_are_disjoint_and_together_all_arms(tmp_path):
     for part in range(3):
         ran = call_script("ablate.py", "--dry-run", "--profile", "cpu", "--shard", f"{part}/3", cwd=tmp_path)
         found.append(re.findall(r"(?m)^(\S+) +0 of", ran.stdout))
-    assert sorted(arm for arms in found for arm in arms) == sorted(ablate.STUDIES["all"])
-    assert all(3 <= len(arms) <= 4 for arms in found)
+    assert sorted(arm for arms in found for arm in arms) == sorted(ablate.ARMS)
+    assert all(len(arms) == 3 for arms in found)
 
 
 def test_a_cell_is_valid_for_its_settings_only(tmp_path):
@@ -139,7 +140,7 @@ def write_run(folder, losses, evaluations=()):
     write_rows(folder / "metrics.jsonl", evaluations)
 
 
-def write_study(folder, texts, losses=(3.0, 2.0), study="all"):
+def write_study(folder, texts, losses=(3.0, 2.0)):
     """Records of the cells `texts[arm, decoding]`, or `texts[arm, decoding, seed]`: one text, or (text, finish reason),
     per question."""
     arms = {}
@@ -151,9 +152,9 @@ def write_study(folder, texts, losses=(3.0, 2.0), study="all"):
         write_rows(folder / "cells" / f"{arm_id}.{decoding}.jsonl", make_lines(arm, seed, decoding, answers))
         if arm != "base":
             write_run(folder / "runs" / arm_id, losses)
-    about = {"study": study, "command": "python ablate.py", "base_model": "model", "questions": QUESTIONS[:2], "arms": arms}
+    about = {"command": "python ablate.py", "base_model": "model", "questions": QUESTIONS[:2], "arms": arms}
     (folder / "study.json").write_text(json.dumps(about))
-    return ablate.read_records(folder)
+    return ablate.Records.read(folder)
 
 
 def make_report(records):
@@ -178,6 +179,38 @@ def test_intervals_and_p_by_hand():
         assert ablate.Comparison(pairs, "x").p == pytest.approx(p)
 
 
+def compare_pairs(larger, smaller, ties):
+    outcomes = [(1, 0)] * larger + [(0, 1)] * smaller + [(1, 1)] * ties
+    pairs = pandas.DataFrame(outcomes, columns=["x", "x_other"]).assign(question=range(len(outcomes)))
+    return ablate.Comparison(pairs, "x")
+
+
+def test_net_shares_and_power_by_hand():
+    # Agresti and Min (2005): cells 8.5, 2.5, of 32.
+    spread = 1.96 * math.sqrt(8.5 + 2.5 - 6 * 6 / 32)
+    assert compare_pairs(8, 2, 20).net == pytest.approx((0.2, (6 - spread) / 32, (6 + spread) / 32))
+    # No question differs: the interval does not shrink to nothing.
+    assert compare_pairs(0, 0, 10).net == pytest.approx((0, -1.96 / 12, 1.96 / 12))
+    # Ten of ten questions change: the sign test needs nine, and of ten draws at 0.917 nine or more have 80%.
+    assert ablate.Comparison.detectable_net(10, 1.0) == pytest.approx(0.834, abs=0.002)
+    assert ablate.Comparison.detectable_net(10, 0.5) == math.inf  # five of five is p 0.0625
+    draws = numpy.random.default_rng(0).binomial(38, 0.5 + ablate.Comparison.detectable_net(76, 0.5), 20_000)
+    found = [scipy.stats.binomtest(int(k), 38).pvalue < 0.05 for k in range(39)]
+    assert numpy.mean([found[k] for k in draws]) == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "verdict"),
+    [((8, 1, 20), "shown"), ((1, 8, 20), "the opposite"), ((3, 3, 70), "not shown"), ((5, 2, 3), "undecidable")],
+)
+def test_too_few_questions_are_not_evidence_of_no_effect(pairs, verdict):
+    query = ablate.Query("decoding", "one", "other", "x")
+    assert ablate.decide([(query, compare_pairs(*pairs))]) == verdict
+    fewer = dataclasses.replace(query, direction="fewer")
+    larger, smaller, ties = pairs
+    assert ablate.decide([(fewer, compare_pairs(smaller, larger, ties))]) == verdict
+
+
 def test_a_claim_is_decided_by_its_rule_and_may_come_out_either_way(tmp_path):
     drifting, sound = [DRIFT] * 8, [SOUND] * 8
     with_ban, without = ("week4", "story-collapse"), ("week4", "collapse-no-ban")
@@ -185,7 +218,7 @@ def test_a_claim_is_decided_by_its_rule_and_may_come_out_either_way(tmp_path):
     assert verdict(write_study(tmp_path / "b", {with_ban: sound, without: drifting}), "C3") == "the opposite"
     assert verdict(write_study(tmp_path / "c", {with_ban: sound, without: sound}), "C3") == "not shown"
     # Five of five is p 0.0625.
-    assert verdict(write_study(tmp_path / "d", {with_ban: drifting[:5], without: sound[:5]}), "C3") == "not shown"
+    assert verdict(write_study(tmp_path / "d", {with_ban: drifting[:5], without: sound[:5]}), "C3") == "undecidable"
     assert verdict(write_study(tmp_path / "e", {with_ban: drifting}), "C3") == "not run"
     # Loops are no drift.
     assert verdict(write_study(tmp_path / "f", {with_ban: [LOOP] * 8, without: sound}), "C3") == "not shown"
@@ -222,7 +255,7 @@ def test_shares_are_decided_by_their_interval(tmp_path):
     cell = ("week4", "story-collapse")
     assert verdict(write_study(tmp_path / "a", {cell: [DRIFT] * 10}), "C2") == "shown"
     assert verdict(write_study(tmp_path / "b", {cell: [SOUND] * 10}), "C2") == "the opposite"
-    assert verdict(write_study(tmp_path / "c", {cell: [SOUND] * 4 + [DRIFT] * 6}), "C2") == "not shown"
+    assert verdict(write_study(tmp_path / "c", {cell: [SOUND] * 4 + [DRIFT] * 6}), "C2") == "undecidable"
 
 
 def test_a_cap_is_judged_by_what_it_cuts(tmp_path):
@@ -235,14 +268,14 @@ def test_a_cap_is_judged_by_what_it_cuts(tmp_path):
 
 def test_a_question_counts_once_however_many_arms_answer_it(tmp_path):
     """One question of eight that drifts in ten arms is one question, and no evidence."""
-    arms = [name for name in ablate.TRAINING_ARMS if name.startswith(("week", "fixed", "kit"))][:10]
+    arms = list(ablate.TRAINING_ARMS)
     texts = {(arm, "collapse-no-ban"): [SOUND] * 8 for arm in arms}
     texts |= {(arm, "story-collapse"): [DRIFT] + [SOUND] * 7 for arm in arms}
     records = write_study(tmp_path, texts)
     pairs = ablate.pair(records.answers, {"decoding": "story-collapse"}, {"decoding": "collapse-no-ban"})
     compared = ablate.Comparison(pairs, "drift")
-    assert (len(pairs), compared.questions, compared.larger, compared.smaller) == (80, 8, 1, 0)
-    assert verdict(records, "C3") == "not shown"
+    assert (len(pairs), compared.questions, compared.larger, compared.smaller) == (64, 8, 1, 0)
+    assert verdict(records, "C3") in ("not shown", "undecidable")
 
 
 def test_seeds_are_pooled_and_one_that_is_missing_takes_nothing_with_it(tmp_path):
@@ -250,7 +283,7 @@ def test_seeds_are_pooled_and_one_that_is_missing_takes_nothing_with_it(tmp_path
         ("base", "story-collapse"): [SOUND] * 2,
         ("week4", "story-collapse", 1): [DRIFT] * 2,
         ("week4", "story-collapse", 2): [SOUND] * 2,
-        ("week3", "week3", 1): [SOUND] * 2,
+        ("week3", "plain", 1): [SOUND] * 2,
         ("fixed", "story-fix", 1): [SOUND] * 2,
         ("week4-rebalanced", "story-collapse"): [SOUND] * 2,
     }
@@ -280,7 +313,7 @@ def test_the_report_names_the_step_that_each_metric_selects(tmp_path):
     run = json.loads((tmp_path / "runs" / "week4" / "run.json").read_text())
     run["numbers"]["selected"] = {"answers": 2, "eval_loss": 4, "rouge_l": 4}
     (tmp_path / "runs" / "week4" / "run.json").write_text(json.dumps(run))
-    report = make_report(ablate.read_records(tmp_path))
+    report = make_report(ablate.Records.read(tmp_path))
     assert "| week4 | step 2: 6 of 8 | step 4: 3 of 8 | step 4: 3 of 8 | step 2: 6 |" in report
     assert "| has the most | 1 of 1 | 0 of 1 | 0 of 1 |  |" in report
 
@@ -297,7 +330,7 @@ def render(page):
 
 def test_no_answer_breaks_the_report(tmp_path):
     texts = {
-        ("week3", "week3"): [NASTY] * 2,
+        ("week3", "plain"): [NASTY] * 2,
         ("week4", "story-collapse"): ["- " + NASTY, "1) x"],
         ("fixed", "story-fix"): [DRIFT + "|" + NASTY] * 2,
     }
@@ -314,7 +347,7 @@ def test_no_answer_breaks_the_report(tmp_path):
         assert kinds.count("th_open") + kinds.count("td_open") == rows * columns
     # Headings are the report's own, and nothing of an answer became mark-up.
     titles = [tokens[at + 1].content.split(":")[0] for at, token in enumerate(tokens) if token.type == "heading_open"]
-    assert titles[:2] == ["Ablation `all` of model", "Claims"] and len(titles) == 3
+    assert titles[:2] == ["Ablation of model", "Claims"] and len(titles) == 3
     inline = [child.type for token in tokens if token.type == "inline" for child in token.children]
     assert inline.count("image") == 1 and "html_block" not in [token.type for token in tokens]
     assert "<script" not in report and "\x1b" not in report
@@ -339,8 +372,8 @@ def test_what_a_finding_is_about_is_marked_in_the_answer(tmp_path):
 
 
 def test_report_and_picture_made_twice_are_the_same_bytes(tmp_path):
-    study = tmp_path / "runs" / "ablate" / "all"
-    texts = {(arm, name): [SOUND, DRIFT] for arm in ("base", "week3", "week4") for name in ("kit", "story-fix", "week3")}
+    study = tmp_path / "runs" / "ablate" / "story"
+    texts = {(arm, name): [SOUND, DRIFT] for arm in ("base", "week3", "week4") for name in ("kit", "story-fix", "plain")}
     write_study(study, texts)
     made = []
     for _ in range(2):
@@ -351,28 +384,17 @@ def test_report_and_picture_made_twice_are_the_same_bytes(tmp_path):
     assert len(made[0][0]) < 30_000 and made[0][2].count(b"\n") == 10
 
 
-def test_the_published_report_is_that_of_its_records(tmp_path):
-    published = ROOT / "docs" / "ablation"
-    shutil.copytree(published, tmp_path / "study")
-    (tmp_path / "study" / "ablation.md").unlink()
-    ablate.write_report(tmp_path / "study")
-    for name in ("ablation.md", "cells.csv"):
-        assert (tmp_path / "study" / name).read_bytes() == (published / name).read_bytes()
-
-
-@pytest.mark.parametrize("study", ablate.STUDIES)
-def test_every_study_has_a_report_of_little_and_of_much(tmp_path, study):
+def test_a_study_has_a_report_of_little_and_of_much(tmp_path):
     """With one cell alone, and with all cells of 26 questions and two seeds: under 30 KB, at most six columns."""
-    arms = ablate.STUDIES[study]
-    little = write_study(tmp_path / "a", {(list(arms)[-1], "kit"): [SOUND]}, study=study)
+    little = write_study(tmp_path / "a", {("week4", "kit"): [SOUND]})
     assert "# Ablation" in make_report(little)
     texts = {
         (arm, name, seed): ([SOUND, DRIFT, LOOP, (SOUND * 8, "length")] * 7)[:26]
-        for arm, names in arms.items()
+        for arm, names in ablate.ARMS.items()
         for name in names
         for seed in range(2)
     }
-    records = write_study(tmp_path / "b", texts, study=study)
+    records = write_study(tmp_path / "b", texts)
     report = make_report(records)
     assert len(report.encode()) < 30_000
     assert all(line.count("|") <= 7 for line in report.splitlines())
@@ -386,7 +408,7 @@ def test_a_failed_arm_is_a_row_with_its_reason_and_older_answers_stay(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps(about))
     (tmp_path / "failures").mkdir()
     (tmp_path / "failures" / "week4.txt").write_text("train.py failed (exit code 2). out of `memory`")
-    report = make_report(ablate.read_records(tmp_path))
+    report = make_report(ablate.Records.read(tmp_path))
     assert re.search(r"\| week4 \|  \| failed \| failed \| failed \|", report)
     assert "- week4 failed: train.py failed (exit code 2). out of &#96;memory&#96;" in report
     assert (tmp_path / "cells" / "week4.kit.jsonl").is_file()
@@ -412,8 +434,8 @@ def test_probes_of_a_user_need_only_questions(tmp_path):
     twice = write_rows(tmp_path / "twice.jsonl", [rows[0], rows[0]])
     with pytest.raises(data.UsageError, match=r"twice\.jsonl:2: not a probe \(an earlier line has the same question"):
         infer.read_probes(str(twice))
-    assert "69 cells of 2 questions, 69 to do, in runs/ablate/all-mine" in plan.stdout
-    assert plan.stdout.count(f"--probes {path}") == 10
+    assert "57 cells of 2 questions, 57 to do, in runs/ablate/story-mine" in plan.stdout
+    assert plan.stdout.count(f"--probes {path}") == 8 and plan.stdout.count("--num-probes 2 ") == 4
 
 
 # --- A real study ------------------------------------------------------------------------------------------------
@@ -455,7 +477,7 @@ def test_a_finished_study_runs_nothing_and_writes_the_same_report(ablated):
 @pytest.mark.slow
 def test_a_broken_cell_is_made_again_and_an_arm_that_fails_is_recorded_while_the_others_run(ablated, tmp_path):
     shutil.copytree(ablated[0].parents[2], tmp_path, dirs_exist_ok=True)
-    study = tmp_path / "runs" / "ablate" / "all"
+    study = tmp_path / "runs" / "ablate" / "story"
     cell = study / "cells" / "base.kit.jsonl"
     before = cell.read_bytes()
     cell.write_bytes(before[:-40])
@@ -474,14 +496,39 @@ def test_a_broken_cell_is_made_again_and_an_arm_that_fails_is_recorded_while_the
     assert cell.read_bytes() == before
 
 
-@pytest.mark.slow
-def test_the_best_decoding_is_stored(trained, tmp_path):
-    shutil.copytree(trained.cwd / "runs", tmp_path / "runs")
-    adapter = tmp_path / "runs" / "train" / "tiny" / "adapter"
-    code, said = run_study(tmp_path, "--study", "decoding", "--save-best")
-    assert code == 0, said
-    record, config = (json.loads((adapter / name).read_text()) for name in ("kit.json", "generation_config.json"))
-    name = re.search(r"now uses (\S+): sound and ended", said)[1]
-    assert record["decoding"] == dataclasses.asdict(dataclasses.replace(infer.DECODINGS[name], max_new_tokens=12))
-    assert config["repetition_penalty"] == record["decoding"]["repetition_penalty"]
-    assert infer.check_adapter(adapter).record.decoding.max_new_tokens == 12
+def test_blind_readings_are_collected_and_counted_by_question(tmp_path):
+    from tests import blind_pairs
+
+    write_study(tmp_path, {("week4", "kit"): [SOUND] * 2})
+    run = tmp_path / "runs" / "week4"
+    numbers = json.loads((run / "run.json").read_text())
+    numbers["numbers"]["selected"] = {"answers": 2, "eval_loss": 4, "rouge_l": 2}
+    (run / "run.json").write_text(json.dumps(numbers))
+    (run / "samples").mkdir()
+    for step in (2, 4):
+        write_rows(run / "samples" / f"{step}.jsonl", [{"question": q, "text": f"step {step}"} for q in QUESTIONS[:8]])
+    blind_pairs.main("sheet", tmp_path)
+    sheet = read_lines(tmp_path / "blind" / "sheet.jsonl")
+    assert len(sheet) == 8 and {each["A"] for each in sheet} == {"step 2", "step 4"}
+    assert {frozenset(each) for each in sheet} == {frozenset(("id", "question", "A", "B"))}
+    prefer = {each["id"]: "A" if each["A"] == "step 2" else "B" for each in sheet}
+    votes = [[{"id": each, "vote": vote} for each, vote in prefer.items()] for _ in range(2)]
+    votes.append([{"id": each, "vote": "neither"} for each in prefer])
+    files = [str(write_rows(tmp_path / f"{n}.jsonl", lines)) for n, lines in enumerate(votes)]
+    blind_pairs.main("collect", tmp_path, *files)
+    report = make_report(ablate.Records.read(tmp_path))
+    assert "| eval_loss (week4) | 8 | 0 | 0 |" in report
+    # Two readers against one decide a question, and a tie is equal.
+    votes[1] = [{"id": each, "vote": "B" if vote == "A" else "A"} for each, vote in prefer.items()]
+    write_rows(tmp_path / "1.jsonl", votes[1])
+    blind_pairs.main("collect", tmp_path, *files)
+    assert "| eval_loss (week4) | 0 | 0 | 8 |" in make_report(ablate.Records.read(tmp_path))
+
+
+def test_claims_that_are_shown_or_reversed_come_with_three_answers(tmp_path):
+    with_ban, without = ("week4", "story-collapse"), ("week4", "collapse-no-ban")
+    report = make_report(write_study(tmp_path / "a", {with_ban: [DRIFT] * 8, without: [SOUND] * 8}))
+    evidence = report.partition("## Evidence")[2]
+    assert evidence.count("| C3 | week4, story-collapse | surprisal |") == 3
+    reversed_ = make_report(write_study(tmp_path / "b", {with_ban: [SOUND] * 8, without: [DRIFT] * 8}))
+    assert reversed_.partition("## Evidence")[2].count("| C3 | week4, story-collapse | sound |") == 3

@@ -314,7 +314,7 @@ def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(
     assert json.loads(other.stdout)["system_prompt"] == "Be brief."
     assert json.loads(asked.stdout)["prompt_tokens"] > json.loads(other.stdout)["prompt_tokens"]
     plan = call_script("ablate.py", *own, "--profile", "cpu", "--dry-run", cwd=tmp_path)
-    assert plan.returncode == 0 and "runs/ablate/all-my-rows-mine" in plan.stdout
+    assert plan.returncode == 0 and "runs/ablate/story-my-rows-mine" in plan.stdout
     lines = [line for line in plan.stdout.splitlines() if line.startswith("python train.py")]
     names = [line.rpartition(" --name ")[2] for line in lines]
     assert names == ["week3", "week3-native-pad", "week3-2-epochs", "week4", "week4-wide-attention", "fixed", "kit"]

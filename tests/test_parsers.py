@@ -243,7 +243,7 @@ def test_any_cell_of_a_study_makes_a_report_or_is_refused(tmp_path, draw):
     cell = {"arm": "kit", "seed": 0, "decoding_arm": "kit", "settings": "x", "stop_ids": [2], "repeats": True, "machine": "a"}
     numbers = {"before": {"eval_loss": 3.0}, "chosen": {"eval_loss": 2.0}, "selected": {"answers": 4}, "steps": 4}
     numbers |= {"training_seconds": 60.0, "adapter_bytes": 4_000_000, "train_rows": 64, "train_tokens": 9000}
-    about = {"study": "all", "command": "python ablate.py", "base_model": "model", "questions": [ANSWER["question"]]}
+    about = {"command": "python ablate.py", "base_model": "model", "questions": [ANSWER["question"]]}
     about |= {"arms": {"kit": ["kit", 0, {"kit": "x"}]}}
     run = tmp_path / "runs" / "kit"
     for folder in (tmp_path / "cells", run):
@@ -258,7 +258,7 @@ def test_any_cell_of_a_study_makes_a_report_or_is_refused(tmp_path, draw):
     for path, record in records.items():
         path.write_text(dumps(mutate(draw.draw, record) if path == chosen else record) + "\n")
     with read_or_refused():
-        make_report(ablate.read_records(tmp_path))
+        make_report(ablate.Records.read(tmp_path))
 
 
 @EXAMPLES

@@ -12,12 +12,11 @@ import ablate
 import data
 import infer
 
-ARM, DECODINGS = "kit-by-loss", ("plain", "week3", "kit")
+ARM, DECODINGS = "fixed", ("plain", "story-fix", "kit")
 
 
 def use_tiny_tables(conversational, encyclopedic):
-    ablate.STUDIES["all"] = dict.fromkeys(("base", ARM), DECODINGS)
-    ablate.STUDIES["decoding"] = dict.fromkeys(("base", "adapter"), DECODINGS)
+    ablate.ARMS = dict.fromkeys(("base", ARM), DECODINGS)
     ablate.DECODING_ARMS = {
         name: dataclasses.replace(infer.DECODINGS[name], max_new_tokens=12) for name in DECODINGS
     }
