@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SourceName = Literal["conversational", "encyclopedic", "rows"]
-MixName = Literal["chatdoctor", "week4", "rebalanced", "custom"]
+MixName = Literal["chatdoctor", "week4", "rebalanced"]
 CleanChoice = Literal["auto", "chatdoctor", "wikidoc", "none"]
 ProfileName = Literal["cpu", "t4"]
 ProfileChoice = Literal["auto", "cpu", "t4"]
@@ -68,7 +68,7 @@ HUB_IDS = {
     "wikidoc": "medalpaca/medical_meadow_wikidoc@976bce16fd66f55e6828422b71249a7405a11aa4",
 }
 # Rows of each source in the story; where a source has fewer, the ratio is kept.
-MIXES: dict[str, dict[SourceName, int]] = {
+MIXES: dict[MixName, dict[SourceName, int]] = {
     "chatdoctor": {"conversational": 112_165, "encyclopedic": 0},  # all of it
     "week4": {"conversational": 8000, "encyclopedic": 4000},
     "rebalanced": {"conversational": 8500, "encyclopedic": 1500},
@@ -1605,11 +1605,7 @@ class RowsConfig(RowsFlags):
     """Hub id or folder of another chat model of the Llama architecture. Unset: the profile's."""
     mix: MixName = "rebalanced"
     """Conversational : encyclopedic rows. chatdoctor 1 : 0, week4 8000 : 4000, rebalanced
-    8500 : 1500, custom by the next two flags."""
-    num_conversational: int | None = None
-    """Conversational rows of --mix custom."""
-    num_encyclopedic: int | None = None
-    """Encyclopedic rows of --mix custom."""
+    8500 : 1500."""
     num_rows: int | None = None
     """Maximum number of training rows, in the mix's ratio. Unset: as many as there are."""
     seed: int = 3407
@@ -1617,18 +1613,10 @@ class RowsConfig(RowsFlags):
 
     def __post_init__(self) -> None:
         problems = []
-        counts = (self.num_conversational, self.num_encyclopedic)
         if not 0 <= self.seed < 2**32:
             problems.append(f"--seed {self.seed}: expected a whole number from 0 to {2**32 - 1}.")
         if self.num_rows is not None and self.num_rows < 1:
             problems.append(f"--num-rows {self.num_rows}: expected 1 or more.")
-        if self.mix != "custom" and counts != (None, None):
-            problems.append(f"--num-conversational belongs to --mix custom, not {self.mix}.")
-        if self.mix == "custom" and (None in counts or min(counts) < 0 or sum(counts) == 0):
-            problems.append(
-                "--mix custom: expected --num-conversational and --num-encyclopedic, 0 or more and "
-                f"not both 0; given {counts[0]} and {counts[1]}."
-            )
         others = self.mix != "rebalanced" or self.conversational or self.encyclopedic
         if self.rows is not None and others:
             problems.append("--rows replaces the mix. Remove --rows, or the flags of the mix.")
@@ -1642,8 +1630,7 @@ class RowsConfig(RowsFlags):
         """Rows of each source that contributes any; None is all of them."""
         if self.rows is not None:
             return {"rows": self.num_rows}
-        own = {"conversational": self.num_conversational, "encyclopedic": self.num_encyclopedic}
-        counts = dict(MIXES.get(self.mix, own))
+        counts = dict(MIXES[self.mix])
         total = sum(counts.values())
         if self.num_rows is not None and self.num_rows < total:
             share = Fraction(counts["conversational"], total)

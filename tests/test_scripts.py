@@ -64,10 +64,6 @@ REFUSED = {
     "large seed": (["data.py", "--seed", "4294967296"], "from 0 to 4294967295"),
     "show": (["data.py", "--show", "-1"], "--show -1"),
     "show as JSON": (["data.py", "--show", "1", "--json"], "not with --json"),
-    "custom without counts": (["data.py", "--mix", "custom"], "0 or more and not both 0"),
-    "custom of nothing": (["data.py", "--mix", "custom", "--num-conversational", "0", "--num-encyclopedic", "0"], "not both 0"),
-    "custom below 0": (["data.py", "--mix", "custom", "--num-conversational", "-1", "--num-encyclopedic", "5"], "0 or more"),
-    "counts without custom": (["train.py", "--num-conversational", "5"], "belongs to --mix custom"),
     "no rows": (["train.py", "--num-rows", "0"], "--num-rows 0: expected 1 or more"),
     "rows and a mix": (["train.py", "--rows", "q.jsonl", "--mix", "week4"], "--rows replaces the mix"),
     "empty system prompt": (["data.py", "--system-prompt", " "], "--system-prompt is empty"),
@@ -188,7 +184,6 @@ REFUSED = {
     "base model without sizes": (["data.py", "--profile", "cpu", "--base-model", "sizes"], "no valid num_hidden_layers"),
     # ablate.py
     "no records": (["ablate.py", "--table"], "study.json does not exist. Run the study first"),
-    "no study": (["ablate.py", "--study", "week4"], "training"),
     "study name": (["ablate.py", "--name", "a/b"], "letters, digits"),
     "rows and a source of the mix": (["ablate.py", "--rows", "q.jsonl", "--encyclopedic", "q.jsonl"], "--rows replaces the mix"),
     "evaluations of a study": (["ablate.py", "--eval-every", "1"], "--eval-every 1.0: expected a share between 0 and 1"),
@@ -238,7 +233,7 @@ def make_bad_files(folder):
 
 # The others run in this process, whose imports they share.
 AS_A_PROCESS = {"no flag", "no file", "hub id offline", "rows of the hub offline", "all problems at once", "upload without a token"}
-AS_A_PROCESS |= {"merge offline", "question that is no UTF-8", "hub adapter offline", "no adapter yet", "no records", "no study"}
+AS_A_PROCESS |= {"merge offline", "question that is no UTF-8", "hub adapter offline", "no adapter yet", "no records"}
 
 
 @pytest.mark.parametrize("case", REFUSED)
