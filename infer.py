@@ -2050,7 +2050,6 @@ class Chat(cmd.Cmd):
         super().__init__(stdout=sys.stderr)
         self.use_rawinput = sys.stdout.isatty()
         self.loaded, self.decoding = loaded, decoding
-        self.use_base = loaded.adapter_sha256 is None
         self.history: list[tuple[str, str]] = []
 
     def onecmd(self, line: str) -> bool:
@@ -2064,10 +2063,8 @@ class Chat(cmd.Cmd):
     def ask(self, question: str) -> None:
         """Asks in the conversation, and prints the answer as it is generated."""
         request = Request(question, self.decoding, tuple(self.history))
-        base = self.loaded.without_adapter() if self.use_base else None
         try:
-            with base or contextlib.nullcontext(self.loaded) as loaded:
-                [answer] = answer_requests(loaded, [request], on_text=write_piece)
+            [answer] = answer_requests(self.loaded, [request], on_text=write_piece)
             print(flush=True)
             print_verdict(judge_answers(self.loaded, [answer], self.history)[0])
             self.history.append((question, answer.text))
@@ -2089,17 +2086,6 @@ class Chat(cmd.Cmd):
             report(f"Decoding {name}.")
         else:
             report(f"/decoding {name}: expected one of {', '.join(DECODINGS)}.")
-
-    def do_base(self, _: str) -> None:
-        """/base: the base model answers"""
-        self.use_base = True
-        report("The base model answers now. The conversation stays.")
-
-    def do_adapter(self, _: str) -> None:
-        """/adapter: the adapter answers"""
-        self.use_base = self.loaded.adapter_sha256 is None
-        none = "There is no adapter. Start with --adapter FOLDER."
-        report(none if self.use_base else "The adapter answers now. The conversation stays.")
 
     def do_reset(self, _: str) -> None:
         """/reset: start a new conversation"""
@@ -2165,8 +2151,6 @@ class InferConfig:
     """Seeds the sampling."""
     profile: ProfileChoice = "auto"
     """Set of values: `t4` for a GPU, `cpu`, or `auto`. Unset: the adapter's."""
-    threads: int | None = None
-    """CPU threads. Unset: torch's default."""
     json: bool = False
     """Print answers as JSON lines, with token ids, finish reason, decoding, digests, findings."""
 
@@ -2182,7 +2166,6 @@ class InferConfig:
             check_question(self.question)
         asks = self.question is not None or self.questions or self.adapter
         both, one = "which has its own format", "Give one of the two."
-        cores = len(os.sched_getaffinity(0))
         refuse(
             self.judge and (asks or self.verify or self.compare),
             "--judge reads answers and asks nothing. Remove the other flags.",
@@ -2210,10 +2193,6 @@ class InferConfig:
         refuse(self.json and self.questions, f"--json and --questions, {both}: {one}")
         for flag, value in (("--system-prompt", self.system_prompt), ("--adapter", self.adapter)):
             refuse(value is not None and not value.strip(), f"{flag} is empty. Give a value.")
-        refuse(
-            self.threads is not None and not 1 <= self.threads <= cores,
-            f"--threads {self.threads}: expected 1 to {cores}, the cores of this process.",
-        )
         if problems:
             raise ValueError("\n".join(problems))
         if self.probes:
@@ -2338,10 +2317,6 @@ def main(config: InferConfig) -> int:
     prepare_environment(profile)
     decoding = config.change_decoding(DECODINGS[config.decoding] if config.decoding else decoding)
     report(f"{model}, decoding {decoding}")
-    if config.threads:
-        import torch
-
-        torch.set_num_threads(config.threads)
     loaded = load_for_inference(profile, adapter, config.system_prompt)
     loaded.probes = read_probes(config.probes)
     if rows:
@@ -2367,10 +2342,7 @@ def main(config: InferConfig) -> int:
     return 1 if skipped else 0
 
 
-MEMORY_ADVICE = (
-    "End other programs that use memory (nvidia-smi and top list them), then lower "
-    "--max-new-tokens, then --threads."
-)
+MEMORY_ADVICE = "End other programs (nvidia-smi and top list them), then lower --max-new-tokens."
 
 if __name__ == "__main__":
     data.run_command(InferConfig, main, __doc__, MEMORY_ADVICE)

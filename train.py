@@ -76,8 +76,8 @@ OTHER_VALUES, BUSY = 3, 75
 # The file of a checkpoint that the Trainer writes last.
 STATE = "trainer_state.json"
 # Flags that do not change what is learned, or only how it is rounded.
-NOT_IN_RECIPE = """name output_dir max_hours save_minutes report_to merge gguf push_to_hub restart
-    dry_run rows question_column answer_column conversational encyclopedic gradient_checkpointing
+NOT_IN_RECIPE = """name output_dir max_hours save_minutes merge gguf push_to_hub restart dry_run
+    rows question_column answer_column conversational encyclopedic gradient_checkpointing
     no_load_in_4bit per_device_train_batch_size gradient_accumulation_steps""".split()
 
 # As stated by the publishers of the rows.
@@ -198,8 +198,6 @@ class TrainConfig(data.RowsConfig):
     """Stop in time to end within so many hours, with everything saved. The same command resumes."""
     save_minutes: float = 5.0
     """Minutes between two checkpoints; 0 saves after every step."""
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Also log to this tracker, which must be installed."""
     merge: bool = False
     """Also write base model and adapter as one 16-bit model, with an Ollama Modelfile."""
     gguf: str | None = None
@@ -905,7 +903,7 @@ def make_sft_config(
         metric_for_best_model=METRICS[config.metric_for_best_model],
         greater_is_better=config.metric_for_best_model != "eval_loss",
         restore_callback_states_from_checkpoint=True,
-        report_to=config.report_to,
+        report_to="none",
         # Our callback shows the progress.
         disable_tqdm=True,
         torch_empty_cache_steps=None,
@@ -1407,12 +1405,7 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
 
 
 def check_exports(config: TrainConfig) -> None:
-    """Raises UsageError if a package, the network or a token is missing that the flags need."""
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise UsageError(
-            f"--report-to {config.report_to} is not installed. Run pip install "
-            f"{config.report_to}, or remove the flag."
-        )
+    """Raises UsageError if the network, a token or a tool is missing that the flags need."""
     if config.push_to_hub:
         from huggingface_hub import HfApi
 

@@ -248,7 +248,7 @@ def test_a_chat_on_a_terminal(trained):
     terminal = {"stdin": follower, "stdout": follower, "stderr": follower}
     process = subprocess.Popen(command, cwd=trained.cwd, preexec_fn=hear_ctrl_c, **terminal)
     os.close(follower)
-    os.write(leader, b"What is a stye?\n/base\nAnd croup?\n/decoding plain\nWhat else is there to say of it?\n")
+    os.write(leader, b"What is a stye?\nAnd croup?\n/decoding plain\nWhat else is there to say of it?\n")
     shown = b""
     stopped = False
     with contextlib.suppress(OSError):  # the terminal is gone when the process is
@@ -262,7 +262,7 @@ def test_a_chat_on_a_terminal(trained):
                 stopped = True
     assert process.wait() == 0
     text = shown.decode()
-    assert "Ask, or /help" in text and "The base model answers now" in text
+    assert "Ask, or /help" in text
     assert text.count("cut off at 6 tokens") == 2 and "Traceback" not in text
     assert "Stopped. This answer is not part of the conversation." in text
 

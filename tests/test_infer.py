@@ -428,16 +428,11 @@ def test_chat_commands(capsys):
         assert not chat.onecmd(line)
         return capsys.readouterr().err
 
-    assert not chat.use_base and "Decoding plain" in say("/decoding plain") and chat.decoding == DECODINGS["plain"]
+    assert "Decoding plain" in say("/decoding plain") and chat.decoding == DECODINGS["plain"]
     assert "plain, story-collapse" in say("/decoding best") and chat.decoding == DECODINGS["plain"]
-    assert "base model answers now" in say("/base") and chat.use_base
-    assert "adapter answers now" in say("/adapter") and not chat.use_base
     assert chat.history and "new conversation" in say("/reset") and not chat.history
     assert "/dance is not a command" in say("/dance now") and "decoding" in say("/help")
     assert say("") == say("  ") == "" and chat.onecmd("/quit") and chat.onecmd("EOF")
-    base = infer.Chat(infer.LoadedModel(None, None, data.PROFILES["cpu"]), DECODINGS["kit"])
-    base.onecmd("/adapter")
-    assert "no adapter" in capsys.readouterr().err and base.use_base
 
 
 # --- The small model
