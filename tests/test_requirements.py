@@ -11,13 +11,17 @@ def normalize(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def read_lines():
+    return [line for path in ("requirements.txt", "tests/requirements.txt") for line in (ROOT / path).read_text().splitlines()]
+
+
 def read_pins():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    lines = read_lines()
     return {normalize(line.split("==")[0]): line.split("==")[1] for line in lines if line and not line.startswith("#")}
 
 
 def test_every_line_is_a_pin_and_nothing_else():
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
+    for line in read_lines():
         assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.+!]+", line), line
         assert "://" not in line
 
