@@ -717,7 +717,7 @@ class Comparison:
             if trials and binomtest(least, trials).pvalue < 0.05:
                 shares = (place / 1000 for place in range(500, 1001))
                 share = next(each for each in shares if binom.sf(least - 1, trials, each) >= 0.8)
-                return (2 * share - 1) * changed
+                return (2 * share - 1) * trials / questions
         return math.inf
 
     @classmethod
@@ -768,6 +768,8 @@ class Query:
             one["decoding"] = other["decoding"] = self.decoding
         if self.trained:
             answers = answers[answers.arm != "base"]
+        if self.outcome == "points":  # some questions have none
+            answers = answers[answers.max_points > 0]
         return pair(answers, one, other)
 
     def run(self, answers: DataFrame) -> Comparison | None:
@@ -837,11 +839,13 @@ def check_cap(records: Records) -> Result:
     """C10: fewer unsound answers under a smaller cap; also counts what the cap cures or hides."""
     import pandas
 
-    capped = {"collapse-cap-128": "story-collapse", "fix-cap-128": "story-fix"}
-    capped |= {"plain-cap-128": "plain", "plain": "plain-cap-512"}
     pairs = pandas.concat(
-        pair(records.answers, {"decoding": short}, {"decoding": long})
-        for short, long in capped.items()
+        pair(records.answers, {"decoding": f"{name}-cap-128"}, {"decoding": whole})
+        for name, whole in (
+            ("collapse", "story-collapse"),
+            ("fix", "story-fix"),
+            ("plain", "plain"),
+        )
     )
     if pairs.empty:
         return NOT_RUN
@@ -1319,37 +1323,43 @@ COLOURS: dict[str, tuple[str, str]] = {
     "drift": ("drift", "#a50f15"),
     "loop, list or empty": ("unsound", "#fdae6b"),
 }
+LIGHT = ("#9ecae1", "#fdae6b")
 
 
 def draw_picture(records: Records, path: Path) -> None:
-    """The verdicts under the main decodings, and beside them eval loss against sound answers.
-
-    One square per question, and of several seeds the first.
-    """
+    """The shares of verdicts under the main decodings, and beside them eval loss against sound
+    answers."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    cells, answers = list_main_cells(records), select(records.answers, seed=0)
-    size = len(records.about["questions"])
+    cells, answers = list_main_cells(records), records.answers.copy()
+    for label, (column, _) in reversed(COLOURS.items()):
+        answers.loc[answers[column], "label"] = label
+    shares = answers.groupby(["arm", "decoding"]).label.value_counts(normalize=True)
     rows, columns = list(cells.index), list(cells.columns)
-    widths = [1.5 + 0.16 * size * len(columns)] + ([4.6] if len(records.runs) else [])
-    figure = Figure(figsize=(sum(widths) + 1, 0.34 * len(rows) + 2), layout="constrained")
+    widths = [1.5 + 2.2 * len(columns)] + ([4.6] if len(records.runs) else [])
+    figure = Figure(figsize=(sum(widths) + 1, 0.36 * len(rows) + 2), layout="constrained")
     grid, *others = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-    for (line, row), (place, column) in itertools.product(enumerate(rows), enumerate(columns)):
-        for answer in select(answers, arm=row, decoding=column).itertuples():
-            colour = next(shade for name, shade in COLOURS.values() if getattr(answer, name))
-            left = place * (size + 1) + answer.place + 0.04
-            grid.bar(left, 0.86, 0.92, line + 0.07, align="edge", color=colour)
-    grid.set(xlim=(0, len(columns) * (size + 1) - 1), ylim=(len(rows), 0))
-    grid.set_yticks([line + 0.5 for line in range(len(rows))], rows)
-    grid.set_xticks([place * (size + 1) + size / 2 for place in range(len(columns))], columns)
+    for (line, arm), (place, decoding) in itertools.product(enumerate(rows), enumerate(columns)):
+        left = 1.08 * place
+        for label, (_, colour) in COLOURS.items():
+            share = shares.get((arm, decoding, label), 0.0)
+            grid.barh(line, share, 0.8, left, color=colour)
+            if share >= 0.12:
+                shade = "black" if colour in LIGHT else "white"
+                middle = {"ha": "center", "va": "center", "fontsize": 8, "color": shade}
+                grid.text(left + share / 2, line, f"{share:.0%}", **middle)
+            left += share
+    grid.set(xlim=(0, 1.08 * len(columns) - 0.08), ylim=(len(rows) - 0.4, -0.6))
+    grid.set_yticks(range(len(rows)), rows)
+    grid.set_xticks([1.08 * place + 0.5 for place in range(len(columns))], columns)
     grid.xaxis.tick_top()
     grid.tick_params(length=0)
     grid.spines[:].set_visible(False)
-    grid.set_xlabel(f"decodings, with one square per question (1 to {size})")
+    grid.set_xlabel(f"share of answers to {len(records.about['questions'])} questions, by decoding")
     grid.set_ylabel(cells.index.name)
     handles = [Patch(facecolor=shade, label=label) for label, (_, shade) in COLOURS.items()]
-    legend = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 2, "frameon": False}
+    legend = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 4, "frameon": False}
     grid.legend(handles=handles, **legend)
     for axes in others:
         draw_losses(axes, records)

@@ -40,7 +40,7 @@ MOST = {
     "data.py": (1759, 59),
     "infer.py": (2348, 89),
     "train.py": (1628, 45),
-    "ablate.py": (1467, 45),
+    "ablate.py": (1477, 45),
 }
 
 
