@@ -6,12 +6,13 @@ import json
 import math
 import re
 import shutil
+import tarfile
 
 import numpy
 import pandas
 import pytest
 import scipy.stats
-from conftest import call_script, read_lines, run_study, write_rows
+from conftest import ROOT, call_script, read_lines, run_study, write_rows
 from markdown_it import MarkdownIt
 
 import ablate
@@ -23,6 +24,7 @@ from tests import tiny_study
 STUDY = ablate.make_study(ablate.AblateConfig(profile="cpu"))
 PROBES = {probe.question: probe for probe in ablate.make_study(ablate.AblateConfig(profile="t4")).probes}
 QUESTIONS = list(PROBES)
+PUBLISHED = ROOT / "docs" / "story"
 SOUND = "A heart attack causes chest pain and shortness of breath. Call an ambulance at once, and sit down until it comes."
 LOOP = "The pain is in the chest. " * 12
 DRIFT = "Eye yawning, Eye yawns, Eye years, Eye yolks, Eye yells, Eye yields, Eye yarns, Eye yachts and the sore throat."
@@ -382,6 +384,28 @@ def test_report_and_picture_made_twice_are_the_same_bytes(tmp_path):
         made.append([(study / name).read_bytes() for name in ("ablation.md", "ablation.png", "cells.csv")])
     assert made[0] == made[1] and made[0][1].startswith(b"\x89PNG")
     assert len(made[0][0]) < 30_000 and made[0][2].count(b"\n") == 10
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The published study, with its report made anew from the records."""
+    folder = tmp_path_factory.mktemp("published")
+    with tarfile.open(PUBLISHED / "cells" / "records.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    ablate.write_report(folder / "story")
+    return folder / "story"
+
+
+@pytest.mark.parametrize("name", ["ablation.md", "cells.csv"])
+def test_the_published_report_is_that_of_its_records(published, name):
+    assert (published / name).read_bytes() == (PUBLISHED / name).read_bytes()
+
+
+def test_every_number_of_the_results_is_in_the_report(published):
+    results = (ROOT / "docs" / "story.md").read_text(encoding="utf-8").partition("## Results")[2]
+    numbers = re.compile(r"(?<![\w.])\d[\d,.]*\d%?|(?<![\w.])\d%?")
+    known = set(numbers.findall((published / "ablation.md").read_text(encoding="utf-8")))
+    assert len(results) > 1000 and set(numbers.findall(results)) - known == set()
 
 
 def test_a_study_has_a_report_of_little_and_of_much(tmp_path):

@@ -2,7 +2,7 @@
 
     python -m tests.bench answer [--questions N] [--max-new-tokens N] [--rounds N]
 
-The grid is that of `ablate.py`: probe questions under all twelve decodings, caps scaled from 256 to --max-new-tokens.
+The grid is that of `ablate.py`: probe questions under all its decodings, caps scaled from 256 to --max-new-tokens.
 transformers' own model, loaded without Unsloth, answers one question per `generate` call, and then all questions of a decoding
 per call (padded on the left), under the same decodings: by the kit's processors, since the library's penalty cannot ignore the
 prompt and the end-of-turn token. All compute in float32 in the same process, by turns; medians are printed. Answers of single
