@@ -692,7 +692,8 @@ class Comparison:
         an observation is added to each cell of the table of pairs)."""
         net, size = self.larger - self.smaller, self.questions + 2
         spread = 1.96 * math.sqrt(self.larger + self.smaller + 1 - net**2 / size)
-        return net / self.questions, (net - spread) / size, (net + spread) / size
+        low, high = max(-1.0, (net - spread) / size), min(1.0, (net + spread) / size)
+        return net / self.questions, low, high
 
     def describe(self, one: str, other: str) -> str:
         """Both means, n, the effect with its interval, and p."""
@@ -1342,6 +1343,8 @@ def draw_picture(records: Records, path: Path) -> None:
     grid, *others = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     for (line, arm), (place, decoding) in itertools.product(enumerate(rows), enumerate(columns)):
         left = 1.08 * place
+        if (arm, decoding) not in shares:
+            grid.text(left, line, cells.loc[arm, decoding], va="center", fontsize=8, color="0.5")
         for label, (_, colour) in COLOURS.items():
             share = shares.get((arm, decoding, label), 0.0)
             grid.barh(line, share, 0.8, left, color=colour)

