@@ -28,6 +28,7 @@ import tyro
 import ablate
 import infer
 import train
+from tests import tiny_study
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs") / "train" / "tiny"
@@ -156,7 +157,7 @@ class Study:
         for path in sorted(folder.glob("cells/[!.]*.jsonl")):
             # The settings name the files of rows, which are in another folder in each round.
             found[path.name] = [line | {"settings": None} for line in ablate.read_cell(path)]
-        weights = folder / "runs" / "fixed" / "adapter" / "adapter_model.safetensors"
+        weights = folder / "runs" / tiny_study.ARM / "adapter" / "adapter_model.safetensors"
         return found | {"adapter": hashlib.sha256(weights.read_bytes()).hexdigest()}
 
 

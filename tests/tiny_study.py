@@ -12,7 +12,7 @@ import ablate
 import data
 import infer
 
-ARM, DECODINGS = "fixed", ("plain", "story-fix", "kit")
+ARM, DECODINGS = "week4-1-epoch", ("plain", "story-fix", "kit")
 
 
 def use_tiny_tables(conversational, encyclopedic):
