@@ -153,7 +153,7 @@ class AblateConfig(data.RowsFlags):
             problems.append(f"--shard {self.shard}: expected I/N with I from 0 to N - 1.")
         if self.rows and (self.conversational or self.encyclopedic):
             problems.append("--rows replaces the mix. Remove it, or the sources of the mix.")
-        if not 0 < (self.eval_every or 0.5) < 1:
+        if self.eval_every is not None and not 0 < self.eval_every < 1:
             problems.append(f"--eval-every {self.eval_every}: expected a share between 0 and 1.")
         if self.dry_run and self.table:
             problems.append("--table writes files, and --dry-run writes none. Give one of the two.")
@@ -700,12 +700,12 @@ class Comparison:
         return (
             f"{self.outcome.replace('_', ' ')}: {one} {self.first:.3g}, {other} {self.second:.3g} "
             f"(means of {self.pairs} pairs; +{self.larger} -{self.smaller} of {self.questions} "
-            f"questions, {self.describe_net()}, p = {self.p:.2g})"
+            f"questions, net {self.describe_net()}, p = {self.p:.2g})"
         )
 
     def describe_net(self) -> str:
         """The effect with its interval."""
-        return "net {:+.0%} [{:+.0%}, {:+.0%}]".format(*self.net)
+        return "{:+.0%} [{:+.0%}, {:+.0%}]".format(*self.net)
 
     @staticmethod
     def detectable_net(questions: int, changed: float) -> float:
@@ -1147,7 +1147,7 @@ def list_changes(records: Records) -> list[list[str]]:
             f"{query.other} to {query.one}",
             f"{each.second:.0%} to {each.first:.0%}",
             f"+{each.larger} -{each.smaller}",
-            each.describe_net().removeprefix("net "),
+            each.describe_net(),
             f"{each.p:.2g}",
         ]
         for each, query in found
@@ -1183,7 +1183,7 @@ def list_readings(records: Records) -> list[list[str]]:
     """Header and rows: how often blind readers preferred the answers at the step that answers
     select, and how often those at the step of another metric. Empty without readings.csv.
 
-    Each answer counts once, by the sum of its readers' votes.
+    Each question of a run counts once, by the sum of its readers' votes.
     """
     rows = []
     for metric, own in records.readings.groupby("metric", sort=False):
@@ -1193,8 +1193,8 @@ def list_readings(records: Records) -> list[list[str]]:
         found = Comparison(pairs, "better")
         equal = found.questions - found.larger - found.smaller
         counts = [f"{found.larger}", f"{found.smaller}", f"{equal}"]
-        net = found.describe_net().removeprefix("net ")
-        rows.append([f"{metric} ({', '.join(own.arm.unique())})", *counts, net, f"{found.p:.2g}"])
+        against = f"{metric} ({', '.join(own.arm.unique())})"
+        rows.append([against, *counts, found.describe_net(), f"{found.p:.2g}"])
     header = ["against", "answers' step is better", "other step is better", "equal", "net share"]
     return [[*header, "p"], *rows] if rows else []
 

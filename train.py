@@ -232,7 +232,8 @@ class TrainConfig(data.RowsConfig):
         check("save_minutes", 0 <= self.save_minutes < math.inf, "0 or more.")
         most = len(infer.read_probes(self.probes))
         check("num_probes", 0 <= (self.num_probes or 0) <= most, f"0 to {most}.")
-        check("eval_every", 0 < (self.eval_every or 0.5) < 1, "a share between 0 and 1.")
+        share = 0.5 if self.eval_every is None else self.eval_every
+        check("eval_every", 0 < share < 1, "a share between 0 and 1.")
         repository = re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub or "a/b")
         check("push_to_hub", repository, "a hub repository, OWNER/NAME.")
         check("load_in_4bit", not (self.load_in_4bit and self.no_load_in_4bit), "one of the two.")

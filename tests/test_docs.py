@@ -39,7 +39,7 @@ def test_the_readme_and_the_report_are_short():
 MOST = {
     "data.py": (1759, 59),
     "infer.py": (2348, 89),
-    "train.py": (1628, 45),
+    "train.py": (1629, 45),
     "ablate.py": (1480, 45),
 }
 

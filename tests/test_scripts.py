@@ -183,6 +183,8 @@ REFUSED = {
     "study name": (["ablate.py", "--name", "a/b"], "letters, digits"),
     "rows and a source of the mix": (["ablate.py", "--rows", "q.jsonl", "--encyclopedic", "q.jsonl"], "--rows replaces the mix"),
     "evaluations of a study": (["ablate.py", "--eval-every", "1"], "--eval-every 1.0: expected a share between 0 and 1"),
+    "no evaluations of a study": (["ablate.py", "--eval-every", "0"], "--eval-every 0.0: expected a share between 0 and 1"),
+    "no evaluations": (["train.py", "--eval-every", "0"], "--eval-every 0.0: expected a share between 0 and 1"),
     "no probes": (["ablate.py", "--num-probes", "0"], "--num-probes 0: expected 1 to 76"),
     "too many probes": (["ablate.py", "--num-probes", "77"], "--num-probes 77: expected 1 to 76"),
     "no seeds": (["ablate.py", "--seeds", "0"], "--seeds 0: expected 1 to 100"),
