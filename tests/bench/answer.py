@@ -8,7 +8,8 @@ per call (padded on the left), under the same decodings: by the kit's processors
 prompt and the end-of-turn token. All compute in float32 in the same process, by turns; medians are printed. Answers of single
 calls have to be the same tokens; in a batch of another shape the last bits differ, and a few answers may. Loading is not timed.
 
-Then the kit alone, once each: more questions, longer answers (none of which ends before its cap), fewer threads. The picture is
+Then the kit alone, once each: the verdicts on one answer and on the grid, in which the base model reads every answer for its
+surprisal; more questions, longer answers (none of which ends before its cap), fewer threads. The picture is
 docs/bench-answer.png.
 """
 
@@ -112,6 +113,15 @@ def compare(loaded, plain, requests, rounds):
     print(f"stock batches gave the kit's tokens in {min(equal)} of {len(requests)} answers", flush=True)
 
 
+def compare_judging(loaded, requests):
+    """Prints how long the verdicts take, in which the base model reads each answer, as a share of generation."""
+    infer.surprisal_reference(loaded)  # computed once per base model
+    for name, asked in (("one question", requests[:1]), ("the grid", requests)):
+        generating, answers = timed(lambda asked=asked: infer.answer_requests(loaded, asked))
+        judging, _ = timed(lambda answers=answers: infer.judge_answers(loaded, answers))
+        print(f"verdicts, {name}: {judging:.2f} s, {judging / generating:.1%} of the {generating:.1f} s of generation")
+
+
 def main(arguments):
     parser = argparse.ArgumentParser(prog="python -m tests.bench answer")
     parser.add_argument("--questions", type=int, default=10)
@@ -122,6 +132,7 @@ def main(arguments):
     requests = make_requests(asked.questions, asked.max_new_tokens)
     infer.answer_requests(loaded, requests[:1])  # what is made at first use
     compare(loaded, plain, requests, asked.rounds)
+    compare_judging(loaded, requests)
 
     import torch
 
@@ -142,7 +153,7 @@ def main(arguments):
     draw(
         "answer",
         [
-            Panel("questions, each under 12 decodings", "kit (tokens/s)", {"kit": by_questions}),
+            Panel(f"questions, each under {len(requests) // asked.questions} decodings", "kit (tokens/s)", {"kit": by_questions}),
             Panel(f"tokens an answer, {len(probes)} questions", "kit (tokens/s)", {"kit": by_length}),
             Panel("threads", "kit (tokens/s)", {"kit": by_threads}),
         ],
