@@ -1442,7 +1442,7 @@ def main(config: AblateConfig) -> int:
         with FileLock(study.folder / "locks" / config.answer):
             write_cells(study, arms[config.answer])
         return 0
-    infer.raise_on_signals()
+    infer.handle_signals()
     if study:
         part, parts = map(int, config.shard.split("/"))
         arms = study.arms[part::parts]

@@ -68,16 +68,16 @@ RUNS = Path("runs")
 TRAIN_RUNS = RUNS / "train"
 # Names the run in TRAIN_RUNS whose adapter is the default; train.py writes it after a run.
 LATEST = TRAIN_RUNS / "latest.txt"
-# Beside the adapter's weights: values that PEFT's and transformers' files have no place for.
+# File in the adapter's folder for values that PEFT's and transformers' files have no place for.
 ADAPTER_RECORD = "kit.json"
-# A run's or a study's name becomes the name of a folder.
+# Names of runs and studies, which become names of folders.
 RUN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 RUN_NAME_RULE = "up to 100 letters, digits, '.', '_' and '-', starting with a letter or digit."
 
 # Every forward pass of a generation has this many rows, and prompts are padded to a multiple of
-# this many tokens: equal shapes use equal kernels, so an answer's bits do not depend on others.
+# this many tokens: equal shapes use equal kernels, so an answer does not depend on the others.
 ROWS, PROMPT_MULTIPLE = 24, 64
-# Answers of --questions are saved after each set of so many.
+# Answers to --questions are saved in groups of this many.
 QUESTIONS_PER_SAVE = 32
 
 PadName = Literal["native", "added"]
@@ -93,28 +93,28 @@ DecodingName = Literal["plain", "story-collapse", "story-fix", "week3", "kit"]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is decoded. No field is inherited from the model's generation config."""
+    """How an answer is decoded. Nothing is inherited from the model's generation config."""
 
     max_new_tokens: int = 256
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens that occurred (Keskar et al.
     2019); 1.0 is off."""
     no_repeat_ngram_size: int = 0
-    """Bans every n-gram of this size a second time; 0 is off."""
+    """Every n-gram of this size can occur only once; 0 is off."""
     count_prompt: bool = False
-    """Whether penalty and ban also count the prompt's tokens, as in transformers."""
+    """Whether penalty and n-gram ban also count the prompt's tokens, as in transformers."""
     stop: StopName = "end-of-turn"
     """Tokens that end an answer: the chat template's end of turn, those of the base model's
     generation config, or none."""
     temperature: float = 0.0
-    """0 is greedy; above, tokens are sampled from softmax(logits / temperature)."""
+    """0 is greedy decoding; otherwise tokens are sampled from softmax(logits / temperature)."""
     top_p: float = 1.0
-    """Sampling is among the likeliest tokens that together have this probability; 1.0 is all."""
+    """Sample from the most probable tokens whose probabilities add up to this; 1.0 is all."""
     sampling_seed: int = 0
-    """Seeds each answer separately, so that it does not depend on the others."""
+    """Seed of each answer, so that it does not depend on the others."""
 
     def __post_init__(self) -> None:
-        # Beyond these limits, logits overflow or a generator rejects the seed.
+        # Beyond these limits, logits overflow or torch.Generator rejects the seed.
         length = data.MAX_SEQ_LENGTH
         limits = {
             "max_new_tokens": (1, length - 1, f"1 to {length - 1}, less the prompt"),
@@ -130,7 +130,7 @@ class Decoding:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected {expected}.")
 
     def __str__(self) -> str:
-        """The nearest preset's name, and the fields that differ from it."""
+        """The name of the nearest preset, and the fields that differ from it."""
 
         def changes(preset: Decoding) -> list[str]:
             fields = dataclasses.asdict(self).items()
@@ -153,17 +153,17 @@ DECODINGS: dict[DecodingName, Decoding] = {
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and how it was generated. Answers are equal if all but their seconds are."""
+    """An answer and how it was generated. `seconds` does not count in comparisons."""
 
     question: str
     text: str
     token_ids: list[int]
-    """Ids of the answer alone; a stop token, if there was one, is the last."""
+    """Ids of the answer without the prompt, including the stop token if there was one."""
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     answer_tokens: int
     num_overruled: int
-    """Answer tokens at which penalty or ban changed the model's first choice."""
+    """Answer tokens for which penalty or n-gram ban changed the model's first choice."""
     decoding: Decoding
     model: str
     """Name of the base model."""
@@ -191,7 +191,7 @@ NOTHING: Measure = (0.0, (0, 0))
 
 @dataclass(frozen=True)
 class Check:
-    """From which value on a measure is a finding, and what it then says of a place in the text."""
+    """The value from which a measure is a finding, and the message about that part of the text."""
 
     threshold: float
     message: str
@@ -211,7 +211,7 @@ CHECKS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """A defect of an answer's form. It never says whether the answer is medically correct."""
+    """A defect of an answer's form, which says nothing about medical correctness."""
 
     name: str
     """One of `CHECKS`."""
@@ -233,7 +233,7 @@ class JudgedAnswer:
     """Whether the stop token ended the answer, rather than the limit of tokens."""
     answer: Answer | None = None
     facts: Facts | None = None
-    """What of the probe's lists is in the answer, if the question is a probe's."""
+    """What the answer contains of the probe's lists, if the question is a probe's."""
 
     @property
     def sound(self) -> bool:
@@ -257,7 +257,7 @@ class JudgedAnswer:
         return record | ({"facts": dataclasses.asdict(self.facts)} if self.facts else {})
 
 
-# Markdown, which is replaced by as many spaces, so that places in the text stay the same.
+# Markdown, which is replaced by as many spaces, so that spans of the text stay valid.
 _MARKDOWN = re.compile(
     r"^[ \t]*(?:```|~~~).*$|^[ \t]*(?:[-*_=][ \t]*){3,}$|^[ \t]*(?:#{1,6}|>)[ \t]+"
     r"|^[ \t]*(?:[-*+\u2022]|\d{1,3}[.)])[ \t]+|\*{1,3}|__|`+|\|"
@@ -272,7 +272,7 @@ def blank_markdown(text: str) -> str:
     return _MARKDOWN.sub(lambda found: " " * len(found[0]), text)
 
 
-# An answer that the stop token ends after one of them stops mid-sentence.
+# An answer whose stop token follows one of these stops mid-sentence.
 _DANGLING = frozenset(("an", "and", "of", "or", "the", "to", "with"))
 
 
@@ -288,8 +288,8 @@ def measure_empty(text: str, ended: bool) -> Measure:
 
 
 def measure_loop(plain: str, size: int = 6) -> Measure:
-    """Most words in a row within sequences of `size` words that occurred before in the answer
-    (after seq-rep-n of Welleck et al. 2020); half of them unless they follow at once."""
+    """Most words in a row that repeat an earlier part of the answer, by sequences of `size` words
+    (after seq-rep-n of Welleck et al. 2020). Repeats that do not follow at once count half."""
     matches = list(_NUMBER_OR_WORD.finditer(plain))
     words = [match[0].lower() for match in matches]
     last_at: dict[tuple[str, ...], int] = {}
@@ -302,7 +302,7 @@ def measure_loop(plain: str, size: int = 6) -> Measure:
                 first, distance = start, start - last_at[sequence]
             end = start + size
             run = end - first
-            # A sentence said again later is not yet a loop, as a chorus or the question is.
+            # A sentence that is repeated later, such as a refrain, is not yet a loop.
             score = run if distance <= 1.5 * run else run / 2
             if score > best[0]:
                 best = score, (matches[first].start(), matches[end - 1].end())
@@ -313,7 +313,7 @@ def measure_loop(plain: str, size: int = 6) -> Measure:
 def measure_repetition(plain: str, window: int = 512, stride: int = 256) -> Measure:
     """Bytes that zlib saves in the worst `window` bytes, over bytes that remain (the compression
     ratio of Radford et al. 2022, less 1)."""
-    # Runs of spaces, which markdown leaves behind, compress well and say nothing.
+    # Runs of spaces, which replace markdown, compress well but are no repetition.
     encoded = re.sub(r"[ \t]+", " ", plain).encode("utf-8", "replace")
     worst, at = 1.0, 0
     for start in range(0, max(1, len(encoded) - window + stride), stride):
@@ -321,7 +321,7 @@ def measure_repetition(plain: str, window: int = 512, stride: int = 256) -> Meas
         ratio = len(part) / len(zlib.compress(part, 9))
         if ratio >= worst:
             worst, at = ratio, start
-    # The place is proportional, as bytes are not characters, and spaces are missing.
+    # The span is proportional, since bytes are not characters, and spaces were removed.
     share = len(plain) / max(1, len(encoded))
     end = min(at + window, len(encoded))
     return worst - 1, (round(at * share), round(end * share))
@@ -338,8 +338,8 @@ def measure_list(text: str, question: str = "", short: int = 5) -> Measure:
     numbers in a row.
 
     A short item has at most `short` words. A list ends where another line follows, or where the
-    numbers begin again; lines that are indented below an item are not counted. A list of as many
-    items as a number of the question says was asked for.
+    numbers begin again; lines that are indented below an item are not counted. Neither is a list
+    with no more items than a number in the question.
     """
     best = NOTHING
     asked = max(map(int, re.findall(r"\d{1,3}", question)), default=0)
@@ -378,7 +378,7 @@ def measure_list(text: str, question: str = "", short: int = 5) -> Measure:
 
 
 _LEAK = re.compile(
-    # Tokens of chat templates, and the role names that remain when they are not shown.
+    # Tokens of chat templates, and the role names that remain without them.
     r"<\|\w+\|>|\[/?INST\]|</?s>|<</?SYS>>|<(?:start|end)_of_turn>"
     r"|^#{2,} ?(?:Instruction|Input|Response):?[ \t]*$|Cutting Knowledge Date:"
     r"|(?<=[^\s\w(\[{\"'/-])[ \t]?(?:assistant|user|system|ipython)[ \t]*$"
@@ -390,7 +390,7 @@ _LEAK = re.compile(
     r"|([?$%^&~])\1{3,}",
     re.M,
 )
-# What may be asked for.
+# Not counted if the question asks for it.
 _LEAK_UNLESS_ASKED = re.compile(
     # Other speakers.
     r"(?:^|(?<=[.!?]\s))\W{0,3}(?:User|Human|Assistant|Bot|USER|HUMAN|ASSISTANT)\W{0,2}:"
@@ -408,7 +408,7 @@ _ASKED_FOR = re.compile(
     r"|program|python|html|latex|translat\w*)\b",
     re.I,
 )
-# One or two of them may be headings.
+# One or two may be headings.
 _SPEAKER = re.compile(
     r"^\W{0,3}(?:patient|question|q|customer|client|student|interviewer|doctor|dr|instruction"
     r"|response|answer)\W{0,2}:",
@@ -423,8 +423,8 @@ _OTHER_SCRIPT = re.compile(
 
 
 def measure_leak(text: str, question: str = "") -> Measure:
-    """Template tokens, role names, other speakers, code, web mark-up, undecoded characters, and
-    runs of a script that the question is not written in."""
+    """Number of template tokens, role names, other speakers, pieces of code and markup, undecoded
+    characters, and runs of a script that the question is not written in."""
     found = list(_LEAK.finditer(text))
     if not _ASKED_FOR.search(question):
         found += _LEAK_UNLESS_ASKED.finditer(text)
@@ -436,7 +436,7 @@ def measure_leak(text: str, question: str = "") -> Measure:
     return len(found), min((match.span() for match in found), default=(0, 0))
 
 
-# Stems of the WHO's international nonproprietary names that hardly any other word ends with.
+# Stems of the WHO's international nonproprietary names with which hardly any other word ends.
 _MEDICINE_ENDINGS = tuple(
     """floxacin cillin mycin micin cycline bactam penem conazole prazole nidazole bendazole olol
     sartan statin vudine nib ciclib gliptin gliflozin glitazone glutide dipine triptan gepant
@@ -454,7 +454,7 @@ def load_medicines() -> frozenset[str]:
     def build(folder: Path) -> None:
         module = "drug_named_entity_recognition.drugs_finder"
         program = f"from {module} import drug_variant_to_canonical as names; print(*names)"
-        # In a process of its own: the library keeps several hundred MiB of indices.
+        # In its own process, since the library keeps several hundred MiB of indices.
         command = [sys.executable, "-X", "utf8", "-c", program]
         names = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
         words = sorted(set(re.findall(r"[^\W\d_]+", names.lower())))
@@ -476,9 +476,9 @@ def is_medicine(word: str) -> bool:
 
 
 def measure_medicine(text: str, question: str = "") -> Measure:
-    """Words with an ending of the WHO's names for medicines that are not the name of one.
+    """Number of words that end like a WHO name of a medicine, but are not one.
 
-    A name that the question contains is not counted, nor a bare ending.
+    Names in the question and bare endings are not counted.
     """
     asked, spans = question.lower(), {}
     for match in _LONG_WORD.finditer(text):
@@ -494,7 +494,7 @@ def measure_answer(
 ) -> dict[str, Measure]:
     """Every measure of an answer, in the order of `CHECKS`; loads no model.
 
-    `surprisal` is that of `measure_surprisal`, if a model has read the answer.
+    `surprisal` is the result of `measure_surprisal`, if a model has read the answer.
     """
     plain = blank_markdown(text)
     return {
@@ -514,7 +514,6 @@ def judge(
     finish_reason: str = "stop",
     surprisal: Measure = NOTHING,
     *,
-    answer: Answer | None = None,
     probe: Probe | None = None,
 ) -> JudgedAnswer:
     """The verdict on an answer by `measure_answer` and `CHECKS`, with the facts of its `probe`."""
@@ -526,11 +525,11 @@ def judge(
             findings.append(Finding(name, round(score, 4), (start, end), message))
     score = max(score / CHECKS[name].threshold for name, (score, _) in measures.items())
     facts = check_facts(text, probe) if probe else None
-    return JudgedAnswer(tuple(findings), score, finish_reason == "stop", answer, facts)
+    return JudgedAnswer(tuple(findings), score, finish_reason == "stop", facts=facts)
 
 
 def shorten(text: str, limit: int = 90) -> str:
-    """The text in one line and in quotes, without its middle if it is longer than `limit`."""
+    """The text in one line and in quotes; one longer than `limit` loses its middle."""
     line = " ".join(text.split())
     if len(line) > limit:
         line = f"{line[: limit * 2 // 3]} ... {line[-limit // 3 :]}"
@@ -542,7 +541,7 @@ def shorten(text: str, limit: int = 90) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """What a sound answer names, or must not claim: any of the phrases."""
+    """A fact that an answer should name, or a wrong claim, recognised by any of its phrases."""
 
     name: str
     phrases: Sequence[str]
@@ -550,12 +549,12 @@ class Point:
     guideline: str = ""
     """The published reference."""
     unless_after: Sequence[str] = ()
-    """Phrases that excuse a wrong claim which comes after one of them."""
+    """A wrong claim after one of these phrases is excused."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A question that every run is asked, and what a list of phrases can check in its answers."""
+    """A question that every run is asked, and the lists by which its answers are checked."""
 
     id: str
     question: str
@@ -570,12 +569,9 @@ def _check_texts(values: Any) -> None:
 
 
 def read_probes(source: str | None = None) -> list[Probe]:
-    """The probes of a file, by default samples/probes.jsonl, in its order.
+    """The probes of a file, by default samples/probes.jsonl. Only `question` is required.
 
-    Only `question` is required.
-
-    Raises:
-        UsageError: a line is not a probe, or repeats a question; or the file is empty.
+    Raises UsageError if a line is not a probe or repeats a question, or the file is empty.
     """
     probes: dict[str, Probe] = {}
     for place, record in data.read_records(source or str(data.PROBES)):
@@ -604,13 +600,13 @@ def read_probes(source: str | None = None) -> list[Probe]:
     return list(probes.values())
 
 
-# In the same clause before a phrase, they negate it.
+# Words that negate a phrase that follows in the same clause.
 _NEGATION = re.compile(
     r"\b(?:not?|never|without|nor|neither|unlike|cannot|avoid\w*|instead of|rather than"
     r"|\w+n['’]t)\b",
     re.I,
 )
-# Right behind a phrase, they deny it: "... is not a sign", "... are no longer the first choice".
+# Words that deny the phrase before: "... is not a sign", "... are no longer the first choice".
 _DENIAL = re.compile(r"(?:\W+[\w'’]+){0,2}?\W+(?:not\b|no\b|never\b|\w+n['’]t\b)", re.I)
 _CLAUSE_END = re.compile(r"[.!?;:,\n]|\bbut\b", re.I)
 
@@ -627,9 +623,9 @@ def compile_phrase(phrase: str) -> re.Pattern[str]:
 
 
 def find_mention(text: str, phrases: Iterable[str], *, or_denied_after: bool = False) -> int | None:
-    """Where the first of the phrases begins that its clause does not negate before it, or None.
+    """Where the first phrase begins that is not negated earlier in its clause, or None.
 
-    With `or_denied_after` a phrase that the words right behind it deny is no mention either.
+    With `or_denied_after`, neither does a phrase count that the words right after it deny.
     """
     places = []
     for phrase in phrases:
@@ -644,12 +640,12 @@ def find_mention(text: str, phrases: Iterable[str], *, or_denied_after: bool = F
 
 @dataclass(frozen=True)
 class Facts:
-    """Which items of a probe's lists occur in an answer. It is not a grade of truth."""
+    """Which items of a probe's lists occur in an answer; no measure of its correctness."""
 
     named: tuple[str, ...]
     missing: tuple[str, ...]
     wrong: tuple[str, ...]
-    """Names of the wrong claims that are made."""
+    """Names of the wrong claims in the answer."""
 
     def __str__(self) -> str:
         total = len(self.named) + len(self.missing)
@@ -671,7 +667,7 @@ def check_facts(text: str, probe: Probe) -> Facts:
 
 
 def measure_quality(judged: Sequence[JudgedAnswer]) -> types.SimpleNamespace:
-    """Counts of judged answers, and of their probes' points: all, and those that are named."""
+    """Counts of judged answers, and of points and wrong claims of their probes."""
     facts = [each.facts for each in judged if each.facts]
     return types.SimpleNamespace(
         num_answers=len(judged),
@@ -688,24 +684,25 @@ def measure_quality(judged: Sequence[JudgedAnswer]) -> types.SimpleNamespace:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP ended the work. The message says how to resume."""
+    """Ctrl-C, SIGTERM or SIGHUP ended the command. The message says how to resume."""
 
-    def __init__(
-        self, number: int, message: str = "Interrupted. Run the same command again."
-    ) -> None:
-        super().__init__(message)
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message or "Interrupted. Run the same command again.")
         self.number = number
 
 
-def raise_on_signals() -> None:
-    """Makes the signals raise `Interrupted`, except those ignored from the start, as by nohup."""
+def handle_signals(handler: Callable[[int, Any], object] | None = None) -> None:
+    """Sets a handler for these signals, except those ignored from the start, as by nohup.
 
-    def interrupt(number: int, frame: types.FrameType | None) -> None:
+    The default raises `Interrupted`.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
         raise Interrupted(number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
+            signal.signal(number, handler or interrupt)
 
 
 def report(message: str) -> None:
@@ -714,18 +711,18 @@ def report(message: str) -> None:
 
 
 def prepare_environment(profile: Profile, *, offline: bool | None = None) -> None:
-    """Sets what CUDA, Unsloth and the hub client read. Call it before Unsloth is imported.
+    """Sets environment variables of CUDA, Unsloth and the hub client, before Unsloth is imported.
 
-    `offline` None: if the base model needs no hub, or the hub cannot be reached.
+    `offline` None means: if the base model is local, or the hub cannot be reached.
     """
-    # cuBLAS repeats its bits only with a workspace of fixed size.
+    # cuBLAS is deterministic only with a workspace of fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
-    # Unsloth compiles its trainers into a folder, by default of the working directory, and would
-    # use the files of an older version.
+    # Unsloth compiles its trainers into a folder, by default in the working directory, and would
+    # use files of an older version.
     compiled = f"unsloth_compiled_cache-{importlib.metadata.version('unsloth')}"
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(data.cache_home() / compiled))
-    # GiB of logits that its fused loss holds at a time: by default a share of the free memory.
+    # GiB of logits that its fused loss keeps at a time; the default depends on the free memory.
     os.environ.setdefault("UNSLOTH_CE_LOSS_TARGET_GB", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if profile.name == "cpu":
@@ -756,7 +753,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def base_model_path(base_model: str) -> str:
-    """What `from_pretrained` takes: the small model's folder in the cache, or the name itself."""
+    """The argument for `from_pretrained`: the small model's folder in the cache, or the name."""
 
     def build(folder: Path) -> None:
         import torch
@@ -789,11 +786,10 @@ def load_base(
 
     `dtype` None lets Unsloth choose the fastest for training.
 
-    Raises:
-        UsageError: the profile needs a GPU that torch does not find, or the model cannot be loaded.
+    Raises UsageError if the profile needs a GPU and torch finds none, or the model does not load.
     """
     with quiet_libraries():
-        # The imports create so many objects that garbage collection takes a second of them.
+        # The imports create so many objects that garbage collection would take a second.
         gc.disable()
         # Unsloth patches transformers, PEFT and TRL, and has to be imported before them.
         from unsloth import DEVICE_TYPE, FastLanguageModel  # isort: skip
@@ -844,19 +840,17 @@ def latest_adapter() -> Path:
 
 
 def find_adapter(name: str) -> Path:
-    """The folder of an adapter: `name` itself, or the hub repository of that name, downloaded.
+    """The folder of an adapter: `name` itself, or the downloaded hub repository of that name.
 
-    Raises:
-        UsageError: there is neither.
+    Raises UsageError if there is neither.
     """
     folder, expected = Path(name), "Give a folder such as runs/train/NAME/adapter, or a hub id."
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         from huggingface_hub import snapshot_download
 
-        patterns, is_offline = ["*.json", "*.safetensors"], not data.reaches_hub()
+        patterns, offline = ["*.json", "*.safetensors"], not data.reaches_hub()
         try:
-            folder = snapshot_download(name, allow_patterns=patterns, local_files_only=is_offline)
-            return Path(folder)
+            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"{name} is not a folder, and could not be downloaded from the hub "
@@ -873,7 +867,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """What is known of an adapter: kit.json, or for other programs' adapters PEFT's config."""
+    """What is known about an adapter, from kit.json, or from PEFT's config if there is none."""
 
     base_model: str
     profile: ProfileName | None = None
@@ -883,16 +877,16 @@ class AdapterRecord:
     pad: PadName = "native"
     """`added`: it contains embeddings, one row longer than the base model's."""
     system_prompt: str = data.SYSTEM_PROMPT
-    """That of most of its training rows."""
+    """The system prompt of most of its training rows."""
     surprisal_reference: float | None = None
-    """Of the base model, in nats per byte, see `surprisal_reference`."""
+    """The base model's reference in nats per byte, see `surprisal_reference`."""
     load_in_4bit: bool | None = None
     """How the base model was loaded in training. None: as the profile loads it."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter folder whose files were checked, and the profile that runs it."""
+    """A checked adapter folder, and the profile with its base model."""
 
     folder: Path
     record: AdapterRecord
@@ -905,20 +899,15 @@ class Adapter:
     @property
     def sha256(self) -> str:
         """Digest (hex) of the weights."""
-        return hash_weights(self.folder)
-
-
-def hash_weights(adapter: Path) -> str:
-    """sha256 (hex) of the weights in an adapter folder."""
-    return hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
+        return hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()
 
 
 _LORA_TENSOR = re.compile(
     r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight"
 )
 EMBEDDINGS = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
-# Fields of PEFT's LoraConfig that change the product or the base weights, and the values of plain
-# LoRA. Other fields are metadata of the program that wrote them.
+# Fields of PEFT's LoraConfig that change the result, and their values in plain LoRA. Other fields
+# are metadata.
 _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM",),
@@ -957,7 +946,7 @@ def _reading(path: Path) -> Iterator[None]:
         ) from None
     except (OSError, ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise UsageError(
-            f"{path} is cut or broken ({error}). Train the adapter again, or copy it again."
+            f"{path} is truncated or corrupt ({error}). Train the adapter again, or copy it again."
         ) from None
 
 
@@ -974,12 +963,11 @@ def check_adapter(
 ) -> Adapter:
     """The adapter in a folder, after a check of every file that will be read. Loads no weights.
 
-    `choice` and `base_model` are the flags of these names. If `base_model` or the adapter's own is
-    a folder, their shapes are compared; otherwise they have to be names of the same weights.
+    `choice` and `base_model` are --profile and --base-model. If `base_model` or the adapter's own
+    is a folder, shapes are compared; otherwise both have to be names of the same weights.
 
-    Raises:
-        UsageError: a file is missing, unreadable or broken, the weights are a pickle, or the
-            adapter is not plain LoRA on this base model.
+    Raises UsageError if a file is missing, unreadable or corrupt, the weights are a pickle, or the
+    adapter is not plain LoRA on this base model.
     """
     for path in (folder / CONFIG, folder / WEIGHTS):
         with _reading(path):
@@ -1008,8 +996,8 @@ def check_adapter(
 
 
 def read_adapter_record(folder: Path) -> AdapterRecord:
-    """The record of an adapter folder; without kit.json only the base model that PEFT names.
-    Raises UsageError if the file is broken."""
+    """The record of an adapter folder; without kit.json, only the base model in PEFT's config.
+    Raises UsageError if the file is corrupt."""
     path = folder / ADAPTER_RECORD
     path = path if path.is_file() else folder / CONFIG
     with _reading(path):
@@ -1030,7 +1018,7 @@ def read_adapter_record(folder: Path) -> AdapterRecord:
 
 
 def _check_types(values: Any) -> None:
-    """Raises TypeError if a field of a dataclass has another type than it is declared with."""
+    """Raises TypeError if a field of a dataclass does not have its declared type."""
 
     def is_of(value: Any, expected: Any) -> bool:
         if get_origin(expected) is Literal:
@@ -1049,9 +1037,7 @@ def resolve_adapter_profile(
 ) -> Profile:
     """The profile with the adapter's base model.
 
-    Raises:
-        UsageError: the flags name another base model, or the adapter's is a folder that does not
-            exist.
+    Raises UsageError if the flags name another one, or it is a folder that does not exist.
     """
     own = record.base_model
     default = next(
@@ -1088,8 +1074,7 @@ def check_adapter_weights(
 ) -> tuple[str, ...]:
     """The names of the modules with LoRA, after comparing all shapes with the base model's.
 
-    Raises:
-        UsageError: the file is cut or broken, or a tensor is not LoRA's or has another shape.
+    Raises UsageError if the file is corrupt, or a tensor is not LoRA's or has another shape.
     """
     import safetensors
 
@@ -1127,8 +1112,8 @@ def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     import torch
 
     tokenizer.add_special_tokens({"pad_token": ADDED_PAD_TOKEN})
-    # The new row is random and, as a row of the head, part of the loss: seeded, so that a resumed
-    # run has the same one.
+    # The new row is random and, in the head, part of the loss. It is seeded, so that a resumed run
+    # has the same one.
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -1137,7 +1122,7 @@ def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def load_adapter(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Adapter
 ) -> PeftModel:
-    """`model` with the adapter's tensors; UsageError if it was trained with another prompt."""
+    """`model` with the adapter. Raises UsageError if it was trained with another prompt."""
     record = adapter.record
     prompt = data.prompt_fingerprint(tokenizer, record.system_prompt)
     if record.prompt_fingerprint is None:
@@ -1167,7 +1152,7 @@ def load_adapter(
 def register_grouped_attention() -> None:
     """Registers the attention `grouped`: torch's, without repeating keys and values per head.
 
-    transformers repeats them if there is a mask: the grid of `tests.bench answer` takes 1.5 times
+    transformers repeats them if there is a mask, which makes `tests.bench answer` take 1.5 times
     as long.
     """
     import torch
@@ -1200,9 +1185,9 @@ class LoadedModel:
     adapter_sha256: str | None = None
     system_prompt: str = data.SYSTEM_PROMPT
     reference: float | None = None
-    """As `surprisal_reference` returns it, once it is known."""
+    """The result of `surprisal_reference`, once it is known."""
     probes: Sequence[Probe] = field(default_factory=read_probes)
-    """Answers to their questions are judged with facts."""
+    """Probes by whose lists the facts in answers are checked."""
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[LoadedModel]:
@@ -1219,7 +1204,7 @@ def load_for_inference(
 ) -> LoadedModel:
     """The profile's base model, with the adapter if there is one.
 
-    The system prompt is `system_prompt`, else the adapter's, else the story's.
+    The default system prompt is the adapter's, or the story's.
     """
     model, tokenizer = load_base(profile, dtype=profile.dtype)
     from unsloth import FastLanguageModel
@@ -1243,7 +1228,7 @@ def load_for_inference(
 
 @dataclass(frozen=True)
 class Request:
-    """A question, the decoding of its answer, and the turns before it."""
+    """A question, the decoding of its answer, and the earlier turns."""
 
     question: str
     decoding: Decoding
@@ -1267,15 +1252,15 @@ def make_row_processor(
 ) -> LogitsProcessor:
     """A logits processor that applies a decoding to each row; `generate` then takes the argmax.
 
-    Penalty and ban are transformers' processors, with two differences. Unless `count_prompt`, they
-    get the answer's ids only: the template ends each turn of the prompt with the end-of-turn token,
-    which the library therefore penalises or bans before the first word. An answer's own ids never
-    contain it. And sampling adds Gumbel noise of the row's own generator, the argmax of which is a
-    draw from the softmax (Gumbel 1954; Maddison et al. 2014) that depends on no other row.
+    Penalty and n-gram ban are transformers' processors, with two differences. Without
+    `count_prompt`, they get the answer's ids only: the template ends each turn of the prompt with
+    the end-of-turn token, which the library would penalise or ban from the first word on. And
+    sampling adds Gumbel noise of the row's own generator, whose argmax is a draw from the softmax
+    (Gumbel 1954; Maddison et al. 2014) that depends on no other row.
 
-    `prompt_tokens` includes the `padding` on the left, 0 per row by default. Rows without a
+    `prompt_tokens` includes the `padding` on the left, by default 0 per row. Rows without a
     decoding are copies of the last row that has one. The processor's `overruled` lists, per step,
-    whether penalty or ban changed the likeliest token of each row.
+    whether penalty or ban changed the most probable token of each row.
     """
     import torch
     from transformers import (
@@ -1336,7 +1321,7 @@ def make_generation_config(
     repetition_penalty: float = 1.0,
     no_repeat_ngram_size: int = 0,
 ) -> GenerationConfig:
-    """Greedy decoding with all fields set that have an effect: others come from the model's."""
+    """Greedy decoding. Sets every field with an effect, since others come from the model's."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -1372,8 +1357,7 @@ def check_question(question: str) -> None:
 def encode_request(loaded: LoadedModel, request: Request) -> list[int]:
     """Token ids of the request's prompt.
 
-    Raises:
-        UsageError: as `check_question`, or prompt and answer exceed the maximum sequence length.
+    Raises UsageError as `check_question`, or if prompt and answer exceed the maximum length.
     """
     check_question(request.question)
     prompt = data.encode_prompt(
@@ -1390,14 +1374,14 @@ def encode_request(loaded: LoadedModel, request: Request) -> list[int]:
 
 
 def padded_width(prompt_tokens: int) -> int:
-    """Tokens of a prompt with its padding, at least one of them padding, so there is a mask."""
+    """Tokens of a prompt with its padding: at least one pad token, so that there is a mask."""
     return (prompt_tokens // PROMPT_MULTIPLE + 1) * PROMPT_MULTIPLE
 
 
 def merge_requests(requests: Sequence[Request]) -> list[list[int]]:
-    """Places of the requests that one row can answer: they differ at most in cap and stop.
+    """Indices of the requests that one row can answer, since they differ at most in cap and stop.
 
-    Which token follows depends on those before it, and on neither cap nor stop.
+    The next token depends on neither.
     """
     rows: dict[Request, list[int]] = {}
     for place, request in enumerate(requests):
@@ -1407,7 +1391,7 @@ def merge_requests(requests: Sequence[Request]) -> list[list[int]]:
 
 
 def count_new_tokens(requests: Sequence[Request]) -> int:
-    """The most tokens that `answer_requests` generates for the requests."""
+    """The maximum number of tokens that `answer_requests` generates for the requests."""
     return sum(
         max(requests[place].decoding.max_new_tokens for place in places)
         for places in merge_requests(requests)
@@ -1417,7 +1401,7 @@ def count_new_tokens(requests: Sequence[Request]) -> int:
 def cut_answer(
     ids: Sequence[int], cap: int, stop: Sequence[int]
 ) -> tuple[list[int], Literal["stop", "length"]]:
-    """The ids up to and with the first stop token, or up to the cap; and which of the two."""
+    """The ids up to the first stop token, or up to the cap, and which of the two it was."""
     for place, token in enumerate(ids[:cap]):
         if token in stop:
             return list(ids[: place + 1]), "stop"
@@ -1430,24 +1414,23 @@ def answer_requests(
     progress: Callable[[int], object] = lambda tokens: None,
     on_text: Callable[[str], object] | None = None,
 ) -> list[Answer]:
-    """One `Answer` per request, in their order, which depends on no other request.
+    """One `Answer` per request, in their order; none depends on the other requests.
 
-    Every step of generation has `ROWS` rows, padded on the left to a multiple of
-    `PROMPT_MULTIPLE`; unused rows are copies of the last prompt. Prompts are read together, or one
-    per pass if the profile shares them, see `_read_prompts`. `progress` gets the number of tokens
-    generated, or skipped after an early end: `count_new_tokens` in total. `on_text` gets the text
-    of the first request piece by piece.
+    Every forward pass has `ROWS` rows, padded on the left to a multiple of `PROMPT_MULTIPLE`;
+    unused rows are copies of the last prompt. `progress` is called with the number of tokens
+    generated, or skipped after an early end: `count_new_tokens` in total. `on_text` is called with
+    the text of the first answer, piece by piece.
     """
     prompts = [encode_request(loaded, request) for request in requests]
     stops = [stop_ids(each.decoding, loaded.model, loaded.tokenizer) for each in requests]
     written = ""
 
     def write_first(ids: list[int]) -> None:
-        """Passes to `on_text` what the newest of the first request's ids adds to its text."""
+        """Passes the new part of the first answer's text to `on_text`."""
         nonlocal written
         kept, _ = cut_answer(ids, requests[0].decoding.max_new_tokens, stops[0])
         text = _decode(loaded.tokenizer, kept, stops[0])
-        # Trailing spaces and partial characters wait for what follows.
+        # Incomplete characters wait for the next token; trailing spaces are stripped.
         if on_text and not text.endswith("\ufffd") and text.startswith(written):
             on_text(text[len(written) :])
             written = text
@@ -1509,8 +1492,8 @@ def _generate(
 ) -> tuple[list[list[int]], list[list[bool]]]:
     """New ids of each prompt, and `overruled` of `make_row_processor`.
 
-    `ends` are the stop ids of each row; what follows one in the result is meaningless. `on_ids`
-    gets the first row's new ids after every step.
+    `ends` are the stop ids of each row; ids after one of them are meaningless. `on_ids` is called
+    with the first row's new ids after every step.
     """
     import torch
     from transformers import StoppingCriteria
@@ -1538,9 +1521,9 @@ def _generate(
     inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
     inputs = {name: each.to(device) for name, each in inputs.items()}
     processor, criterion = make_row_processor(decodings, width, padding), RowEnded()
-    # No id ends a row before the criterion does; an empty list would mean the model's own ids.
+    # An id that ends no row, as `RowEnded` does that; an empty list would mean the model's own.
     no_id = loaded.model.config.vocab_size
-    # Not inference mode: tensors that the model caches may be needed in a training step later.
+    # Not inference mode, since a later training step may need tensors that the model caches.
     with torch.no_grad():
         if loaded.profile.shares_prompts:
             inputs["past_key_values"] = _read_prompts(loaded, **inputs)
@@ -1559,7 +1542,7 @@ def _read_prompts(
 ) -> DynamicCache:
     """Keys and values of the prompts (B, T) except their last token, where `generate` continues.
 
-    Different prompts are read one per forward pass, always (1, T - 1), and equal ones once.
+    Each distinct prompt is read once, in its own forward pass of shape (1, T - 1).
     """
     import torch
     from transformers import DynamicCache
@@ -1587,19 +1570,19 @@ def _read_prompts(
 
 # --- Surprisal -----------------------------------------------------------------------------------
 
-# Bytes over which surprisal is averaged, and nats above which a single token does not count more.
+# Bytes over which surprisal is averaged, and maximum nats of a single token.
 SURPRISAL_BYTES, MAX_TOKEN_SURPRISAL = 160, 12.0
-# The reference is taken from the base model's plain answers to so many probes, of so many tokens
-# at most.
+# The reference comes from the base model's plain answers to this many probes, of at most this many
+# tokens.
 REFERENCE_PROBES, REFERENCE_TOKENS = 26, 128
-# Answers of an unknown writer are compared with each other, if there are so many.
+# Answers of unknown models are compared with each other, if there are at least this many.
 MIN_ANSWERS_TO_COMPARE = 20
 
 
 def read_surprisals(loaded: LoadedModel, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
     """Surprisal -ln p of each answer token (A,) after the prompt, in nats, without the adapter.
 
-    One answer per forward pass, so that the values depend on nothing else.
+    One answer per forward pass, so that the values do not depend on other answers.
     """
     import torch
 
@@ -1628,7 +1611,7 @@ def largest_surprisal(
 ) -> tuple[float, tuple[int, int]]:
     """`(nats per byte, tokens)` of the `SURPRISAL_BYTES` with the largest mean surprisal.
 
-    Of a shorter answer all bytes are taken, and at least half of `SURPRISAL_BYTES`.
+    The mean of a shorter answer is over its bytes, or half of `SURPRISAL_BYTES` if that is more.
     """
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(list(ids))
@@ -1664,8 +1647,8 @@ def surprisal_reference(
 ) -> float:
     """The largest surprisal of the base model's plain answers to the probes, in nats per byte.
 
-    Computed once per base model and cached; an adapter's record contains it too. `progress` is
-    called, with 0, after every step.
+    Computed once per base model and cached; also part of an adapter's record. `progress` is called
+    with 0 after every step.
     """
     if loaded.reference is not None:
         return loaded.reference
@@ -1697,9 +1680,9 @@ def judge_answers(
     history: Sequence[tuple[str, str]] = (),
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[JudgedAnswer]:
-    """The verdicts on a loaded model's answers, read by its base model; with facts of the probes.
+    """The verdicts on a loaded model's answers, with their surprisal and facts.
 
-    `progress` is called, with 0, after every step that may take long.
+    `progress` is called with 0 after every step that may take long.
     """
     probes = {probe.question: probe for probe in loaded.probes}
     reference = surprisal_reference(loaded, progress)
@@ -1710,11 +1693,9 @@ def judge_answers(
         )
         surprisal = measure_surprisal(loaded, prompt, answer.token_ids, reference)
         progress(0)
-        asked, probe = answer.question, probes.get(answer.question)
-        verdict = judge(
-            answer.text, asked, answer.finish_reason, surprisal, answer=answer, probe=probe
-        )
-        judged.append(verdict)
+        probe = probes.get(answer.question)
+        verdict = judge(answer.text, answer.question, answer.finish_reason, surprisal, probe=probe)
+        judged.append(dataclasses.replace(verdict, answer=answer))
     return judged
 
 
@@ -1722,7 +1703,7 @@ def judge_answers(
 
 
 def verify(loaded: LoadedModel, request: Request) -> bool:
-    """Asks in two new processes, in a batch and alone; prints whether the ids are the same."""
+    """Asks in two new processes, in a batch and alone; prints whether the ids are equal."""
     flags = [each for each in sys.argv[1:] if each != "--verify"]
     command = [sys.executable, str(Path(__file__).resolve()), *flags, "--json"]
     digests: dict[str, str] = {}
@@ -1732,12 +1713,12 @@ def verify(loaded: LoadedModel, request: Request) -> bool:
         print(f"{digest}  {num_tokens} tokens  {name}", flush=True)
 
     for name in ("a new process", "another new process"):
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        ran = subprocess.run(command, capture_output=True, text=True)
         if ran.returncode:
             raise UsageError(f"{name} failed:\n{ran.stderr.strip()}")
         record = json.loads(ran.stdout)
         add(name, record["sha256"], record["answer_tokens"])
-    # After probe questions, and with itself under every other decoding in the same forward passes.
+    # Batched with probe questions, and with the same question under every preset.
     batch = [Request(probe.question, request.decoding) for probe in read_probes()[:3]]
     for decoding in DECODINGS.values():
         decoding = dataclasses.replace(decoding, max_new_tokens=request.decoding.max_new_tokens)
@@ -1755,7 +1736,7 @@ def verify(loaded: LoadedModel, request: Request) -> bool:
 
 @dataclass
 class QuestionRow:
-    """A row of a file of questions: its place, and all its columns."""
+    """A row of a file of questions."""
 
     place: str
     question: Any
@@ -1765,7 +1746,7 @@ class QuestionRow:
     """Why it is skipped."""
 
     def to_record(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """A line of the output. A column with the name of one of `answer` becomes `input_NAME`."""
+        """A line of the output. Columns whose names `answer` uses are renamed `input_NAME`."""
         own = {f"input_{n}" if n in answer else n: each for n, each in self.columns.items()}
         return {"question": self.question} | own | answer
 
@@ -1775,8 +1756,7 @@ def read_questions(source: str) -> list[QuestionRow]:
 
     Empty lines of text are left out. A row that cannot be asked has a `problem`.
 
-    Raises:
-        UsageError: the file cannot be read, or contains no valid question.
+    Raises UsageError if the file cannot be read, or contains no valid question.
     """
     name = "stdin" if source == "-" else source
     if source == "-" or source.endswith(".txt"):
@@ -1802,7 +1782,7 @@ def read_questions(source: str) -> list[QuestionRow]:
 
 
 def read_question_row(place: str, record: Any) -> QuestionRow:
-    """A record of a table as a row."""
+    """The row of a record."""
     if isinstance(record, data.BadRecord):
         return QuestionRow(place, None, problem=str(record))
     if not isinstance(record, dict):
@@ -1838,16 +1818,15 @@ def check_rows(loaded: LoadedModel, rows: Sequence[QuestionRow], decoding: Decod
 def read_answered(
     path: Path, rows: Sequence[QuestionRow], expected: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The lines of an earlier, interrupted run, for the first of the rows.
+    """The lines that an interrupted run wrote for the first of the rows.
 
     An incomplete last line is removed from the file.
 
-    Raises:
-        UsageError: the file contains something else, answers to other questions, or answers with
-            other values than `expected`: model, adapter, decoding, system prompt.
+    Raises UsageError if the file contains something else, answers to other questions, or answers
+    with other values than `expected`: model, adapter, decoding, system prompt.
     """
     other = "Give another file with --output, or remove it."
-    # Bytes, as the last line may end inside a character.
+    # Bytes, since the last line may end within a character.
     *lines, rest = path.read_bytes().split(b"\n")
     if rest and not rest.startswith(b'{"question": '[: len(rest)]):
         raise UsageError(f"{path} ends in something that infer.py did not write. {other}")
@@ -1875,9 +1854,8 @@ def answer_file(
 ) -> None:
     """Answers the rows for which the file has no line yet: one line per row, in their order.
 
-    Raises:
-        Interrupted: a signal; the answers of complete batches are kept.
-        UsageError: as `read_answered`, or another process has the file open.
+    Raises UsageError as `read_answered`, or if another process writes to the file; and
+    `Interrupted` on a signal, with the answers of complete batches saved.
     """
     from tqdm import tqdm
 
@@ -1929,7 +1907,7 @@ def answer_file(
 
 
 def to_json(value: Any) -> str:
-    """The value as JSON in one line, with control characters escaped."""
+    """The value as a line of JSON, with control characters escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return data.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -1974,7 +1952,7 @@ def judge_file(config: InferConfig) -> int:
 
 
 def check_judgeable(record: Any) -> str | None:
-    """What keeps a record from being judged, or None."""
+    """Why a record cannot be judged, or None."""
     if isinstance(record, data.BadRecord):
         return str(record)
     if not isinstance(record, dict):
@@ -1992,10 +1970,10 @@ def check_judgeable(record: Any) -> str | None:
 def compare_surprisals(
     config: InferConfig, pairs: Sequence[tuple[str, dict[str, Any]]]
 ) -> dict[str, Measure]:
-    """The surprisal of each answer by its place, as a multiple of the reference of its writer.
+    """The surprisal of each answer by its place, as a multiple of a reference.
 
-    Answers whose `model` is the base model have that model's reference. Others are compared with
-    each other, if there are enough: an answer fails above their median plus four times their median
+    For answers whose `model` is the base model, it is that model's. Other answers are compared with
+    each other, if there are enough: one fails above their median plus four times their median
     absolute deviation.
     """
     from tqdm import tqdm
@@ -2007,7 +1985,7 @@ def compare_surprisals(
     others: dict[str, Measure] = {}
     hidden = not sys.stderr.isatty()
     for place, record in tqdm(pairs, unit="answer", desc="reading", disable=hidden):
-        # If they exceed the context: the end of the prompt, and the start of the answer.
+        # Beyond the context, the start of the prompt and the end of the answer are cut off.
         prompt = data.encode_prompt(loaded.tokenizer, record["question"], (), loaded.system_prompt)
         prompt = prompt[-data.MAX_SEQ_LENGTH // 2 :]
         reason = record.get("finish_reason") or "stop"
@@ -2027,8 +2005,8 @@ def compare_surprisals(
         reference = limit / CHECKS["surprisal"].threshold or math.inf
     elif others:
         report(
-            f"{len(others)} answers of unknown writers are too few to compare their surprisal "
-            f"({MIN_ANSWERS_TO_COMPARE} are needed): they are judged by their text."
+            f"{len(others)} answers of unknown models are too few to compare their surprisal "
+            f"({MIN_ANSWERS_TO_COMPARE} are needed); they are judged by their text alone."
         )
     return measures | {place: (score / reference, span) for place, (score, span) in others.items()}
 
@@ -2037,10 +2015,8 @@ def compare_surprisals(
 
 
 class Chat(cmd.Cmd):
-    """A conversation of several turns; lines that begin with `/` are commands.
-
-    Ctrl-C during an answer stops that answer.
-    """
+    """A conversation of several turns; lines that begin with `/` are commands. Ctrl-C during an
+    answer stops it."""
 
     prompt = "> "
     intro = "Ask, or /help. Not medical advice: a small language model answers."
@@ -2105,12 +2081,12 @@ class InferConfig:
     """Flags of infer.py."""
 
     question: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="QUESTION")] = None
-    """What to ask, in quotes; `-` reads one question per line from stdin. Unset: a chat."""
+    """The question, in quotes; `-` reads one per line from stdin. Unset: a chat."""
     questions: Path | None = None
     """File of questions: .txt (one per line), or .jsonl, .json, .csv, .tsv or .parquet with a
     column question or prompt. Answers go to --output."""
     output: Path | None = None
-    """Where the answers of --questions go: a JSON line per row, in the file's order, with all its
+    """File for the answers to --questions: a JSON line per row, in the same order, with all its
     columns. Rows that it contains are not asked again. Unset: NAME.answers.jsonl."""
     judge: str | None = None
     """Judge answers of other programs: a file of JSON lines (question, text and, if known,
@@ -2127,30 +2103,30 @@ class InferConfig:
     system_prompt: str | None = None
     """System prompt of the questions. Unset: the adapter's, or the story's."""
     probes: str | None = None
-    """File of questions with points and wrong claims, by which answers to them are checked. Unset:
+    """File of questions with the points and wrong claims by which their answers are checked. Unset:
     samples/probes.jsonl."""
     compare: Literal["models", "decodings"] | None = None
-    """Ask base and adapter, or with every decoding, and show the answers side by side."""
+    """Ask base and adapter, or with every preset, and show the answers side by side."""
     verify: bool = False
-    """Also ask in two new processes and in a batch, and report whether the bytes are the same."""
+    """Also ask in two new processes and in a batch, and report whether all bytes are equal."""
     decoding: DecodingName | None = None
     """Decoding preset. Unset: the adapter's, or `kit`. The flags below change single fields."""
     max_new_tokens: int | None = None
     """Maximum tokens of the answer."""
     repetition_penalty: float | None = None
-    """Divides the logits of tokens that occurred; 1.0 is off."""
+    """Lowers the logits of tokens that occurred; 1.0 is off."""
     no_repeat_ngram_size: int | None = None
-    """Bans every n-gram of this size a second time; 0 is off."""
+    """Every n-gram of this size can occur only once; 0 is off."""
     count_prompt: bool | None = None
-    """Whether penalty and ban also count the prompt."""
+    """Whether penalty and n-gram ban also count the prompt."""
     temperature: float | None = None
-    """0 is greedy; above, tokens are sampled."""
+    """0 is greedy decoding; otherwise tokens are sampled."""
     top_p: float | None = None
-    """Sampling is among the likeliest tokens that together have this probability."""
+    """Sample from the most probable tokens whose probabilities add up to this; 1.0 is all."""
     sampling_seed: int | None = None
-    """Seeds the sampling."""
+    """Seed of the sampling."""
     profile: ProfileChoice = "auto"
-    """Set of values: `t4` for a GPU, `cpu`, or `auto`. Unset: the adapter's."""
+    """Set of defaults: `t4` for a GPU, `cpu`, or `auto`. Unset: the adapter's."""
     json: bool = False
     """Print answers as JSON lines, with token ids, finish reason, decoding, digests, findings."""
 
@@ -2164,33 +2140,19 @@ class InferConfig:
         is_one = self.question not in (None, "-")
         if is_one:
             check_question(self.question)
-        asks = self.question is not None or self.questions or self.adapter
-        both, one = "which has its own format", "Give one of the two."
-        refuse(
-            self.judge and (asks or self.verify or self.compare),
-            "--judge reads answers and asks nothing. Remove the other flags.",
-        )
-        refuse(
-            self.question is not None and self.questions,
-            f"A question and --questions {self.questions}: {one}",
-        )
-        refuse(
-            self.base and self.adapter,
-            f"--base asks without an adapter, --adapter {self.adapter} with one. {one}",
-        )
-        refuse(
-            self.base and self.compare == "models",
-            f"--base asks without an adapter, --compare models with one. {one}",
-        )
-        refuse(
-            self.output and not self.questions,
-            f"--output {self.output} belongs to --questions FILE.",
-        )
+        asks = self.question or self.questions or self.adapter or self.verify or self.compare
+        one, own_format = "Give one of the two.", "which has its own format"
+        base = "--base asks without an adapter,"
+        refuse(self.judge and asks, "--judge reads answers and asks nothing. Remove other flags.")
+        refuse(self.question and self.questions, f"A question and --questions: {one}")
+        refuse(self.base and self.adapter, f"{base} --adapter {self.adapter} with one. {one}")
+        refuse(self.base and self.compare == "models", f"{base} --compare models with one. {one}")
+        refuse(self.output and not self.questions, f"--output {self.output} needs --questions.")
         refuse(self.verify and not is_one, "--verify takes one question, in quotes.")
         refuse(self.compare and not is_one, "--compare takes one question, in quotes.")
         refuse(self.verify and self.compare, f"--verify and --compare: {one}")
-        refuse(self.json and self.verify, f"--json and --verify, {both}: {one}")
-        refuse(self.json and self.questions, f"--json and --questions, {both}: {one}")
+        refuse(self.json and self.verify, f"--json and --verify, {own_format}: {one}")
+        refuse(self.json and self.questions, f"--json and --questions, {own_format}: {one}")
         for flag, value in (("--system-prompt", self.system_prompt), ("--adapter", self.adapter)):
             refuse(value is not None and not value.strip(), f"{flag} is empty. Give a value.")
         if problems:
@@ -2200,14 +2162,14 @@ class InferConfig:
         self.change_decoding(Decoding())
 
     def change_decoding(self, decoding: Decoding) -> Decoding:
-        """`decoding` with the fields that were given as flags. Raises ValueError as `Decoding`."""
+        """`decoding` with the fields given as flags. Raises ValueError as `Decoding`."""
         names = [each.name for each in dataclasses.fields(Decoding) if each.name != "stop"]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(decoding, **given)
 
 
 def write_piece(piece: str) -> None:
-    """Writes a piece of an answer to stdout; a terminal gets control characters escaped."""
+    """Writes a piece of an answer to stdout; on a terminal, with control characters escaped."""
     sys.stdout.write(data.escape_controls(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
 
@@ -2228,7 +2190,7 @@ def print_verdict(judged: JudgedAnswer) -> None:
 
 
 def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool) -> None:
-    """Asks, and prints the answer as it is generated; otherwise stderr shows a progress bar."""
+    """Asks, and prints the answer: on a terminal as it is generated, else with a progress bar."""
     from tqdm import tqdm
 
     is_streaming = sys.stdout.isatty() and not as_json
@@ -2258,7 +2220,7 @@ def print_answers(
 
 
 def print_comparison(loaded: LoadedModel, request: Request, config: InferConfig) -> None:
-    """The answers of base and adapter, or with every decoding, side by side if there is room."""
+    """Prints the answers of base and adapter, or of every preset, side by side if they fit."""
     names: Sequence[str] = tuple(DECODINGS)
     if config.compare == "models":
         names = ("base", "adapter")
@@ -2289,11 +2251,11 @@ def print_comparison(loaded: LoadedModel, request: Request, config: InferConfig)
 
 
 def main(config: InferConfig) -> int:
-    """Answers on stdout; reports on stderr which model answers, and how.
+    """Prints answers to stdout, and to stderr which model answers with which decoding.
 
     Returns 1 if --verify found a difference, or a question or answer was skipped; else 0.
     """
-    raise_on_signals()
+    handle_signals()
     if config.judge:
         return judge_file(config)
     rows: list[QuestionRow] = []

@@ -516,7 +516,7 @@ def test_a_broken_cell_is_made_again_and_an_arm_that_fails_is_recorded_while_the
     code, said = run_study(tmp_path)
     assert code == 1, said
     report = (study / "ablation.md").read_text(encoding="utf-8")
-    assert "failed: train.py failed (exit code 2)" in report and "adapter&#95;model.safetensors is cut or broken" in report
+    assert "failed: train.py failed (exit code 2)" in report and "adapter&#95;model.safetensors is truncated or corrupt" in report
     assert (study / "cells" / f"{tiny_study.ARM}.plain.jsonl").read_bytes() == older
     assert cell.read_bytes() == before
 

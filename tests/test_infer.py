@@ -264,7 +264,7 @@ def test_the_record_of_an_adapter_comes_back_as_it_was_written(tmp_path):
 )
 def test_a_broken_record_is_one_message(tmp_path, content):
     adapter = make_adapter(tmp_path / "a", record=content)
-    with pytest.raises(data.UsageError, match=r"kit\.json is cut or broken"):
+    with pytest.raises(data.UsageError, match=r"kit\.json is truncated or corrupt"):
         infer.check_adapter(adapter)
 
 
@@ -275,8 +275,8 @@ def test_a_broken_record_is_one_message(tmp_path, content):
         ({"config": {"base_model_name_or_path": "../../etc"}}, "which is a local path"),
         ({"record": {"base_model": "/some/folder"}}, "which is a local path"),
         ({"config": {"r": 4}}, "expected the shape .4, 576., found .2, 576."),
-        ({"config": {"r": "2"}}, "adapter_config.json is cut or broken .r '2'"),
-        ({"config": {"lora_alpha": None}}, "adapter_config.json is cut or broken"),
+        ({"config": {"r": "2"}}, "adapter_config.json is truncated or corrupt .r '2'"),
+        ({"config": {"lora_alpha": None}}, "adapter_config.json is truncated or corrupt"),
         ({"config": {"use_dora": True}}, "expected plain LoRA, found use_dora 'True'"),
         ({"config": {"peft_type": "IA3"}}, "plain LoRA, found peft_type 'IA3'"),
         ({"config": {"megatron_config": {"a": 1}, "megatron_core": "os"}}, "plain LoRA, found megatron_config"),
@@ -285,8 +285,8 @@ def test_a_broken_record_is_one_message(tmp_path, content):
         ({"config": {"modules_to_save": ["lm_head"]}}, "plain LoRA, found modules_to_save"),
         ({"config": {"trainable_token_indices": [1]}}, "plain LoRA, found trainable_token_indices"),
         ({"config": {"rank_pattern": {"q_proj": 4}}}, "plain LoRA, found rank_pattern"),
-        ({"config": "[1]"}, "adapter_config.json is cut or broken .expected a JSON object, found a list"),
-        ({"config": "{"}, "adapter_config.json is cut or broken"),
+        ({"config": "[1]"}, "adapter_config.json is truncated or corrupt .expected a JSON object, found a list"),
+        ({"config": "{"}, "adapter_config.json is truncated or corrupt"),
         ({"shapes": {f"{Q_PROJ}.lora_A.weight": (2, 3072)}}, r"expected the shape \(2, 576\), found \(2, 3072\)"),
         ({"shapes": {Q_PROJ.replace(".0.", ".30.") + ".lora_A.weight": (2, 576)}}, "30.self_attn.q_proj.*is not a LoRA tensor"),
         ({"shapes": {"base_model.model.lm_head.weight": (49_153, 576)}}, r"lm_head\.weight \(49153, 576\) is not a LoRA tensor"),
@@ -304,7 +304,7 @@ def test_weights_that_are_cut_are_refused(tmp_path, size):
     adapter = make_adapter(tmp_path / "a")
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
-    with pytest.raises(data.UsageError, match=r"adapter_model\.safetensors is cut or broken"):
+    with pytest.raises(data.UsageError, match=r"adapter_model\.safetensors is truncated or corrupt"):
         infer.check_adapter(adapter)
 
 

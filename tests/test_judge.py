@@ -307,7 +307,7 @@ def test_the_base_model_reads_what_it_wrote_and_compares_what_it_did_not(tmp_pat
         process = run_judge(str(path), "--profile", "cpu")
         judged = [json.loads(line) for line in process.stdout.splitlines()]
         assert process.returncode == 0 and [each["sound"] for each in judged] == expected, process.stderr
-    assert "3 answers of unknown writers are too few" in process.stderr
+    assert "3 answers of unknown models are too few" in process.stderr
 
 
 # --- Facts
@@ -376,7 +376,7 @@ def test_a_line_that_is_no_probe_is_one_message(tmp_path):
 def test_quality_counts():
     def judged(text, finish_reason, facts=None):
         answer = infer.Answer("?", text, [1], finish_reason, 1, 1, 0, infer.Decoding(), "m", None, 0.0)
-        return dataclasses.replace(judge(text, "?", finish_reason, answer=answer), facts=facts)
+        return dataclasses.replace(judge(text, "?", finish_reason), answer=answer, facts=facts)
 
     facts = infer.Facts(("a",), ("b", "c"), ("d",))
     quality = infer.measure_quality([judged(SOUND, "stop", facts), judged(SOUND, "length"), judged("pain " * 30, "stop")])

@@ -210,7 +210,7 @@ def test_any_state_of_a_checkpoint(tmp_path, draw):
 def make_answer():
     question = infer.read_probes()[0].question
     answer = infer.Answer(question, "Rest.", [5, 2], "stop", 9, 2, 0, infer.DECODINGS["kit"], "model", None, 0.0)
-    judged = infer.judge(answer.text, question, answer=answer, probe=infer.read_probes()[0])
+    judged = dataclasses.replace(infer.judge(answer.text, question, probe=infer.read_probes()[0]), answer=answer)
     return json.loads(json.dumps(judged.to_record()))
 
 

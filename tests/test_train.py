@@ -444,7 +444,7 @@ def test_an_adapter_is_trained_further(trained, tmp_path):
     assert first == pytest.approx(read_metrics(trained.folder)[-1]["eval_loss"], abs=1e-3)
     record = json.loads((folder / "run.json").read_text())
     assert record["numbers"]["stopped_early"] and record["numbers"]["steps"] < 4
-    assert record["recipe"]["adapter"] == infer.hash_weights(trained.folder / "adapter")
+    assert record["recipe"]["adapter"] == infer.check_adapter(trained.folder / "adapter").sha256
     assert "Stopped by early stopping after " in ran.stdout
     assert "python infer.py --adapter 'a b/tiny/adapter' " in ran.stdout
 
