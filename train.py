@@ -4,7 +4,7 @@
     python train.py --rows my.jsonl --name mine      on your own rows
     python train.py --mix week4 --target-modules attention
     python train.py --profile t4 --dry-run           print the plan; loads no weights
-    python train.py --max-hours 8.5                  stop in time, with everything saved
+    python train.py --max-hours 8.5                  end within 8.5 hours, with everything saved
     python train.py --merge                          also write one 16-bit model for other programs
     torchrun --nproc_per_node 2 train.py             on two GPUs
 
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 TargetModules = Literal["attention", "all-linear"]
 Metric = Literal["answers", "eval_loss", "rouge_l"]
 Checkpointing = Literal["unsloth"] | bool
-# A switch without a --no- twin of its own.
+# A switch without a --no- counterpart.
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 Log = Mapping[str, Any]
 
@@ -70,12 +70,12 @@ METRICS: dict[Metric, str] = {
     "rouge_l": "eval_rouge_l",
 }
 ROWS_PER_STEP = 16
-# Exit codes by which ablate.py tells that the folder contains a run with other values, or is being
-# written by another process.
+# Exit codes for ablate.py: the folder contains a run with other values, or another process is
+# writing to it.
 OTHER_VALUES, BUSY = 3, 75
 # The file of a checkpoint that the Trainer writes last.
 STATE = "trainer_state.json"
-# Flags that do not change what is learned, or only how it is rounded.
+# Flags that do not change what is learned, except for rounding.
 NOT_IN_RECIPE = """name output_dir max_hours save_minutes merge gguf push_to_hub restart dry_run
     rows question_column answer_column conversational encyclopedic gradient_checkpointing
     no_load_in_4bit per_device_train_batch_size gradient_accumulation_steps""".split()
@@ -135,7 +135,7 @@ of an answer, and points count words of a list. Neither says that an answer is c
 
 
 def world_size() -> int:
-    """Number of processes that train together, as set by torchrun; otherwise 1."""
+    """Number of processes that train together, as set by torchrun; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -149,11 +149,11 @@ class TrainConfig(data.RowsConfig):
     """Flags of train.py."""
 
     name: str | None = None
-    """Name of the run's folder. Unset: made of profile, rows and target modules."""
+    """Name of the run's folder. Unset: profile, rows and target modules."""
     output_dir: Path = infer.TRAIN_RUNS
-    """Folder of runs. Only a run in runs/train becomes the default of `infer.py`."""
+    """Folder for runs. Only a run in runs/train becomes the default of `infer.py`."""
     adapter: str | None = None
-    """Folder or hub id of an adapter to continue training. Its r, alpha and modules are used."""
+    """Folder or hub id of an adapter to continue from. Its r, alpha and modules are used."""
     epochs: float = 1.0
     """Passes over the rows."""
     max_steps: int | None = None
@@ -171,31 +171,31 @@ class TrainConfig(data.RowsConfig):
     lora_dropout: float = 0.0
     """Dropout of the LoRA input."""
     pad: PadName = "native"
-    """`native`: the tokenizer's reserved pad token. `added`: a new token, the story's mistake, for
-    comparison: the adapter then contains the whole embedding, twice."""
+    """`native`: the tokenizer's own pad token. `added`: a new token, the story's mistake, for
+    comparison; the adapter then contains the whole embedding, twice."""
     max_seq_length: int = data.MAX_SEQ_LENGTH
-    """Longest row in tokens. Longer rows are dropped or keep their first turns, and counted."""
+    """Maximum tokens of a row. Longer rows lose their last turns, or are dropped."""
     per_device_train_batch_size: int | None = None
     """Rows per forward pass of a process. Unset: the profile's."""
     gradient_accumulation_steps: int | None = None
-    """Forward passes per optimizer step. Unset: as many as make 16 rows."""
+    """Forward passes per optimizer step. Unset: as many as needed for 16 rows."""
     load_in_4bit: Switch = False
     """Quantize the base model to 4-bit NF4; needs a GPU. Without either switch: the profile's."""
     no_load_in_4bit: Switch = False
     """Load the base model in 16 bits."""
     gradient_checkpointing: Switch = False
-    """Recompute activations in the backward pass, to save memory. Unset: on a GPU, if necessary."""
+    """Recompute activations in the backward pass to save memory. Unset: on a GPU, if necessary."""
     num_probes: int | None = None
     """Probe questions answered and judged at each evaluation; 0 for none. Unset: the profile's."""
     eval_every: float | None = None
     """Share of the steps between two evaluations. Unset: the profile's."""
     metric_for_best_model: Metric = "answers"
     """Selects the evaluation whose weights are kept. `answers`: most sound answers, then most
-    points, then the lowest eval loss. `rouge_l`: of answers to held-out questions."""
+    points, then lowest eval loss. `rouge_l`: ROUGE-L of answers to held-out questions."""
     early_stopping_patience: int | None = None
-    """Stop after this many evaluations in a row without a better --metric-for-best-model."""
+    """Stop after this many evaluations in a row that do not improve --metric-for-best-model."""
     max_hours: float | None = None
-    """Stop in time to end within so many hours, with everything saved. The same command resumes."""
+    """End within this many hours, with everything saved. The same command resumes."""
     save_minutes: float = 5.0
     """Minutes between two checkpoints; 0 saves after every step."""
     merge: bool = False
@@ -257,13 +257,13 @@ class TrainConfig(data.RowsConfig):
 
     @property
     def passes(self) -> int:
-        """Forward passes of a process per optimizer step, of a resolved config."""
+        """Forward passes of a process per optimizer step; needs a resolved config."""
         batch = self.per_device_train_batch_size * world_size()
         return self.gradient_accumulation_steps or ROWS_PER_STEP // batch
 
     @property
     def rows_per_step(self) -> int:
-        """Rows per optimizer step, of a resolved config."""
+        """Rows per optimizer step; needs a resolved config."""
         return self.per_device_train_batch_size * world_size() * self.passes
 
     def count_steps(self, rows: int) -> int:
@@ -276,7 +276,7 @@ class TrainConfig(data.RowsConfig):
         return math.ceil(steps * self.eval_every)
 
     def count_evaluations(self, steps: int) -> int:
-        """Evaluations in so many steps: before the first, one per interval, after the last."""
+        """Evaluations in this many steps: before the first, one per interval, after the last."""
         return 1 + math.ceil(steps / self.eval_steps(steps))
 
     def recipe(self, profile: Profile, adapter: infer.Adapter | None) -> dict[str, Any]:
@@ -316,11 +316,10 @@ class TrainConfig(data.RowsConfig):
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile, infer.Adapter | None]:
-    """The config with the profile's values for unset flags, the profile, and --adapter, checked.
+    """The config with the profile's values for unset flags, the profile, and the --adapter.
 
-    Raises:
-        UsageError: as `data.resolve_profile` and `infer.check_adapter`, or --adapter or 4 bits do
-            not fit.
+    Raises UsageError as `data.resolve_profile` and `infer.check_adapter`, or if the adapter cannot
+    be trained further, or 4 bits need a GPU.
     """
     adapter, changes = None, {}
     if config.adapter:
@@ -331,7 +330,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile, infer.Adapter | 
         if targets is None or adapter.use_rslora or type(adapter.lora_alpha) is not int:
             raise UsageError(
                 f"--adapter {config.adapter}: expected LoRA on the modules of --target-modules, "
-                f"a whole lora_alpha and no rslora; found {', '.join(adapter.target_modules)}, "
+                f"an integer lora_alpha and no rslora; found {', '.join(adapter.target_modules)}, "
                 f"lora_alpha {adapter.lora_alpha}, rslora {adapter.use_rslora}. Merge it into its "
                 "base model, and pass the result as --base-model."
             )
@@ -356,7 +355,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile, infer.Adapter | 
 
 
 def name_rows(source: str) -> str:
-    """A file, repository or model as part of a folder's name."""
+    """The name of a file or repository, as part of a folder's name."""
     stem = Path(source.partition("@")[0]).stem
     return re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII)[:50] or "rows"
 
@@ -367,11 +366,11 @@ def name_rows(source: str) -> str:
 def count_adapter(
     arch: data.Architecture, target_modules: TargetModules, r: int, embedding: str | None = None
 ) -> tuple[int, int]:
-    """`(trainable parameters, bytes of adapter_model.safetensors)`, exact, by arithmetic alone.
+    """`(trainable parameters, bytes of adapter_model.safetensors)`, exact, without loading a model.
 
-    With the dtype of an `embedding` ("float16"), as after --pad added, the file also contains it
-    and the head, one row longer. A safetensors file is 8 bytes, a JSON header padded to a multiple
-    of 8, and the tensors: wider dtypes first, then by name.
+    After --pad added, the file also contains the embedding in the dtype `embedding` ("float16") and
+    the head, one row longer. A safetensors file has 8 bytes, a JSON header padded to a multiple of
+    8 bytes, and the tensors: wider dtypes first, then by name.
     """
     shapes = {}
     for module in TARGET_MODULES[target_modules]:
@@ -411,10 +410,10 @@ def count_base(profile: Profile) -> tuple[int, int]:
 
 
 def count_disk(config: TrainConfig, profile: Profile, folder: Path, dtype: str) -> tuple[int, int]:
-    """`(needed, free)`: most bytes that a run writes, and those free on the folder's disk.
+    """`(needed, free)`: maximum bytes that a run writes, and free bytes on the folder's disk.
 
-    Counts three checkpoints while one is replaced, two adapters, and exports. A model that was
-    loaded in 4 bits is merged into its 16-bit original, which is downloaded.
+    Counts three checkpoints (one is being replaced), two adapters, and exports. Merging a model
+    that was loaded in 4 bits downloads its 16-bit original.
     """
     trainable, adapter_bytes = config.count_adapter(profile, dtype)
     needed = 5 * adapter_bytes + 3 * trainable * (2 if "8bit" in profile.optim else 8)
@@ -430,7 +429,7 @@ def format_plan(
 ) -> str:
     """The plan as lines for a terminal: exact numbers, and one line of measured ones.
 
-    `audit` is None if the rows could not be read: then the flags give an upper bound. `dtype` is
+    If `audit` is None, since the rows could not be read, the flags give an upper bound. `dtype` is
     the base model's.
     """
     trainable, adapter_bytes = config.count_adapter(profile, dtype)
@@ -469,7 +468,7 @@ def format_plan(
 
 
 def check_disk(config: TrainConfig, profile: Profile, folder: Path) -> None:
-    """Raises UsageError if the disk has no room for what the run has still to write."""
+    """Raises UsageError if the disk has no room for what the run still has to write."""
     needed, free = count_disk(config, profile, folder, profile.dtype)
     files = () if config.restart else folder.rglob("*")
     needed -= sum(file.stat().st_size for file in files if file.is_file())
@@ -482,10 +481,11 @@ def check_disk(config: TrainConfig, profile: Profile, folder: Path) -> None:
 
 
 def use_checkpointing(config: TrainConfig, profile: Profile, longest_row: int) -> Checkpointing:
-    """Whether to recompute activations: as the flag says, else if the longest rows need it.
+    """Whether to recompute activations: if the flag is given, or the longest rows need it.
 
-    Counts 26 bytes per hidden unit and 8 per feed-forward unit, token and layer, for LoRA on all
-    linear layers in 16 bits; measured on a layer with `torch.autograd.graph.saved_tensors_hooks`.
+    Counts 26 bytes per hidden unit and 8 per feed-forward unit, for each token and layer, as
+    measured with `torch.autograd.graph.saved_tensors_hooks` for LoRA on all linear layers in 16
+    bits.
     """
     if config.gradient_checkpointing:
         return profile.use_gradient_checkpointing or True
@@ -505,7 +505,7 @@ def use_checkpointing(config: TrainConfig, profile: Profile, longest_row: int) -
 
 
 def add_lora(model: Any, config: TrainConfig, checkpointing: Checkpointing = False) -> PeftModel:
-    """`model` with LoRA matrices, initialized from the seed; nothing else is trainable."""
+    """`model` with LoRA matrices, initialized by the seed; nothing else is trainable."""
     from unsloth import FastLanguageModel
 
     return FastLanguageModel.get_peft_model(
@@ -522,8 +522,8 @@ def add_lora(model: Any, config: TrainConfig, checkpointing: Checkpointing = Fal
 def check_model(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, profile: Profile
 ) -> None:
-    """Raises UsageError unless LoRA alone is trained, and the pad token is one of the base model's
-    tokens and not its stop token."""
+    """Raises UsageError unless only LoRA is trainable, and the pad token is one of the base model's
+    tokens other than its stop token."""
     rows, vocab_size = model.get_input_embeddings().weight.shape[0], model.config.vocab_size
     expected = profile.architecture.vocab_size + (config.pad == "added")
     others = [n for n, each in model.named_parameters() if each.requires_grad and ".lora_" not in n]
@@ -543,9 +543,9 @@ def check_model(
 def join_lora(model: PeftModel) -> None:
     """Computes base and LoRA in one product: [x, x A'] [W, s B]' instead of x W' + s (x A') B'.
 
-    Training takes 1.08 times as long without (`tests.bench train --measures`), and in bfloat16 the
-    sum of two products loses what is below half a unit in the last place of the larger one.
-    W, a frozen weight (out, in), becomes a view of the joined matrix (out, in + r).
+    Training takes 1.08 times as long without (`tests.bench train --measures`), and in bfloat16, the
+    sum of two products loses what is below half a unit in the last place of the larger one. The
+    frozen weight W (out, in) becomes a view of the joined matrix (out, in + r).
     """
     import torch
     from peft.tuners.lora import Linear
@@ -600,13 +600,13 @@ def speed_up(model: PeftModel, config: TrainConfig, profile: Profile, longest_ro
     """Applies the profile's speed-ups for training on a CPU."""
     if profile.joined_lora and not config.lora_dropout:
         join_lora(model)
-    # Attention by plain products of matrices keeps its (B, heads, T, T) weights for the backward
-    # pass. It is faster while they are small: training takes 1.18 times as long without.
+    # Eager attention keeps its (B, heads, T, T) weights for the backward pass. While they are small
+    # it is faster: training takes 1.18 times as long without.
     if longest_row <= profile.eager_attention_tokens:
         model.set_attn_implementation("eager")
 
 
-# --- Answers beside the loss ---------------------------------------------------------------------
+# --- Evaluation of answers -----------------------------------------------------------------------
 
 
 def rouge_l(text: str, reference: str) -> float:
@@ -629,7 +629,7 @@ class AnswerEvaluation:
         folder: Path,
         checkpointing: Checkpointing,
     ) -> None:
-        """`held_out` are the encoded rows of `mix.eval`, `checkpointing` is that of training."""
+        """`held_out` are the encoded rows of `mix.eval`; `checkpointing` is that of training."""
         self.loaded, self.samples, self.checkpointing = loaded, folder / "samples", checkpointing
         self.probes = [probe.question for probe in loaded.probes[: config.num_probes]]
         tokens = sum(label != -100 for row in held_out for label in row["labels"])
@@ -640,16 +640,16 @@ class AnswerEvaluation:
             prompt = data.encode_prompt(loaded.tokenizer, question, (), loaded.system_prompt)
             return infer.padded_width(len(prompt))
 
-        # Held-out questions fill up a batch of probes: first those that do not widen it.
+        # Held-out questions fill up the batch of probes; first those that do not widen it.
         widest = max(map(width, self.probes), default=0)
         rows = sorted(mix.eval, key=lambda row: max(width(row.question), widest))
         rows = rows[: max(8, -len(self.probes) % infer.ROWS)]
         self.references = {row.question: row.messages[2][1] for row in rows}
 
     def __call__(self, step: int, eval_loss: float) -> dict[str, float]:
-        """The metrics of the current weights, and their answers in samples/STEP.jsonl.
+        """The metrics of the current weights; writes their answers to samples/STEP.jsonl.
 
-        `eval_quality` orders evaluations: by sound answers, then by points, then by the loss.
+        `eval_quality` orders evaluations by sound answers, then by points, then by loss.
         """
         kit = infer.DECODINGS["kit"]
         limit = min(kit.max_new_tokens, self.loaded.profile.gate_max_new_tokens)
@@ -687,10 +687,10 @@ class AnswerEvaluation:
         from tqdm import tqdm
         from unsloth import FastLanguageModel
 
-        model, total = self.loaded.model, infer.count_new_tokens(requests)
-        # On a terminal only.
+        model, count = self.loaded.model, len(self.probes)
+        total = infer.count_new_tokens(requests)
+        # `disable=None` shows the bar on a terminal only.
         bar = tqdm(total=total, unit="token", desc="answers", leave=False, disable=None)
-        count = len(self.probes)
 
         def progress(tokens: int) -> None:
             bar.update(tokens)
@@ -707,8 +707,8 @@ class AnswerEvaluation:
 
 
 def describe_evaluation(now: Log, before: Log | None) -> str:
-    """Loss and answers of an evaluation in one line, with the one before; a second line warns if
-    the loss improved and the answers got worse."""
+    """Loss and answers of an evaluation in one line, compared with the one before; a second line
+    warns if the loss improved while the answers got worse."""
 
     def change(name: str, lower_is_better: bool = False) -> str:
         if not before:
@@ -742,24 +742,19 @@ def describe_evaluation(now: Log, before: Log | None) -> str:
 
 
 class Stop:
-    """Receives Ctrl-C, SIGTERM and SIGHUP: during training it ends the step and saves first."""
+    """Whether a signal asked the run to end: during training, after the step and a checkpoint."""
 
     number: int | None = None
-    """Of the first signal."""
+    """The first signal."""
     training = False
 
-    def listen(self) -> None:
-        """Handles the signals, except those ignored from the start, as by nohup."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: types.FrameType | None) -> None:
+    def receive(self, number: int, frame: types.FrameType | None) -> None:
+        """Handles a signal."""
         again = number == signal.SIGINT == self.number
         self.number = self.number or number
         if again or not self.training:
             raise infer.Interrupted(self.number)
-        # Not with print, which the signal may have interrupted.
+        # Not by print, which the signal may have interrupted.
         if is_main_process():
             os.write(2, b"\nStopping after this step. Ctrl-C again stops at once.\n")
 
@@ -775,16 +770,14 @@ STOP = Stop()
 def make_callback(
     config: TrainConfig, folder: Path, recipe: Log, deadline: float | None
 ) -> TrainerCallback:
-    """A callback that shows progress, writes metrics.jsonl, saves by the clock, and stops.
-
-    It stops on a signal, or when `deadline`, a reading of `time.monotonic`, is near.
-    """
+    """A callback that shows progress, writes metrics.jsonl, saves every --save-minutes, and stops
+    training on a signal or in time for `deadline`, a value of `time.monotonic`."""
     import torch
     from tqdm import tqdm
     from transformers.trainer_callback import ExportableState, ProgressCallback
 
     class RunCallback(ProgressCallback, ExportableState):
-        """Saved in trainer_state.json with the recipe and the seconds of training so far."""
+        """Its state in trainer_state.json is the recipe and the seconds of training so far."""
 
         seconds = longest_step = 0.0
         began = time.monotonic()
@@ -811,12 +804,11 @@ def make_callback(
             self.longest_step = max(self.longest_step, now - self.step_began)
             evaluation = max(log.get("eval_runtime", 0.0) for log in state.log_history)
             late = deadline is not None and now + self.longest_step + 2 * evaluation > deadline
-            # One step before an evaluation, since a run that ends during it repeats from there.
+            # One step before an evaluation, so that a run that ends during it resumes there.
             before = (state.global_step + 1) % state.eval_steps == 0
             due = before or now - self.saved >= 60 * config.save_minutes
-            votes = torch.tensor(
-                [late, bool(STOP.number), due], dtype=torch.int, device=args.device
-            )
+            votes = [late, bool(STOP.number), due]
+            votes = torch.tensor(votes, dtype=torch.int, device=args.device)
             if torch.distributed.is_initialized():
                 torch.distributed.all_reduce(votes)
             late, stop, due = votes.bool().tolist()
@@ -825,7 +817,7 @@ def make_callback(
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.saved = time.monotonic()
-            # Only now, because a saved should_training_stop means that the run is complete.
+            # Only now, since a saved should_training_stop means that the run is complete.
             control.should_training_stop |= self.stopping
 
         def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
@@ -845,9 +837,9 @@ def make_callback(
 
 def select_metrics(log_history: Sequence[Log]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl: the Trainer's logs of steps and evaluations, without times."""
-    # TRL counts tokens from the last start on.
+    # TRL counts tokens since the last start.
     volatile = re.compile(r"runtime|_per_second|flos|num_tokens")
-    # In the order that trainer_state.json has after a resume.
+    # Sorted, as trainer_state.json is after a resume.
     return [
         {name: log[name] for name in sorted(log) if not volatile.search(name)}
         for log in log_history
@@ -862,7 +854,7 @@ def make_sft_config(
     eval_steps: int,
     checkpointing: Checkpointing = False,
 ) -> SFTConfig:
-    """TRL's settings; every value whose default differs between Unsloth's GPU and CPU code."""
+    """TRL's settings, with every value whose default differs between Unsloth's GPU and CPU code."""
     from unsloth import is_bfloat16_supported  # isort: skip
     from trl import SFTConfig
 
@@ -884,20 +876,19 @@ def make_sft_config(
         fp16=not is_bfloat16_supported(),
         bf16=is_bfloat16_supported(),
         gradient_checkpointing=bool(checkpointing),
-        # Rows of similar length are put in order by `order_rows`.
         train_sampling_strategy=profile.train_sampling_strategy,
         padding_free=profile.padding_free,
         pad_to_multiple_of=profile.pad_to_multiple_of,
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=1,
-        # A loss that is not a number has to be visible.
+        # Otherwise a loss that is not a number would be hidden.
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="no",
         eval_strategy="steps",
         eval_steps=eval_steps,
-        # By the Trainer, after it has wrapped the model: after `evaluate` before training,
-        # accelerate does not wrap it, and several processes would each train alone.
+        # Not by calling `evaluate` before training: accelerate would then not wrap the model, and
+        # each of several processes would train alone.
         eval_on_start=True,
         save_steps=eval_steps,
         save_total_limit=2,
@@ -913,9 +904,9 @@ def make_sft_config(
 
 
 def order_rows(rows: list[dict[str, list[int]]], seed: int) -> list[dict[str, list[int]]]:
-    """The rows in an order in which those of a step have similar lengths, so little is padded.
+    """The rows in an order in which those of a step have similar lengths, to save padding.
 
-    The Trainer's own sampler draws from the global generator, which evaluations move on, and
+    The Trainer's own sampler draws from the global generator, which evaluations also use, and
     groups by the batch of one process.
     """
     import torch
@@ -935,7 +926,7 @@ def make_trainer(
     held_out: list[dict[str, list[int]]],
     evaluation: AnswerEvaluation | None = None,
 ) -> SFTTrainer:
-    """TRL's trainer on encoded rows; each evaluation also answers questions."""
+    """TRL's trainer for encoded rows, which also calls `evaluation` at each evaluation."""
     import torch
     from datasets import Dataset
     from tqdm import tqdm
@@ -943,7 +934,7 @@ def make_trainer(
     from trl import SFTTrainer
 
     class Trainer(SFTTrainer):
-        """TRL's trainer with the metrics of the answers beside the loss."""
+        """TRL's trainer with metrics of the answers besides the loss."""
 
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
             output = super().evaluation_loop(*args, **kwargs)
@@ -962,10 +953,10 @@ def make_trainer(
             return output
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """Ours is written at the end."""
+            """Does nothing; `write_results` writes the card."""
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            # By default PEFT looks the base model up on the hub to see if its embedding has grown.
+            # By default, PEFT checks on the hub whether the embedding has grown.
             grown = tokenizer.pad_token == infer.ADDED_PAD_TOKEN
             self.model.save_pretrained(
                 output_dir, state_dict=state_dict, save_embedding_layers=grown
@@ -992,12 +983,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """The Trainer's state in a checkpoint. Raises any error if one of its files is not whole."""
+    """The Trainer's state in a checkpoint. Raises an error if one of its files is corrupt."""
     import safetensors
 
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     state["stateful_callbacks"]["RunCallback"]["attributes"]["recipe"]
-    # One of each process.
+    # One per process.
     states = [path.name for path in checkpoint.glob("rng_state*.pth")] or ["rng_state.pth"]
     for name in ("optimizer.pt", "scheduler.pt", *states):
         with zipfile.ZipFile(checkpoint / name) as archive:
@@ -1011,8 +1002,8 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that can be loaded and its state, or None if there is none.
 
     Newer ones are reported. Those that a killed process left incomplete are removed, and damaged
-    ones renamed, so that the Trainer does not write into them. Raises UsageError if damaged ones
-    are all there is.
+    ones renamed, so that the Trainer does not write into them. Raises UsageError if only
+    damaged ones are left.
     """
     broken, found = {}, None
     for checkpoint in list_checkpoints(folder):
@@ -1048,13 +1039,13 @@ def check_recipe(folder: Path, found: Log, recipe: Log) -> None:
         raise UsageError(
             f"{folder} contains a run with other values:\n"
             + "\n".join(differences)
-            + "\nChoose another --name, or start over with --restart, which keeps that run aside.",
+            + "\nChoose another --name, or start over with --restart, which renames that run.",
             OTHER_VALUES,
         )
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """run.json, which a run writes last, or None. Raises UsageError if it is broken."""
+    """run.json, which a run writes last, or None. Raises UsageError if it is corrupt."""
     path = folder / "run.json"
     if not path.is_file():
         return None
@@ -1069,22 +1060,20 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def commit_id() -> str | None:
     """Commit of the kit's checkout, or None if it is not one."""
     command = ["git", "-C", str(data.HERE), "rev-parse", "HEAD"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    return ran.stdout.strip() or None
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def list_versions() -> dict[str, str]:
-    """Versions of Python and the libraries that decide a run's bytes."""
+    """Versions of Python and of the libraries that a run's results depend on."""
     names = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets")
     versions = {name: importlib.metadata.version(name) for name in names}
     return versions | {"python": platform.python_version()}
 
 
 def train_model(trainer: SFTTrainer, folder: Path, checkpoint: Path | None) -> TrainerState:
-    """Trains, from the checkpoint if there is one; returns the Trainer's state as last saved.
+    """Trains, from the checkpoint if there is one, and returns the Trainer's last state.
 
-    Raises:
-        infer.Interrupted: a signal came; the message says what is saved.
+    Raises `infer.Interrupted` on a signal; the message says what is saved.
     """
     import torch
     from transformers import TrainerState
@@ -1104,7 +1093,7 @@ def train_model(trainer: SFTTrainer, folder: Path, checkpoint: Path | None) -> T
             if not is_complete(trainer.state):
                 STOP.check()
     except infer.Interrupted as interrupted:
-        # A second Ctrl-C may have come while the last one was being saved.
+        # A second Ctrl-C may have left the last one incomplete.
         saved = [each for each in list_checkpoints(folder) if (each / STATE).is_file()]
         newest = saved[0] if saved else "Nothing"
         message = (
@@ -1118,7 +1107,7 @@ def train_model(trainer: SFTTrainer, folder: Path, checkpoint: Path | None) -> T
 
 
 def is_complete(state: TrainerState) -> bool:
-    """Whether training had ended when the state was saved: all steps done, or early stopping."""
+    """Whether the state was saved at the end of training: all steps done, or early stopping."""
     control = state.stateful_callbacks.get("TrainerControl", {"args": {}})
     return control["args"].get("should_training_stop", False)
 
@@ -1132,9 +1121,9 @@ def run(
     folder: Path,
     deadline: float | None,
 ) -> dict[str, Any] | None:
-    """Trains into the folder, from its newest checkpoint if there is one; returns the record.
+    """Trains into the folder, from its newest checkpoint if there is one, and returns the record.
 
-    None if --max-hours ended it before the first evaluation, and in all processes but the first.
+    None if --max-hours ended it before the first evaluation, and in all processes but the main one.
     """
     found = None if config.restart else find_checkpoint(folder)
     checkpoint = found[0] if found else None
@@ -1168,7 +1157,7 @@ def run(
         check_model(model, tokenizer, config, profile)
         speed_up(model, config, profile, longest)
         lora = model.peft_config["default"]
-        # What other programs load; ours may be a folder of this machine's cache.
+        # For other programs: the model may be loaded from this machine's cache.
         lora.base_model_name_or_path = profile.hub_id
         lora.target_modules = sorted(lora.target_modules)  # a set, whose order varies
         probes = infer.read_probes(config.probes)
@@ -1210,7 +1199,7 @@ def write_results(
     folder: Path,
     state: TrainerState,
 ) -> dict[str, Any]:
-    """Writes adapter and curves and, of a complete run, run.json last; returns what that holds."""
+    """Writes adapter, curves and, if the run is complete, run.json last; returns its content."""
     tokenizer, decoding = loaded.tokenizer, infer.DECODINGS["kit"]
     adapter_record = infer.AdapterRecord(
         base_model=loaded.profile.base_model,
@@ -1255,7 +1244,7 @@ def write_results(
         lines = samples.read_text(encoding="utf-8").splitlines() if samples.is_file() else []
         card = make_card(config, loaded.profile, record, [json.loads(line) for line in lines])
         data.write_atomic(part / "README.md", card)
-        # Of a run that --max-hours ended, there may be an adapter, kept until the new one is there.
+        # An adapter of an earlier --max-hours is kept until the new one is in place.
         old = folder / ".adapter.old"
         shutil.rmtree(old, ignore_errors=True)
         if adapter.exists():
@@ -1271,7 +1260,7 @@ def write_results(
 def collect_numbers(
     state: TrainerState, config: TrainConfig, loaded: infer.LoadedModel, audit: Log
 ) -> dict[str, Any]:
-    """What came out of a run, for run.json, the model card and the last lines."""
+    """The results of a run, for run.json, the model card and the last lines."""
     import torch
 
     dtype = str(loaded.model.dtype).removeprefix("torch.")
@@ -1284,7 +1273,7 @@ def collect_numbers(
     selected = {}
     for name, key in METRICS.items():
         sign = -1 if name == "eval_loss" else 1
-        # Of equal ones, the first is selected.
+        # `max` returns the first of equal ones.
         finite = [line for line in lines[1:] if math.isfinite(line.get(key, math.nan))]
         if finite:
             selected[name] = max(finite, key=lambda line: sign * line[key])["step"]
@@ -1324,7 +1313,7 @@ def make_card(config: TrainConfig, profile: Profile, record: Log, samples: Seque
         "sound answers": f"{before['eval_sound']} of {before['eval_answers']} before, "
         f"{chosen['eval_sound']} of {chosen['eval_answers']} at that step",
     }
-    # A private path, and what is shown below.
+    # Without the base model's path, which may be private, and what is shown below.
     values = {
         name: str(value).replace("|", "&#124;").replace("\n", " ")
         for name, value in values.items()
@@ -1332,10 +1321,9 @@ def make_card(config: TrainConfig, profile: Profile, record: Log, samples: Seque
     }
     sources = []
     for name, source in config.sources(profile).items():
-        # The folder of a file is private.
+        # A file's folder may be private.
         shown = Path(source).name if Path(source).is_file() else source
-        licence = LICENCES.get(source, "unknown to the kit")
-        sources.append((name, shown, licence))
+        sources.append((name, shown, LICENCES.get(source, "unknown to the kit")))
     samples = [
         {
             **each,
@@ -1365,9 +1353,9 @@ def make_card(config: TrainConfig, profile: Profile, record: Log, samples: Seque
 
 
 def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: Path) -> None:
-    """Draws loss and answers over the same steps, with the step that each metric selects.
+    """Draws loss and answers over the steps, with the step that each metric selects.
 
-    Lines differ in dashes and markers too, so the picture is readable in black and white.
+    Lines also differ in dashes and markers, so the figure is readable in black and white.
     """
     import pandas
     from matplotlib.figure import Figure
@@ -1406,7 +1394,7 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
 
 
 def check_exports(config: TrainConfig) -> None:
-    """Raises UsageError if the network, a token or a tool is missing that the flags need."""
+    """Raises UsageError if an export needs the network or a token, and it is missing."""
     if config.push_to_hub:
         from huggingface_hub import HfApi
 
@@ -1426,10 +1414,10 @@ def check_exports(config: TrainConfig) -> None:
 
 
 def make_modelfile(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> str:
-    """An Ollama Modelfile for the folder it is in, with our prompt and the kit's decoding.
+    """An Ollama Modelfile for a merged model, with the prompt of training and the kit's decoding.
 
-    The template is the tokenizer's own around a system prompt and a question, less the
-    beginning-of-text token, which Ollama adds as the tokenizer does.
+    The template is the tokenizer's own around a system prompt and a question, without the
+    beginning-of-text token, which Ollama adds itself.
     """
     decoding = infer.DECODINGS["kit"]
     messages = [
@@ -1457,7 +1445,7 @@ PARAMETER num_ctx {data.MAX_SEQ_LENGTH}
 
 
 def export(config: TrainConfig, profile: Profile, folder: Path) -> Iterator[str]:
-    """Merges, converts and uploads a complete run, as the flags say; yields a line for each."""
+    """Merges, converts and uploads a complete run as the flags say; yields a line for each."""
     adapter = folder / "adapter"
     if config.merge or config.gguf:
         record = infer.read_adapter_record(adapter)
@@ -1488,7 +1476,7 @@ def export(config: TrainConfig, profile: Profile, folder: Path) -> Iterator[str]
         try:
             url = HfApi().create_repo(config.push_to_hub, private=True, exist_ok=True)
             HfApi().upload_folder(repo_id=config.push_to_hub, folder_path=adapter)
-        except (OSError, ValueError) as error:  # the client's errors are one or the other
+        except (OSError, ValueError) as error:  # bases of the client's errors
             raise UsageError(
                 f"{adapter} is complete, but was not uploaded to {config.push_to_hub} "
                 f"({data.first_line(error)}). Run the same command again to upload it."
@@ -1500,7 +1488,7 @@ def export(config: TrainConfig, profile: Profile, folder: Path) -> Iterator[str]
 
 
 def lock_run(folder: Path) -> contextlib.AbstractContextManager:
-    """A context in which no other command trains into the folder. Raises UsageError if one does."""
+    """A lock on the folder as a context. Raises UsageError if another process trains into it."""
     from filelock import FileLock, Timeout
 
     if not is_main_process():
@@ -1517,7 +1505,7 @@ def lock_run(folder: Path) -> contextlib.AbstractContextManager:
 
 
 def describe_result(config: TrainConfig, folder: Path, record: Log | None) -> str:
-    """What came out of a run, where it is, and the next command."""
+    """The results of a run, where they are, and the next command."""
     if record is None:
         return "Stopped by --max-hours before the first evaluation; run the same command to resume."
     numbers = record["numbers"]
@@ -1552,7 +1540,7 @@ def describe_result(config: TrainConfig, folder: Path, record: Log | None) -> st
 
 
 def count_rows(config: TrainConfig, profile: Profile) -> dict[str, Any] | None:
-    """The audit of the rows; None if they are on the hub, which cannot be reached."""
+    """The audit of the rows; None if they are on the hub and it cannot be reached."""
     try:
         mix, tokenizer = config.load(profile), data.load_tokenizer(profile)
     except UsageError:
@@ -1562,15 +1550,15 @@ def count_rows(config: TrainConfig, profile: Profile) -> dict[str, Any] | None:
             if Path(source).suffix.lower() in data.FILE_SUFFIXES:
                 rows, report = data.load_source(name, source, config)
                 data.clean_rows(rows, report)
-                data.check_losses(report)  # what is wrong with a file is an error even so
+                data.check_losses(report)  # files can be checked without the hub
         return None
     return data.audit_mix(data.fit_mix(mix, tokenizer, config.max_seq_length), tokenizer)
 
 
 def main(config: TrainConfig) -> None:
     """Resolves the values, prints them and the plan, trains, exports, and prints the results."""
-    STOP.listen()
-    # A minute is reserved for saving, besides an evaluation and the longest step so far.
+    infer.handle_signals(STOP.receive)
+    # A minute for saving, besides the time for a step and evaluations in `make_callback`.
     deadline = time.monotonic() + 3600 * config.max_hours - 60 if config.max_hours else None
     if not is_main_process():
         sys.stdout = io.StringIO()
@@ -1595,7 +1583,7 @@ def main(config: TrainConfig) -> None:
             print("The rows are not counted, because the hub cannot be reached.", file=sys.stderr)
         dtype = profile.dtype
         if config.pad == "added" and dtype == "float32":
-            # Then the embedding's size depends on what Unsloth trains in.
+            # The embedding's size depends on the dtype in which Unsloth trains.
             with infer.quiet_libraries():
                 from unsloth import is_bfloat16_supported
 
