@@ -1,14 +1,14 @@
-"""What made the difference: models trained and decoded in different ways answer the same questions.
+"""What made the difference? Models trained and decoded in different ways answer the same questions.
 
-    python ablate.py                               replay the story: its runs and single changes
-    python ablate.py --rows my.jsonl               the same comparisons on your dataset
-    python ablate.py --probes my_questions.jsonl   and on your questions
+    python ablate.py                               the story's runs, and single changes of them
+    python ablate.py --rows my.jsonl               the same comparisons with your dataset
+    python ablate.py --probes my_questions.jsonl   or with your questions
     python ablate.py --dry-run                     print arms and commands; writes nothing
     python ablate.py --shard 0/2                   only the first half of the arms
     python ablate.py --table                       rebuild the report from the records
 
-Writes runs/ablate/NAME/ablation.md, ablation.png, cells.csv and cells/ARM.DECODING.jsonl. Run the
-same command again to resume an interrupted study.
+Writes runs/ablate/NAME/ablation.md, ablation.png, cells.csv and cells/ARM.DECODING.jsonl. The same
+command resumes an interrupted study.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ RECIPE = {
 }
 WEEK3 = RECIPE | {"mix": "chatdoctor", "target_modules": "attention", "pad": "added"}
 WEEK4 = RECIPE | {"mix": "week4", "target_modules": "attention", "epochs": 2}
-# With this rank, attention has as many LoRA parameters as all linear layers have at rank 16, within
+# At this rank, LoRA on attention has as many parameters as on all linear layers at rank 16, within
 # 1% for both base models.
 WIDE_R = 42
 
@@ -74,15 +74,15 @@ TRAINING_ARMS: dict[str, dict[str, Any]] = {
     "week4-all-linear": WEEK4 | {"target_modules": "all-linear"},
     "week4-wide-attention": WEEK4 | {"r": WIDE_R},
 }
-# Each equals another arm except for the mix, which --rows replaces.
+# Arms that equal another one except for the mix, which --rows replaces.
 MIX_ARMS = ("week4-rebalanced", "week4-all-linear")
-# Arms that also answer the probes at each evaluation, which takes as long as their training does.
+# Arms that also answer the probes at each evaluation, which takes as long as their training.
 EVALUATED_BY_ANSWERS = ("week3", "week4", "fixed", "kit")
 MAX_EVALUATION_PROBES = 26
 
 _COLLAPSE, _FIX = DECODINGS["story-collapse"], DECODINGS["story-fix"]
 MAIN_DECODINGS = ("story-collapse", "story-fix", "kit")
-# Those that differ only in cap or stop are cut from the same generation and cost nothing.
+# Those that differ only in cap or stop are cut from the same generation, at no cost.
 DECODING_ARMS: dict[str, Decoding] = {
     **{name: DECODINGS[name] for name in ("plain", *MAIN_DECODINGS)},
     "collapse-no-ban": dataclasses.replace(_COLLAPSE, no_repeat_ngram_size=0, count_prompt=False),
@@ -91,17 +91,17 @@ DECODING_ARMS: dict[str, Decoding] = {
     "fix-cap-128": dataclasses.replace(_FIX, max_new_tokens=128),
     "plain-cap-128": Decoding(max_new_tokens=128),
 }
-# The decodings of each arm. `base` is the base model, every other name a training run.
+# The decodings of each arm: `base` is the base model, the others are training runs.
 ARMS: dict[str, tuple[str, ...]] = {
     name: tuple(DECODING_ARMS) if name in ("base", *EVALUATED_BY_ANSWERS) else MAIN_DECODINGS
     for name in ("base", *TRAINING_ARMS)
 }
-# The answers to the first question that the report shows side by side.
+# Arms and decodings whose answers to the first question the report shows side by side.
 SIDE_BY_SIDE = (("week3", "plain"), ("week4", "story-collapse"), ("fixed", "story-fix"))
-# Asked first: the story's five, then five with prompts of the same padded length.
+# Asked first: the story's five probes, then five with prompts of the same padded length.
 FIRST_PROBES = """type-2-diabetes hypertension iron-deficiency malaria heart-attack migraine asthma
     stroke meningitis cystitis""".split()
-# The first question is asked again in another batch, up to this many tokens.
+# Tokens up to which the first question is answered again in another batch.
 REPEATED_TOKENS = 64
 
 
@@ -113,29 +113,29 @@ class AblateConfig(data.RowsFlags):
     """Flags of ablate.py."""
 
     name: str | None = None
-    """Name of the study's folder. Unset: `story`, and the names of --rows and other files."""
+    """Name of the study's folder. Unset: `story`, and the names of given files."""
     seeds: int = 1
-    """How many times each run is trained, with different seeds."""
+    """Number of times each run is trained, with different seeds."""
     num_rows: int | None = None
     """Training rows of each run. Unset: the profile's."""
     num_probes: int | None = None
-    """Number of probe questions; the story's five come first. Unset: the profile's."""
+    """Number of probe questions, of which the story's five are the first. Unset: the profile's."""
     eval_every: float | None = None
     """Share of the steps between two evaluations that answer probes. Unset: the profile's."""
     shard: str = "0/1"
-    """Run only part I of N of the arms, as I/N with I from 0: one part per GPU or SLURM task."""
+    """Run only part I of N of the arms, I from 0: one part per GPU or SLURM task."""
     workers: int | None = None
     """Arms that run at the same time and share the cores. Unset: the profile's."""
     profile: data.ProfileChoice = "auto"
-    """Set of values: `t4` for a GPU, `cpu`, or `auto`."""
+    """Set of defaults: `t4` for a GPU, `cpu`, or `auto`."""
     base_model: str | None = None
     """Hub id or folder of another chat model of the Llama architecture. Unset: the profile's."""
     dry_run: bool = False
     """Print arms, commands and counts, and stop. Writes nothing."""
     table: bool = False
-    """Rebuild report and picture from the records, and run nothing."""
+    """Only rebuild report and picture from the records."""
     answer: str | None = None
-    """Only ask this arm, whose training is complete. Used by the study itself."""
+    """Only answer with this trained arm. Used by the study itself."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -170,10 +170,10 @@ class AblateConfig(data.RowsFlags):
 
 @dataclass(frozen=True)
 class Arm:
-    """A model to be asked, and the decodings it is asked under."""
+    """A model, and the decodings under which it answers."""
 
     id: str
-    """Name of its run, and the first part of its cells' names."""
+    """Name of its run, and first part of its cells' names."""
     name: str
     """`base`, or a name in `TRAINING_ARMS`."""
     seed: int
@@ -187,7 +187,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """A study with all values that its answers depend on."""
+    """A study, with all values that its answers depend on."""
 
     folder: Path
     profile: Profile
@@ -195,7 +195,7 @@ class Study:
     probes: tuple[infer.Probe, ...]
     system_prompt: str = data.SYSTEM_PROMPT
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Sources of the training rows: a digest of each file, or its hub id."""
+    """Sources of the training rows: the digest of each file, or its hub id."""
 
     def settings(self, arm: Arm, decoding: str) -> str:
         """Digest of everything that a cell's answers and verdicts depend on."""
@@ -213,7 +213,7 @@ class Study:
         return [*arm.flags, "--output-dir", str(self.folder / "runs"), "--name", arm.id]
 
     def missing(self, arm: Arm) -> list[str]:
-        """The decodings whose cells are not complete, or have other settings."""
+        """The decodings whose cells are incomplete or have other settings."""
         cells, missing = self.folder / "cells", []
         for name in arm.decodings:
             found, expected = None, [self.settings(arm, name)] * len(self.probes)
@@ -263,11 +263,8 @@ def training_flags(
 
 
 def make_study(config: AblateConfig) -> Study:
-    """The study that the flags describe.
-
-    Raises:
-        UsageError: as `data.resolve_profile`; or the rows cannot be used.
-    """
+    """The study that the flags describe. Raises UsageError as `data.resolve_profile`, or if the
+    rows cannot be used."""
     sources: dict[str, str] = {}
     given = {each.name: getattr(config, each.name) for each in dataclasses.fields(data.RowsFlags)}
     given = {name: value for name, value in given.items() if value != getattr(data.RowsFlags, name)}
@@ -321,8 +318,7 @@ def describe_machine(loaded: infer.LoadedModel) -> str:
 def write_cells(study: Study, arm: Arm) -> None:
     """Loads the arm's model, and writes its judged answers under the decodings that are missing.
 
-    Raises:
-        UsageError: as `infer.check_adapter` and `infer.load_for_inference`.
+    Raises UsageError as `infer.check_adapter` and `infer.load_for_inference`.
     """
     from tqdm import tqdm
 
@@ -345,7 +341,7 @@ def write_cells(study: Study, arm: Arm) -> None:
         cap = min(REPEATED_TOKENS, each.max_new_tokens)
         again.append(infer.Request(questions[0], dataclasses.replace(each, max_new_tokens=cap)))
     repeated, machine = infer.answer_requests(loaded, again), describe_machine(loaded)
-    # Decodings may give the same answer, which is judged once.
+    # Equal answers of several decodings are judged once.
     distinct = {(each.question, each.sha256, each.finish_reason): each for each in answers}
     bar = tqdm(distinct.items(), unit="answer", desc=f"{arm.id}: judging", leave=False)
     judged = {key: infer.judge_answers(loaded, [each])[0] for key, each in bar}
@@ -371,16 +367,16 @@ def write_cells(study: Study, arm: Arm) -> None:
         data.write_atomic(study.folder / "cells" / f"{arm.id}.{name}.jsonl", text)
 
 
-# The processes of the study, and the one whose progress is shown.
+# The processes of the study, and a lock for the one whose progress is shown.
 RUNNING: list[subprocess.Popen] = []
 SHOWN = threading.Lock()
 
 
 def run_logged(command: Sequence[str], log: Path) -> tuple[int, str]:
-    """Runs Python with these arguments. Its output goes to the log, and of one process at a time
-    stderr also to ours.
+    """Runs Python with these arguments. Its output goes to the log; the stderr of one process at a
+    time is also shown.
 
-    Returns the exit code, and how it failed, with the last message on stderr.
+    Returns the exit code, and a description of the failure with the last message on stderr.
     """
     end, is_shown = b"", SHOWN.acquire(blocking=False)
     with (
@@ -412,7 +408,7 @@ def run_logged(command: Sequence[str], log: Path) -> tuple[int, str]:
 
 
 def run_arm(study: Study, arm: Arm) -> str | None:
-    """Trains an arm, if it is trained, and asks it, each in a process that frees its memory.
+    """Trains the arm, unless it is the base model, and answers with it, each in its own process.
 
     Returns why it failed, or None.
     """
@@ -435,15 +431,14 @@ def run_arm(study: Study, arm: Arm) -> str | None:
 def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
     """Runs the arms with missing cells, several at the same time, and records why arms failed.
 
-    Raises:
-        infer.Interrupted: a signal came. Training runs save and end; a second signal kills them.
+    Raises `infer.Interrupted` on a signal. Training runs save and end; a second signal kills them.
     """
     failures = {arm.id: study.folder / "failures" / f"{arm.id}.txt" for arm in arms}
     for path in failures.values():
         path.unlink(missing_ok=True)
     arms = [arm for arm in arms if study.missing(arm)]
     if workers > 1:
-        # Also if fewer arms are left: the bytes depend on the number of threads.
+        # Also if fewer arms are left, since the results depend on the number of threads.
         cores = len(os.sched_getaffinity(0))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
     if sys.stderr.isatty():
@@ -480,13 +475,13 @@ def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
 
 
 def read_cell(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file. Raises OSError or ValueError if it is missing, cut or broken."""
+    """The JSON lines of a file. Raises OSError or ValueError if it is missing or corrupt."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def flatten_answer(record: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """What the report counts of a line of a cell."""
+    """The values of a line of a cell that the report uses."""
     found = {finding["name"] for finding in record["findings"]}
     if not found <= infer.CHECKS.keys():
         raise ValueError(f"unknown findings {sorted(found)}")
@@ -519,7 +514,7 @@ def flatten_answer(record: Mapping[str, Any], place: int) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Numbers of a training run, and its evaluations after the first step by their step."""
+    """Numbers of a training run, and its evaluations by their step, without step 0."""
     numbers = json.loads((folder / "run.json").read_text(encoding="utf-8"))["numbers"]
     lines = read_cell(folder / "metrics.jsonl")
     own = ("steps", "training_seconds", "adapter_bytes", "train_rows", "train_tokens")
@@ -535,28 +530,25 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Records:
-    """A study as it was recorded."""
+    """The records of a study."""
 
     about: Mapping[str, Any]
     """study.json: the command, the questions and the arms."""
     answers: DataFrame
-    """One row per answer, see `flatten_answer`; in the order of the report."""
+    """One row per answer, see `flatten_answer`, in the order of the report."""
     runs: DataFrame
     """One row per training run, see `read_run`."""
     failures: Mapping[str, str]
     """Why arms failed, by their id."""
     readings: DataFrame
-    """readings.csv, if there is one: for each reader and pair of answers of a training run, the
-    arm, the question, the metric that selects the second answer's step, and the vote: 1 for the
-    answer at the step that answers select, -1 for the other, 0 for neither."""
+    """readings.csv, if there is one: a row per reader and pair of answers of a training run. `vote`
+    is 1 for the answer at the step selected by `answers`, -1 for the one at the step selected by
+    `metric`, and 0 for neither."""
 
     @classmethod
     def read(cls, folder: Path) -> Records:
-        """The study's records; cells of other settings are left out.
-
-        Raises:
-            UsageError: there are none, or one is broken.
-        """
+        """The study's records, without cells of other settings. Raises UsageError if there are
+        none, or one is corrupt."""
         from pandas import DataFrame, read_csv
 
         path = folder / "study.json"
@@ -591,7 +583,7 @@ class Records:
             path = folder / "cells"
             table = DataFrame(answers)
             if answers:
-                # Of decodings that differ only in cap or stop, only the first counts.
+                # The first of each set of decodings that differ only in cap or stop.
                 names = table.decoding.unique()
                 requests = [infer.Request("", DECODING_ARMS[name]) for name in names]
                 distinct = [names[places[0]] for places in infer.merge_requests(requests)]
@@ -642,8 +634,8 @@ def select(frame: DataFrame, **where: Any) -> DataFrame:
 
 
 def pair(answers: DataFrame, one: Mapping[str, str], other: Mapping[str, str]) -> DataFrame:
-    """Answers to the same question under the same seed, and where they are not fixed, of the same
-    arm and decoding. Columns of the second have the suffix `_other`."""
+    """Pairs of answers to the same question, under the same seed and, unless given, of the same arm
+    and decoding. Columns of the second have the suffix `_other`."""
     keys = [name for name in ("arm", "decoding", "seed", "question") if name not in one]
     if "decoding" not in one:
         answers = answers[answers.distinct]
@@ -723,7 +715,7 @@ class Comparison:
 
     @classmethod
     def describe_power(cls, questions: int) -> str:
-        """What a study of so many questions can find, in one sentence."""
+        """What a study of this many questions can find, in one sentence."""
         parts = []
         for changed in (0.2, 0.5, 1.0):
             net = cls.detectable_net(questions, changed)
@@ -780,11 +772,12 @@ class Query:
 
 
 def decide(found: Sequence[tuple[Query, Comparison]]) -> Verdict:
-    """The verdict of a claim's queries.
+    """The verdict on a claim by its queries.
 
-    Shown if every query that is not a harm shows, and no harm does; the opposite if every query
-    shows the other way, or a harm does and no query shows. Otherwise not shown, if a harm shows or
-    a query's interval excludes `RELEVANT`; and undecidable, if none does.
+    It is `shown` if every query that is not a harm is significant in its direction, and no harm is;
+    `the opposite` if every query is significant in the other direction, or a harm is and no query.
+    Otherwise `not shown` if a harm is significant, or a query's interval excludes `RELEVANT`; and
+    `undecidable` if not.
     """
     wanted = [(each, query.sense) for query, each in found if not query.is_harm]
     signs = {each.sign * sense for each, sense in wanted}
@@ -798,7 +791,7 @@ def decide(found: Sequence[tuple[Query, Comparison]]) -> Verdict:
 
 
 def compare_answers(*queries: Query) -> Callable[[Records], Result]:
-    """A check by queries, see `decide`."""
+    """A function that decides a claim by these queries, see `decide`."""
 
     def check(records: Records) -> Result:
         found = [(query, query.run(records.answers)) for query in queries]
@@ -826,7 +819,7 @@ def check_loss(records: Records) -> Result:
 
 
 def check_stop(records: Records) -> Result:
-    """C8: not decided if the generation config already names the end-of-turn token."""
+    """C8: not run if the generation config already names the end-of-turn token."""
     query = Query("decoding", "collapse-stop", "story-collapse", "sound_and_ended")
     verdict, text = compare_answers(query)(records)
     stops = records.answers[records.answers.decoding.isin((query.one, query.other))].stop_ids
@@ -840,13 +833,10 @@ def check_cap(records: Records) -> Result:
     """C10: fewer unsound answers under a smaller cap; also counts what the cap cures or hides."""
     import pandas
 
+    larger_caps = {"collapse": "story-collapse", "fix": "story-fix", "plain": "plain"}
     pairs = pandas.concat(
-        pair(records.answers, {"decoding": f"{name}-cap-128"}, {"decoding": whole})
-        for name, whole in (
-            ("collapse", "story-collapse"),
-            ("fix", "story-fix"),
-            ("plain", "plain"),
-        )
+        pair(records.answers, {"decoding": f"{name}-cap-128"}, {"decoding": larger})
+        for name, larger in larger_caps.items()
     )
     if pairs.empty:
         return NOT_RUN
@@ -860,7 +850,7 @@ def check_cap(records: Records) -> Result:
 
 
 def check_pad(records: Records) -> Result:
-    """C11: the exact sizes for Llama 3.2 3B, at least 10 times as large."""
+    """C11: by the exact sizes for Llama 3.2 3B."""
     sizes = [
         train.count_adapter(data.PROFILES["t4"].architecture, "attention", 16, dtype)[1]
         for dtype in (None, "float16", "float32")
@@ -870,7 +860,7 @@ def check_pad(records: Records) -> Result:
 
 
 def check_bytes(records: Records) -> Result:
-    """C13: greedy answers that were repeated in another batch have the same tokens."""
+    """C13: greedy answers generated again in another batch have the same tokens."""
     repeats = records.answers[(records.answers.place == 0) & records.answers.distinct].repeats
     text = "the first question again in another batch, equal up to "
     text += f"{REPEATED_TOKENS} tokens: {format_share(repeats)}"
@@ -880,7 +870,7 @@ def check_bytes(records: Records) -> Result:
 def check_loss_is_blind(records: Records) -> Result:
     """C15: two decodings of the same weights, and so of one eval loss, differ in sound answers.
 
-    The pair of decodings with the smallest p is reported, after Bonferroni over all pairs.
+    Reports the pair of decodings with the smallest p, with a Bonferroni correction for all pairs.
     """
     answers = records.answers
     names = answers[(answers.arm != "base") & answers.distinct].decoding.unique()
@@ -905,7 +895,7 @@ class Claim:
     id: str
     text: str
     decide: Callable[[Records], Result]
-    """The verdict, and the numbers it is based on."""
+    """Returns the verdict, and the numbers it is based on."""
     evidence: Query | tuple[str, str, str] | None = None
     """The comparison, or the arm, decoding and outcome, from which the report shows answers."""
 
@@ -916,8 +906,8 @@ class Claim:
 
     @classmethod
     def count(cls, claim_id: str, text: str, arm: str, decoding: str, outcome: str) -> Claim:
-        """A claim that is shown if the interval of a cell's share lies above one half; if it lies
-        below, the opposite is."""
+        """A claim that is shown if the interval of a cell's share is above one half, and reversed
+        if it is below."""
 
         def check(records: Records) -> Result:
             outcomes = select(records.answers, arm=arm, decoding=decoding)[outcome]
@@ -1001,7 +991,7 @@ CLAIMS = (
 )
 
 
-# Single changes, of which the report says which one matters most.
+# Single changes, which the report orders by their effect.
 CHANGES = (
     Query("decoding", "collapse-no-ban", "story-collapse", "sound_and_ended", trained=True),
     Query("decoding", "story-fix", "story-collapse", "sound_and_ended", trained=True),
@@ -1016,15 +1006,15 @@ CHANGES = (
 
 
 def escape_markdown(text: str) -> str:
-    """The text in one line of markdown that shows it unchanged; newlines become `<br>`."""
+    """The text as one line of markdown that shows it unchanged; newlines become `<br>`."""
 
     def entities(found: re.Match[str]) -> str:
         return "".join(f"&#{ord(character)};" for character in found[0])
 
     shown = data.escape_controls(text.replace("\r\n", "\n").replace("\t", " "))
-    # Also the dot of www., which some viewers turn into a link, and what starts a list.
+    # Also the dot of "www.", which some viewers turn into a link, and characters that start a list.
     escaped = re.sub(r"[^\w\s.,;()'?!%/+-]|_|(?<=www)\.", entities, shown)
-    escaped = re.sub(r"(?m)^\s*([-+.()]|\d+[.)])", lambda m: entities(m), escaped)
+    escaped = re.sub(r"(?m)^\s*([-+.()]|\d+[.)])", entities, escaped)
     return escaped.replace("\n", "<br>")
 
 
@@ -1036,7 +1026,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def mark_findings(answer: Any) -> str:
-    """An answer as a cell of a table, with ⟦ ⟧ around what its findings are about."""
+    """An answer as a cell of a table, with ⟦ ⟧ around the spans of its findings."""
     text, at, parts = answer.text, 0, []
     for start, end in sorted(answer.spans):
         if end > max(start, at):
@@ -1083,7 +1073,7 @@ def list_cells(records: Records) -> DataFrame:
 
 
 def list_main_cells(records: Records) -> DataFrame:
-    """Arms x main decodings: sound and ended answers as text, or why there are none."""
+    """Main decodings by arms: sound and ended answers as text, or why there are none."""
     about, answers = records.about, records.answers
     arms = dict.fromkeys(arm for arm, _, _ in about["arms"].values())
     cells = answers.groupby(["arm", "decoding"]).sound_and_ended.agg(format_share).unstack()
@@ -1095,7 +1085,7 @@ def list_main_cells(records: Records) -> DataFrame:
 
 
 def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
-    """What the story got right and wrong, and which settings to use, in a few sentences."""
+    """Verdicts on the claims, and the best decoding, arm and eval loss, in a few sentences."""
     lines = []
     headings = {"shown": "Shown", "the opposite": "Contradicted, the opposite is shown"}
     headings |= {
@@ -1139,7 +1129,7 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
 
 
 def list_changes(records: Records) -> list[list[str]]:
-    """Header and rows: the single changes that were run, the largest effect first."""
+    """Header and rows: the single changes in the records, the largest effect first."""
     found = [(each, query) for query in CHANGES if (each := query.run(records.answers))]
     found.sort(key=lambda pair: -abs(pair[0].net[0]))
     rows = [
@@ -1158,7 +1148,7 @@ def list_changes(records: Records) -> list[list[str]]:
 def list_selections(records: Records) -> list[list[str]]:
     """Header and rows: the step each metric selects, with the sound and ended answers there.
 
-    Only of runs with several evaluations that answered the probes. The last row counts how often a
+    Only for runs with several evaluations that answered probes. The last row counts how often each
     metric selected a step with the most.
     """
     rows = [["arm", *(f"by {name}" for name in train.METRICS), "most"]]
@@ -1180,10 +1170,10 @@ def list_selections(records: Records) -> list[list[str]]:
 
 
 def list_readings(records: Records) -> list[list[str]]:
-    """Header and rows: how often blind readers preferred the answers at the step that answers
-    select, and how often those at the step of another metric. Empty without readings.csv.
+    """Header and rows: how often blind readers preferred the answers at the step selected by
+    `answers`, and at the step selected by another metric. Empty without readings.csv.
 
-    Each question of a run counts once, by the sum of its readers' votes.
+    Each question of a run counts once, by the sum of its votes.
     """
     rows = []
     for metric, own in records.readings.groupby("metric", sort=False):
@@ -1200,8 +1190,8 @@ def list_readings(records: Records) -> list[list[str]]:
 
 
 def list_examples(records: Records, results: Mapping[str, Result]) -> list[list[str]]:
-    """Header and rows: for each claim that is shown or reversed, three answers that are part of
-    the evidence, to the first questions that have one."""
+    """Header and rows: for each claim that is shown or reversed, up to three answers that are part
+    of the evidence, to the first such questions."""
     rows = []
     for claim in CLAIMS:
         verdict, evidence = results[claim.id][0], claim.evidence
@@ -1317,7 +1307,7 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
 
 # --- The picture ---------------------------------------------------------------------------------
 
-# The first that applies; from dark to light, so that they differ in grey too.
+# By the first column that applies. Dark and light alternate, so that neighbours differ in grey.
 COLOURS: dict[str, tuple[str, str]] = {
     "sound and ended": ("sound_and_ended", "#08519c"),
     "sound, cut at the limit": ("sound", "#9ecae1"),
@@ -1328,8 +1318,7 @@ LIGHT = ("#9ecae1", "#fdae6b")
 
 
 def draw_picture(records: Records, path: Path) -> None:
-    """The shares of verdicts under the main decodings, and beside them eval loss against sound
-    answers."""
+    """Draws shares of verdicts under the main decodings, and eval loss against sound answers."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -1372,7 +1361,7 @@ def draw_picture(records: Records, path: Path) -> None:
 
 
 def draw_losses(axes: Axes, records: Records) -> None:
-    """Share of sound and ended answers under `kit` over eval loss, one labelled point per arm."""
+    """Draws the share of sound and ended answers under `kit` over eval loss, a point per arm."""
     losses = records.runs.groupby("arm").eval_loss.mean()
     shares = select(records.answers, decoding="kit").groupby("arm").sound_and_ended.mean()
     points = [
@@ -1385,7 +1374,7 @@ def draw_losses(axes: Axes, records: Records) -> None:
     x, y, _ = zip(*points, strict=True)
     axes.scatter(x, y, color="#08519c", zorder=3)
     axes.set(xlim=(min(*x, max(x) - 0.05) - 0.02, max(x) + 0.02), ylim=(-0.02, 1.02))
-    # Labels beside the axes, in the order of the points and a line apart, as near as they can be.
+    # Labels beside the axes, in the order of the points, at least a line apart.
     points.sort(key=lambda each: (each[1], -each[0]))
     heights: list[float] = []
     for _, y, _ in points:
@@ -1415,10 +1404,9 @@ def draw_losses(axes: Axes, records: Records) -> None:
 
 
 def write_report(folder: Path) -> tuple[Records, dict[str, Result]]:
-    """Writes report, picture and cells.csv; returns the records and the results of the claims.
+    """Writes report, picture and cells.csv; returns the records and the claims' results.
 
-    Raises:
-        UsageError: as `Records.read`.
+    Raises UsageError as `Records.read`.
     """
     records = Records.read(folder)
     results = {claim.id: claim.decide(records) for claim in CLAIMS}
@@ -1438,7 +1426,7 @@ def main(config: AblateConfig) -> int:
         arms = {arm.id: arm for arm in study.arms}
         if config.answer not in arms:
             raise UsageError(f"--answer {config.answer}: expected one of {', '.join(arms)}.")
-        # The process of a study that was killed may still answer.
+        # A process of a study that was killed may still be answering.
         with FileLock(study.folder / "locks" / config.answer):
             write_cells(study, arms[config.answer])
         return 0
