@@ -555,6 +555,7 @@ class Records:
         if not path.is_file():
             raise UsageError(f"{path} does not exist. Run the study first: python ablate.py")
         answers, runs, failures = [], [], {}
+        errors = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
             texts = (about["command"], about["base_model"], *about["questions"])
@@ -588,14 +589,7 @@ class Records:
                 requests = [infer.Request("", DECODING_ARMS[name]) for name in names]
                 distinct = [names[places[0]] for places in infer.merge_requests(requests)]
                 table["distinct"] = table.decoding.isin(distinct)
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            OSError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except errors as error:
             raise UsageError(
                 f"{path} is a broken record ({error!r}). Remove it; the same command (without "
                 "--table) makes it again."

@@ -645,7 +645,6 @@ class Facts:
     named: tuple[str, ...]
     missing: tuple[str, ...]
     wrong: tuple[str, ...]
-    """Names of the wrong claims in the answer."""
 
     def __str__(self) -> str:
         total = len(self.named) + len(self.missing)
@@ -1886,10 +1885,7 @@ def answer_file(
                 try:
                     judged = iter(judge_answers(loaded, answer_requests(loaded, own, bar.update)))
                 except Interrupted as interrupted:
-                    message = (
-                        f"Interrupted. {path} contains the answers so far; "
-                        "run the same command again to continue."
-                    )
+                    message = f"Interrupted. Answers are saved in {path}; the same command resumes."
                     raise Interrupted(interrupted.number, message) from None
                 for row in batch:
                     answer = {"error": row.problem} if row.problem else next(judged).to_record()

@@ -644,7 +644,7 @@ class AnswerEvaluation:
         widest = max(map(width, self.probes), default=0)
         rows = sorted(mix.eval, key=lambda row: max(width(row.question), widest))
         rows = rows[: max(8, -len(self.probes) % infer.ROWS)]
-        self.references = {row.question: row.messages[2][1] for row in rows}
+        self.references = {row.question: row.answer for row in rows}
 
     def __call__(self, step: int, eval_loss: float) -> dict[str, float]:
         """The metrics of the current weights; writes their answers to samples/STEP.jsonl.
@@ -1568,9 +1568,8 @@ def main(config: TrainConfig) -> None:
     folder = config.output_dir / (config.name or config.default_name(profile))
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise UsageError(f"--output-dir {config.output_dir}: {file} is a file; expected a folder.")
-    infer.prepare_environment(
-        profile, offline=not (config.needs_hub(profile) or config.push_to_hub) or None
-    )
+    needs_hub = config.needs_hub(profile) or config.push_to_hub
+    infer.prepare_environment(profile, offline=None if needs_hub else True)
     recipe = config.recipe(profile, start)
     for name, value in {**recipe, **config.sources(profile), "run folder": folder}.items():
         if value is not None:

@@ -275,7 +275,7 @@ def test_a_file_of_questions_is_asked_by_one_process_and_a_signal_keeps_what_is_
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     said = (tmp_path / "words.txt").read_text()
-    assert f"Interrupted. {output} contains the answers so far; run the same command again to continue." in said and "Traceback" not in said
+    assert f"Interrupted. Answers are saved in {output}; the same command resumes." in said and "Traceback" not in said
 
 
 # --- Kills -------------------------------------------------------------------------------------------------------
