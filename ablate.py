@@ -317,9 +317,7 @@ def describe_machine(loaded: infer.LoadedModel) -> str:
 
 def write_cells(study: Study, arm: Arm) -> None:
     """Loads the arm's model, and writes its judged answers under the decodings that are missing.
-
-    Raises UsageError as `infer.check_adapter` and `infer.load_for_inference`.
-    """
+    Raises UsageError as `infer.check_adapter` and `infer.load_for_inference`."""
     from tqdm import tqdm
 
     profile, names = study.profile, study.missing(arm)
@@ -409,9 +407,7 @@ def run_logged(command: Sequence[str], log: Path) -> tuple[int, str]:
 
 def run_arm(study: Study, arm: Arm) -> str | None:
     """Trains the arm, unless it is the base model, and answers with it, each in its own process.
-
-    Returns why it failed, or None.
-    """
+    Returns why it failed, or None."""
     place, log = study.arms.index(arm) + 1, study.folder / "logs" / f"{arm.id}.log"
     sys.stderr.write(f"[{place}/{len(study.arms)}] {arm.id}\n")
     if arm.flags:
@@ -1398,10 +1394,8 @@ def draw_losses(axes: Axes, records: Records) -> None:
 
 
 def write_report(folder: Path) -> tuple[Records, dict[str, Result]]:
-    """Writes report, picture and cells.csv; returns the records and the claims' results.
-
-    Raises UsageError as `Records.read`.
-    """
+    """Writes report, picture and cells.csv; returns the records and the claims' results. Raises
+    UsageError as `Records.read`."""
     records = Records.read(folder)
     results = {claim.id: claim.decide(records) for claim in CLAIMS}
     with data.writing(folder):

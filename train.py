@@ -1071,10 +1071,8 @@ def list_versions() -> dict[str, str]:
 
 
 def train_model(trainer: SFTTrainer, folder: Path, checkpoint: Path | None) -> TrainerState:
-    """Trains, from the checkpoint if there is one, and returns the Trainer's last state.
-
-    Raises `infer.Interrupted` on a signal; the message says what is saved.
-    """
+    """Trains, from the checkpoint if there is one, and returns the Trainer's last state. Raises
+    `infer.Interrupted` on a signal; the message says what is saved."""
     import torch
     from transformers import TrainerState
 
@@ -1353,10 +1351,8 @@ def make_card(config: TrainConfig, profile: Profile, record: Log, samples: Seque
 
 
 def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: Path) -> None:
-    """Draws loss and answers over the steps, with the step that each metric selects.
-
-    Lines also differ in dashes and markers, so the figure is readable in black and white.
-    """
+    """Draws loss and answers over the steps, with the step that each metric selects. Lines also
+    differ in dashes and markers, so the figure is readable in black and white."""
     import pandas
     from matplotlib.figure import Figure
 
