@@ -229,18 +229,15 @@ class Study:
         lines, commands, left = [], [], 0
         for arm in arms:
             count, missing = len(arm.decodings), len(self.missing(arm))
-            names = ", ".join(arm.decodings)
-            lines.append(
-                f"{arm.id:<{width}}  {count - missing:>2} of {count:>2} cells done  {names}"
-            )
+            done = f"{count - missing:>2} of {count:>2} cells done"
+            lines.append(f"{arm.id:<{width}}  {done}  {', '.join(arm.decodings)}")
             if arm.flags:
                 commands.append(f"python train.py {shlex.join(self.train_flags(arm))}")
             left += missing
         cells = sum(len(arm.decodings) for arm in arms)
+        power = Comparison.describe_power(len(self.probes))
         end = f"{cells} cells of {len(self.probes)} questions, {left} to do, in {self.folder}"
-        return "\n".join(
-            [*lines, "", *commands, "", Comparison.describe_power(len(self.probes)), end]
-        )
+        return "\n".join([*lines, "", *commands, "", power, end])
 
 
 def training_flags(
@@ -292,9 +289,8 @@ def make_study(config: AblateConfig) -> Study:
         elif not (config.rows and name in MIX_ARMS):
             rows = config.num_rows or profile.ablation_rows
             flags = training_flags(name, profile, seed, rows, given)
-            arms.append(
-                Arm(arm_id, name, seed, own, flags, config.folder / "runs" / arm_id / "adapter")
-            )
+            adapter = config.folder / "runs" / arm_id / "adapter"
+            arms.append(Arm(arm_id, name, seed, own, flags, adapter))
     return Study(config.folder, profile, tuple(arms), tuple(probes), system_prompt, sources)
 
 
@@ -709,9 +705,8 @@ class Comparison:
         parts = []
         for changed in (0.2, 0.5, 1.0):
             net = cls.detectable_net(questions, changed)
-            parts.append(
-                f"{net:.0%} if {changed:.0%} change" if net < 1 else f"none if {changed:.0%}"
-            )
+            part = f"{net:.0%} if {changed:.0%} change" if net < 1 else f"none if {changed:.0%}"
+            parts.append(part)
         return f"net share that {questions} questions find with 80% power: {', '.join(parts)}"
 
 

@@ -280,10 +280,9 @@ def measure_empty(text: str, ended: bool) -> Measure:
     """1 if the answer has no words, or its stop token follows an article or a conjunction."""
     words = text.split()
     is_broken_off = ended and bool(words) and words[-1] in _DANGLING
+    kinds = map(unicodedata.category, text)
     # Letters, numbers, and symbols such as emoji.
-    has_words = any(
-        unicodedata.category(each)[0] in "LN" or unicodedata.category(each) == "So" for each in text
-    )
+    has_words = any(kind[0] in "LN" or kind == "So" for kind in kinds)
     return float(is_broken_off or not has_words), (max(0, len(text) - 90), len(text))
 
 
@@ -1031,9 +1030,8 @@ def resolve_adapter_profile(
     """The profile with the adapter's base model. Raises UsageError if the flags name another one,
     or it is a folder that does not exist."""
     own = record.base_model
-    default = next(
-        (n for n, p in data.PROFILES.items() if data.is_same_base(own, p.base_model)), None
-    )
+    profiles = data.PROFILES.items()
+    default = next((n for n, p in profiles if data.is_same_base(own, p.base_model)), None)
     name = record.profile or default
     is_folder = default is None and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", own)
     is_copy = is_folder or (base_model is not None and Path(base_model).is_dir())

@@ -244,13 +244,12 @@ class TrainConfig(data.RowsConfig):
                 f"--per-device-train-batch-size {batch} x {world_size()} processes: expected a "
                 f"divisor of {ROWS_PER_STEP}, or --gradient-accumulation-steps as well."
             )
-        needs_answers = self.metric_for_best_model == "rouge_l" or (
-            self.metric_for_best_model == "answers" and self.early_stopping_patience
-        )
-        if self.num_probes == 0 and needs_answers:
+        metric = self.metric_for_best_model
+        stops_by_answers = metric == "answers" and self.early_stopping_patience
+        if self.num_probes == 0 and (metric == "rouge_l" or stops_by_answers):
             problems.append(
-                f"--metric-for-best-model {self.metric_for_best_model} compares answers, and "
-                "--num-probes 0 asks for none. Remove it, or select by eval_loss."
+                f"--metric-for-best-model {metric} compares answers, and --num-probes 0 asks for "
+                "none. Remove it, or select by eval_loss."
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -1520,9 +1519,8 @@ def describe_result(config: TrainConfig, folder: Path, record: Log | None) -> st
     if numbers["steps"] < numbers["planned_steps"]:
         how = "early stopping" if numbers["stopped_early"] else "--max-hours"
         then = "" if numbers["stopped_early"] else "; run the same command to resume"
-        lines.append(
-            f"Stopped by {how} after {numbers['steps']} of {numbers['planned_steps']} steps{then}."
-        )
+        steps = f"{numbers['steps']} of {numbers['planned_steps']} steps"
+        lines.append(f"Stopped by {how} after {steps}{then}.")
     is_default = folder.parent.resolve() == infer.TRAIN_RUNS.resolve()
     flag = "" if is_default else f"--adapter {shlex.quote(str(folder / 'adapter'))} "
     choices = ", ".join(f"{name} step {step}" for name, step in numbers["selected"].items())

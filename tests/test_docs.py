@@ -38,9 +38,9 @@ def test_the_readme_and_the_report_are_short():
 # lower a number here when a script has become smaller, and raise one only by what others lose.
 MOST = {
     "data.py": (1726, 59),
-    "infer.py": (2284, 88),
-    "train.py": (1612, 45),
-    "ablate.py": (1456, 45),
+    "infer.py": (2282, 88),
+    "train.py": (1610, 45),
+    "ablate.py": (1451, 45),
 }
 
 
