@@ -547,7 +547,6 @@ class Records:
         if not path.is_file():
             raise UsageError(f"{path} does not exist. Run the study first: python ablate.py")
         answers, runs, failures = [], [], {}
-        errors = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
             texts = (about["command"], about["base_model"], *about["questions"])
@@ -581,10 +580,10 @@ class Records:
                 requests = [infer.Request("", DECODING_ARMS[name]) for name in names]
                 distinct = [names[places[0]] for places in infer.merge_requests(requests)]
                 table["distinct"] = table.decoding.isin(distinct)
-        except errors as error:
+        except Exception as error:  # whatever a corrupt file leads to
             raise UsageError(
                 f"{path} is a broken record ({error!r}). Remove it; the same command (without "
-                "--table) makes it again."
+                "--table) makes cells and runs again."
             ) from None
         if not answers:
             reasons = "".join(f"\n{arm}: {reason}" for arm, reason in failures.items())

@@ -202,7 +202,7 @@ class Profile:
     eager_attention_tokens: int  # longest row for which eager attention is used; 0 is off
     eval_every: float  # share of the steps between two evaluations
     num_probes: int  # questions asked at each evaluation
-    gate_max_new_tokens: int
+    eval_max_new_tokens: int
     measured: str  # speed and memory of training, with the machine they were measured on
 
     # Ablations.
@@ -246,7 +246,7 @@ PROFILES: dict[ProfileName, Profile] = {
         eager_attention_tokens=0,
         eval_every=0.2,
         num_probes=26,
-        gate_max_new_tokens=256,
+        eval_max_new_tokens=256,
         measured="on one H100: 0.9 s per step of 16 rows, 4.2 GiB at the peak of a run",
         # All runs fit into one session of a free T4; each of the story's own took four hours.
         ablation_rows=1200,
@@ -282,7 +282,7 @@ PROFILES: dict[ProfileName, Profile] = {
         eager_attention_tokens=256,
         eval_every=0.5,
         num_probes=8,
-        gate_max_new_tokens=80,
+        eval_max_new_tokens=80,
         measured="on two cores of an AMD EPYC: 285 rows in 4.1 minutes, 3.7 GiB at the peak",
         ablation_rows=64,
         ablation_probes=10,
@@ -1702,7 +1702,7 @@ def run_command(
         sys.stdout.flush()
     except KeyboardInterrupt as interrupted:
         code = 128 + getattr(interrupted, "number", signal.SIGINT)
-        message = f"\n{interrupted or 'Interrupted. Run the same command again.'}"
+        message = f"\n{str(interrupted) or 'Interrupted. Run the same command again.'}"
     except BrokenPipeError:
         # The reader of stdout has closed it; the rest of the buffer is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

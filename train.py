@@ -453,7 +453,7 @@ def format_plan(
             f"{config.per_device_train_batch_size} rows x {config.passes} forward passes x "
             f"{world_size()} processes",
             "evaluations": f"{up_to}{config.count_evaluations(steps)}, each with "
-            f"{config.num_probes} probe answers of up to {profile.gate_max_new_tokens} tokens",
+            f"{config.num_probes} probe answers of up to {profile.eval_max_new_tokens} tokens",
         }
     lines |= {
         "trainable parameters": f"{trainable:,}",
@@ -651,7 +651,7 @@ class AnswerEvaluation:
         `eval_quality` orders evaluations by sound answers, then by points, then by loss.
         """
         kit = infer.DECODINGS["kit"]
-        limit = min(kit.max_new_tokens, self.loaded.profile.gate_max_new_tokens)
+        limit = min(kit.max_new_tokens, self.loaded.profile.eval_max_new_tokens)
         decoding = dataclasses.replace(kit, max_new_tokens=limit)
         metrics = {"eval_loss_per_byte": eval_loss * self.tokens_per_byte}
         judged: list[infer.JudgedAnswer] = []

@@ -439,6 +439,13 @@ def test_a_failed_arm_is_a_row_with_its_reason_and_older_answers_stay(tmp_path):
     assert (tmp_path / "cells" / "week4.kit.jsonl").is_file()
 
 
+@pytest.mark.parametrize("content", ["[" * 10_000, "[]", "{}", '{"command": 1}', '{"arms": 3}', ""])
+def test_a_corrupt_record_is_named_with_the_way_out(content, tmp_path):
+    (tmp_path / "study.json").write_text(content)
+    with pytest.raises(data.UsageError, match=r"study\.json is a broken record .*Remove it; the same command"):
+        ablate.Records.read(tmp_path)
+
+
 def test_a_reason_is_the_last_message_of_the_process(tmp_path):
     words = "a bar 1%\ra bar 2%\rwarning\nerror: The disk is full.\nFree some space.\n"
     code, reason = ablate.run_logged(["-c", f"import sys; print('out'); sys.stderr.write({words!r}); sys.exit(2)"], tmp_path / "log")

@@ -4,11 +4,14 @@ import ast
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, call_script, run_script
+
+import data
 
 CHAIN = ["data", "infer", "train", "ablate"]
 HEAVY = {"torch", "unsloth", "transformers", "trl", "peft", "datasets", "bitsandbytes", "xformers", "matplotlib", "numpy"}
@@ -245,6 +248,17 @@ def test_bad_input_is_one_message_and_exit_2(case, tmp_path):
     assert " ".join(message.split()) in " ".join(ran.stderr.replace("│", " ").split())
     assert "Traceback" not in ran.stderr and "\x1b" not in ran.stderr
     assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_ctrl_c_before_a_script_handles_signals_says_what_to_do(capfd, monkeypatch):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["data.py"])
+    with pytest.raises(SystemExit) as ended:
+        data.run_command(data.DataConfig, interrupt, None)
+    assert ended.value.code == 128 + signal.SIGINT
+    assert capfd.readouterr().err == "\nInterrupted. Run the same command again.\n"
 
 
 def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_way_out(tmp_path):

@@ -8,7 +8,7 @@ import dataclasses
 import data
 import train
 
-PROFILE = dataclasses.replace(data.PROFILES["cpu"], gate_max_new_tokens=12)
+PROFILE = dataclasses.replace(data.PROFILES["cpu"], eval_max_new_tokens=12)
 
 if __name__ == "__main__":
     data.PROFILES["cpu"] = PROFILE
