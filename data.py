@@ -125,10 +125,8 @@ RULES: dict[str, tuple[Literal["dropped", "merged", "modified", "kept"], tuple[s
     "instruction replaced by the story's system prompt": ("modified", STORY),
     "wrongly decoded text repaired": ("modified", EVERY),
     "lost apostrophe repaired": ("modified", ("chatdoctor",)),
-    "attachment note removed": ("modified", ("chatdoctor",)),
-    "greeting removed": ("modified", ("chatdoctor",)),
-    "persona removed": ("modified", ("chatdoctor",)),
-    "sign-off removed": ("modified", ("chatdoctor",)),
+    **dict.fromkeys(("attachment note removed", "greeting removed"), ("modified", ("chatdoctor",))),
+    **dict.fromkeys(("persona removed", "sign-off removed"), ("modified", ("chatdoctor",))),
     "nothing but greetings": ("dropped", STORY),
     "sentence destroyed by the anonymiser": ("dropped", ("chatdoctor",)),
     **dict.fromkeys(("wiki mark-up", "e-mail address", "URL", "phone number"), ("dropped", STORY)),
@@ -136,8 +134,7 @@ RULES: dict[str, tuple[Literal["dropped", "merged", "modified", "kept"], tuple[s
     f"answer under {MIN_ANSWER_WORDS} words": ("dropped", STORY),
     f"answer over {MAX_ANSWER_WORDS} words": ("dropped", STORY),
     "identical to another row": ("dropped", EVERY),
-    "repeats another question": ("dropped", STORY),
-    "asks a probe question": ("dropped", STORY),
+    **dict.fromkeys(("repeats another question", "asks a probe question"), ("dropped", STORY)),
     "asks a probe question, may be memorised": ("kept", ()),
 }
 
@@ -476,12 +473,13 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
     """
     path, suffix = Path(source), Path(source).suffix.lower()
     is_file = suffix in FILE_SUFFIXES
-    if not is_file and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", source):
+    is_there = os.access(path, os.F_OK)  # `Path.exists` raises OSError if the name is too long
+    if not is_file and not is_there and re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", source):
         return _read_hub(source)
-    if not is_file or not path.is_file():
-        found = "is a folder" if path.is_dir() else "has another suffix"
+    if not is_file or not is_there or not path.is_file():
+        found = "is a folder" if is_there and path.is_dir() else "has another suffix"
         raise UsageError(
-            f"{source!r} {found if path.exists() else 'does not exist'}. Expected a file of rows "
+            f"{source[:300]!r} {found if is_there else 'does not exist'}. Expected a file of rows "
             f"({', '.join(FILE_SUFFIXES)}) or a hub id (owner/name)."
         )
     try:
@@ -539,12 +537,14 @@ def read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
-    lines = [line[0] for line in _LINE.finditer(text if "\n" in text else text.replace("\r", "\n"))]
+    # Some programs end rows in a carriage return, and the lines of a cell in a newline.
+    is_mac = re.match(r"[^\r\n]*\r(?!\r*\n)", text)
+    lines = re.findall(r"[^\r]*\r|[^\r]+" if is_mac else _LINE, text)
     header = next((line for line in lines if line.strip()), "")
-    delimiter = max(",;\t|", key=lambda each: len(next(csv.reader([header], delimiter=each), ())))
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     place, names = f"{source}:1", None
     try:
+        delimiter = max(",;\t|", key=lambda d: len(next(csv.reader([header], delimiter=d), ())))
+        reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         for fields in reader:
             if not any(map(str.strip, fields)):
                 pass
@@ -565,7 +565,8 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
-    if not reaches_hub():
+    is_offline = not reaches_hub()
+    if is_offline:
         # Before the hub client is imported, so that it uses its cache without retrying for 30 s.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     import datasets
@@ -573,10 +574,11 @@ def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
     name, _, revision = source.partition("@")
     try:
         rows = datasets.load_dataset(name, split="train", revision=revision or None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        advice = "Connect to the network" if is_offline else "Use another dataset"
         raise UsageError(
-            f"{name}: could not be loaded from the hub ({first_line(error)}). Connect to the "
-            "network, or use files: --rows FILE, or --conversational FILE --encyclopedic FILE."
+            f"{name}: could not be loaded from the hub ({error!r:.300}). {advice}, or use files: "
+            "--rows FILE, or --conversational FILE --encyclopedic FILE."
         ) from error
     return ((f"{source}, row {number}", record) for number, record in enumerate(rows, 1))
 
@@ -611,7 +613,11 @@ def _read_turns(turns: Any) -> tuple[list[Message], set[str]]:
     messages: list[Message] = []
     unused: set[str] = set()
     for number, turn in enumerate(turns, 1):
-        given, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not ({"role", "from"} & turn.keys() and {"content", "value"} & turn.keys()):
+            found = f"{', '.join(map(str, turn)) or 'none':.100}; expected role and content"
+            raise BadRecord("unexpected turn", f"turn {number} has the fields {found}")
+        given = turn.get("from") if turn.get("role") is None else turn["role"]
+        content = turn.get("value") if turn.get("content") is None else turn["content"]
         role = ROLES.get(str(given).casefold())
         if not role or (role == "system" and any(known != "system" for known, _ in messages)):
             reason = f"the role {given!r:.40}; expected, system first: {', '.join(ROLES)}"
@@ -620,12 +626,31 @@ def _read_turns(turns: Any) -> tuple[list[Message], set[str]]:
             raise BadRecord("unexpected turn", f"turn {number} has tool_calls, or weight 0")
         texts = []
         for part in content if isinstance(content, list) else [content]:
-            is_text = isinstance(part, dict) and part.get("type", "text") == "text"
-            part = part.get("text") if is_text else part
+            is_text = isinstance(part, dict) and (part.get("type") or "text") == "text"
+            part = part["text"] if is_text and isinstance(part.get("text"), str) else part
             texts.append(_read_text(part, f"text of turn {number}"))
-        messages.append((role, "\n".join(texts)))
+        messages.append((role, "\n".join(filter(None, texts))))
         unused |= {name for name, value in turn.items() if value is not None}
     return messages, unused - {"role", "from", "content", "value", "tool_calls", "weight"}
+
+
+def find_question(record: dict, given: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    """`(columns, roles)`: values by their names in lower case, None if they count as empty; and the
+    roles of the question's columns, of which an instruction may be one."""
+    columns = {str(name).strip().casefold(): value for name, value in record.items()}
+    for name, value in columns.items():
+        text = value.strip().casefold() if isinstance(value, str) else None
+        if text in EMPTY_TEXTS or value != value or value == []:
+            columns[name] = None
+    if given is not None:
+        return columns, {name: "user" for name in columns if name == given.strip().casefold()}
+    # A prompt beside an instruction and its input is a rendering of the two.
+    is_both = columns.get("instruction") and {"input", "context"} & columns.keys()
+    there = [n for n in QUESTION_COLUMNS if n in columns and not (is_both and n == "prompt")]
+    question = min(there, key=lambda name: columns[name] is None, default="instruction")
+    # An instruction without another column for the question is the question.
+    roles = {"instruction": "instruction", question: "user"}
+    return columns, {name: role for name, role in roles.items() if name in columns}
 
 
 def parse_record(
@@ -633,20 +658,19 @@ def parse_record(
 ) -> tuple[str, list[Message], set[str]]:
     """`(format, messages, unused columns)`; an instruction is a message of that role.
 
-    Column names are compared in lower case; a null column counts as missing. Prompts and
-    completions may be lists of messages. Texts are stripped.
+    Column names are compared in lower case; a column that counts as empty is used only if there is
+    no other. Prompts and completions may be lists of messages. Texts are stripped.
 
-    Raises BadRecord if it has no known columns, or a value that is not text.
+    Raises BadRecord if it has no known columns, or a value that is not text or a placeholder.
     """
     if not isinstance(record, dict):
         reason = "null" if record is None else f"a JSON {type(record).__name__}"
         raise BadRecord("unreadable record", f"{reason} instead of an object")
-    columns = {str(name).strip().casefold(): value for name, value in record.items()}
+    columns, used = find_question(record, question_column)
     if len(columns) < len(record):
         raise BadRecord("unknown columns", f"two differ only in case: {', '.join(record):.100}")
 
-    def find(given: str | None, known: Sequence[str]) -> str | None:
-        names = known if given is None else (given.strip().casefold(),)
+    def find(names: Sequence[str]) -> str | None:
         there = [name for name in names if name in columns]
         return min(there, key=lambda name: columns[name] is None, default=None)
 
@@ -654,33 +678,35 @@ def parse_record(
         text = _read_text(columns[name], name)
         if len(text) > MAX_CHARACTERS:
             raise BadRecord("too many tokens", f"the {name} has {len(text):,} characters")
-        return "" if text.casefold() in EMPTY_TEXTS else text
+        return text
 
-    question, answer = find(question_column, QUESTION_COLUMNS), find(answer_column, ANSWER_COLUMNS)
-    instruction = None if question_column else find(None, ("instruction",))
-    chat = None if question_column or answer_column else find(None, CHAT_COLUMNS)
-    unused: set[str] = set()
+    answer = find(ANSWER_COLUMNS if answer_column is None else (answer_column.strip().casefold(),))
+    chat = None if question_column or answer_column else find(CHAT_COLUMNS)
     if chat and (columns[chat] is not None or not answer):
         used = {chat: ""}
-        messages, fields = _read_turns(columns[chat])
-        unused = {f"{chat}.{name}" for name in fields}
-    elif answer and (question or instruction):
-        # An instruction without another column for the question is the question.
-        used = {instruction: "instruction" if question else "user", question: "user"}
-        used = {name: role for name, role in used.items() if name} | {answer: "assistant"}
-        if question and isinstance(columns[question], list) and isinstance(columns[answer], list):
-            messages = _read_turns(columns[question])[0] + _read_turns(columns[answer])[0]
-        else:
-            messages = [(role, read(name)) for name, role in used.items()]
+    elif answer and used:
+        used |= {answer: "assistant"}
+        given = next(each for n, each in record.items() if str(n).strip().casefold() == answer)
+        if columns[answer] is None and isinstance(given, str) and given.strip():
+            reason = f"the answer is {given!r:.40}, which counts as empty"
+            raise BadRecord("no question with an answer", reason)
     else:
         wanted = f"{question_column or 'a question'}, {answer_column or 'an answer'}"
         found = ", ".join(map(str, record))[:200] or "none"
         raise BadRecord("unknown columns", f"expected {wanted}, found {found}")
-    form = "/".join(used)
+    form, messages, unused = "/".join(used), [], set()
+    chats = [name for name, role in used.items() if role != "instruction"]
+    if chat in used or {list} <= {type(columns[name]) for name in chats} <= {list, type(None)}:
+        for name in chats:
+            turns, fields = _read_turns(columns[name])
+            messages += turns
+            unused |= {f"{name}.{each}" for each in fields}
+    else:
+        messages = [(role, read(name)) for name, role in used.items()]
     if isinstance(columns.get("system", 0), str | None):
         used["system"] = "system"
         messages.insert(0, ("system", read("system")))
-    unused |= {name for name in columns.keys() - used.keys() if columns[name] not in (None, "")}
+    unused |= {name for name in columns.keys() - used.keys() if columns[name] is not None}
     return form, messages, unused
 
 
@@ -887,15 +913,6 @@ def _repair(text: str, cleaning: str) -> tuple[str, list[str]]:
     return repaired.strip(), rules
 
 
-def _strip_opening(text: str) -> tuple[str, list[str]]:
-    rules = []
-    while (found := _OPENING.match(text)) and found.end() < len(text):
-        rules.append(f"{found.lastgroup} removed")
-        text = text[found.end() :]
-    # The middle of a sentence becomes its start: "Hi, your report is fine."
-    return (text[:1].upper() + text[1:] if rules else text), rules
-
-
 def _strip_closing(text: str) -> tuple[str, list[str]]:
     rules = []
     while True:
@@ -946,8 +963,12 @@ def clean_row(row: Row, cleaning: str) -> tuple[Row | None, list[str]]:
         text, acted = _repair(text, cleaning)
         rules += acted
         if cleaning == "chatdoctor":
-            text, acted = _strip_opening(text)
-            rules += acted
+            start = 0
+            while (found := _OPENING.match(text, start)) and found.end() < len(text):
+                rules.append(f"{found.lastgroup} removed")
+                start = found.end()
+            # The middle of a sentence becomes its start: "Hi, your report is fine."
+            text = text[start : start + 1].upper() + text[start + 1 :] if start else text
         if cleaning == "chatdoctor" and role == "assistant":
             text, acted = _strip_closing(text)
             rules += acted
@@ -1003,19 +1024,21 @@ def drop_repeats(
     for row in sorted(rows, key=lambda row: row.key):
         report = reports[row.source]
         is_story = report.cleaning in STORY
-        words = split_words(row.question)
+        asked = [(text, split_words(text)) for role, text in row.messages if role == "user"]
+        words = asked[0][1]
         content = " ".join(word for word in words if word not in _FILLER) or " ".join(words)
-        text = f" {' '.join(words)} "
-        is_probe = frozenset(words) - _FILLER in probe_keys or any(p in text for p in probe_texts)
-        rule = None
+        rule = probe = None
+        for text, each in asked:
+            is_in = any(words in f" {' '.join(each)} " for words in probe_texts)
+            probe = text if is_in or frozenset(each) - _FILLER in probe_keys else probe
         if report.cleaning != "none" and row.key in seen:
             rule = "identical to another row"
-        elif is_probe:
+        elif probe:
             rule = "asks a probe question" + ("" if is_story else ", may be memorised")
         elif is_story and content in seen:
             rule = "repeats another question"
         if rule:
-            report.log(rule, row.place, row.question)
+            report.log(rule, row.place, probe or row.question)
         if not rule or RULES[rule][0] == "kept":
             seen |= {row.key, content} if is_story else {row.key}
             kept.append(row)
@@ -1193,9 +1216,8 @@ def fit_mix(
         check_losses(report)
     if not all(splits):
         purpose = "hold out for evaluation" if splits[0] else "train on"
-        raise UsageError(
-            f"No row is left to {purpose}. Give more of at most {max_seq_length:,} tokens."
-        )
+        advice = f"Give more of at most {max_seq_length:,} tokens."
+        raise UsageError(f"No row is left to {purpose}. {advice}")
     return Mix(*splits, mix.not_drawn, reports)
 
 
@@ -1313,10 +1335,8 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, base_model: str) -> N
         ) from None
     eos = tokenizer.convert_ids_to_tokens(end)
     if end not in tokenizer.added_tokens_decoder:
-        raise UsageError(
-            f"{base_model}: its chat template ends an answer with {eos!r}; expected a special "
-            "token. Use another model."
-        )
+        expected = "expected a special token. Use another model."
+        raise UsageError(f"{base_model}: its chat template ends an answer with {eos!r}; {expected}")
     tokenizer.eos_token = eos
     if tokenizer.pad_token_id in (None, end):
         known = [each for each in PAD_TOKENS if each in tokenizer.added_tokens_encoder]
@@ -1373,10 +1393,9 @@ def read_architecture(base_model: str) -> Architecture:
         ) from None
     found = config.get("model_type") if isinstance(config, dict) else config
     if found != "llama":
-        raise UsageError(
-            f"{base_model}: expected the model_type 'llama', found {found!r:.60}. "
-            f"Give a model of the Llama architecture, such as {PROFILES['t4'].base_model}."
-        )
+        advice = f"Give a model of the Llama architecture, such as {PROFILES['t4'].base_model}."
+        reason = f"expected the model_type 'llama', found {found!r:.60}"
+        raise UsageError(f"{base_model}: {reason}. {advice}")
     sizes = {each.name: config.get(each.name) for each in dataclasses.fields(Architecture)}
     required = sizes.keys() - {"num_key_value_heads", "head_dim", "tie_word_embeddings"}
     wrong = [name for name in sorted(required) if type(sizes[name]) is not int or sizes[name] < 1]

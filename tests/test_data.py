@@ -113,6 +113,36 @@ FORMATS = {
         STORY,
         [],
     ),
+    "null columns beside others": (
+        {"messages": [], "question": float("nan"), "prompt": ASK, "answer": " ", "response": TELL},
+        STORY,
+        [],
+    ),
+    "Alpaca with a rendered prompt": (
+        {"instruction": ASK, "input": "", "output": TELL, "prompt": f"### Instruction: {ASK}"},
+        STORY,
+        [],
+    ),
+    "null keys in messages": (
+        {
+            "conversations": [
+                {"role": None, "content": None, "from": "human", "value": ASK},
+                {"role": None, "content": None, "from": "gpt", "value": TELL},
+            ]
+        },
+        STORY,
+        [],
+    ),
+    "content parts without a type": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"text": ""}, {"text": ASK}]},
+                {"role": "assistant", "content": [{"text": TELL, "image": None}]},
+            ]
+        },
+        STORY,
+        [],
+    ),
     "content parts": (
         {
             "messages": [
@@ -217,7 +247,11 @@ BAD_RECORDS = [
     ({"text": "x"}, "unknown columns", "found text"),
     ({"question": "q?"}, "unknown columns", "found question"),
     ({"question": "q?", "answer": None}, "no question with an answer", "the answer is empty"),
-    ({"question": "q?", "answer": "nan"}, "no question with an answer", "the answer is empty"),
+    (
+        {"question": "q?", "answer": "None "},
+        "no question with an answer",
+        "the answer is 'None ', which counts as empty",
+    ),
     ({"question": "N/A", "answer": "a"}, "no question with an answer", "the question is empty"),
     (
         {"question": "q?", "answer": float("nan")},
@@ -251,6 +285,16 @@ BAD_RECORDS = [
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "not text",
         "the text of turn 1 is {'type': 'image_url'}",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"image": "x.png"}, {"text": "What is it?"}]}]},
+        "not text",
+        "the text of turn 1 is {'image': 'x.png'}",
+    ),
+    (
+        {"messages": [{"role": "user", "text": "q?"}]},
+        "unexpected turn",
+        "turn 1 has the fields role, text; expected role and content",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}]},
@@ -335,6 +379,10 @@ def test_a_spreadsheet_s_empty_columns_are_no_matter(tmp_path):
         tmp_path / "rows.csv", header + b"q, r?;a\r\n", question_column="Question, in full"
     )
     assert (rows[0].question, rows[0].answer) == ("q, r?", "a")
+    mac = b'question,answer\rq1?,a1\rq2?,"one\ntwo"\r'
+    assert [row.answer for row in load(tmp_path / "rows.csv", mac)[0]] == ["a1", "one\ntwo"]
+    concatenated = b"question,answer,prompt,response\nq1?,a1,,\n,,q2?,a2\n"
+    assert [row.answer for row in load(tmp_path / "rows.csv", concatenated)[0]] == ["a1", "a2"]
     blank = "\u00a0,\u00a0\nquestion,answer\nq?,a\n".encode()
     assert load(tmp_path / "rows.csv", blank)[0][0].answer == "a"
 
@@ -344,6 +392,9 @@ def test_fields_of_a_turn_that_are_not_used_are_named(tmp_path):
     turns[1] |= {"reasoning_content": "Hm.", "tool_calls": [], "name": None}
     _, report = load(tmp_path / "rows.jsonl", [{"messages": turns, "system": None, "id": 1}])
     assert report.unused_columns == {"messages.reasoning_content", "id"}
+    record = {"prompt": turns[:1], "completion": turns[1:]}
+    _, report = load(tmp_path / "rows.jsonl", [record])
+    assert report.unused_columns == {"completion.reasoning_content"}
 
 
 def test_a_parquet_file_that_python_cannot_represent_is_one_message(tmp_path):
@@ -371,6 +422,8 @@ REFUSED_FILES = [
     ("rows.csv", "question,answer\nq?,a\n".encode("utf-16-le"), "rows.csv:1: not UTF-8"),
     ("rows.csv", b'question,answer\nq?,a\nr?,"b\ns?,c\n', "rows.csv:3: broken CSV"),
     ("rows.csv", b"question,answer\n\xe9,a\n", "rows.csv:2: not UTF-8"),
+    ("rows.csv", b"question,answer\rq?,a\nr?,b\r", "rows.csv:2: broken CSV"),
+    ("rows.csv", b"question\rx,answer\nq?,a\n", "rows.csv:2: broken CSV"),
     ("rows.csv", b"question,Answer,answer\nq?,a,b\n", "the column 'answer' occurs twice"),
     ("rows.csv", b"question,answer\n", "contains no rows"),
     ("rows.jsonl", b"\x7fELF\x02\x01\x01\x00\x00", "rows.jsonl:1: not UTF-8"),
@@ -414,6 +467,7 @@ def test_a_file_that_loses_most_of_its_rows_stops_the_run(tmp_path, name, conten
         ("", "is a folder"),
         ("a/b/c", "does not exist"),
         ("owner/name@", "does not exist"),
+        ("x" * 300 + ".jsonl", "does not exist"),
     ],
 )
 def test_what_is_not_a_source_is_refused(tmp_path, monkeypatch, source, message):
@@ -792,8 +846,32 @@ def test_a_question_of_the_probes_is_dropped_from_the_story_and_reported_in_othe
         ["How is malaria diagnosed and treated?"],
     )
     assert drop_repeats(questions, probes) == ({questions[1]}, {"asks a probe question": 1})
-    kept = drop_repeats(questions, probes, cleaning="other")
-    assert kept == (set(questions), {"asks a probe question, may be memorised": 1})
+    reported = {"asks a probe question, may be memorised": 1}
+    assert drop_repeats(questions, probes, cleaning="other") == (set(questions), reported)
+    # Also in a later turn.
+    turns = (("user", "Hi."), ("assistant", "Hello."), ("user", question), ("assistant", "Ask."))
+    row, report = data.Row((STORY[0], *turns), "rows"), data.Report("rows", "other")
+    assert data.drop_repeats([row], probes, {"rows": report}) == [row]
+    assert counted(report) == reported and report.examples[next(iter(reported))] == [question]
+
+
+@pytest.mark.parametrize(("online", "advice"), [(True, "Use another"), (False, "Connect to the")])
+@pytest.mark.parametrize("error", [RuntimeError, "DatasetGenerationError", ValueError])
+def test_a_dataset_of_the_hub_that_cannot_be_loaded_is_one_message(
+    monkeypatch, online, advice, error
+):
+    import datasets
+
+    def fail(*args, **kwargs):
+        kind = getattr(datasets.exceptions, error) if isinstance(error, str) else error
+        raise kind("No scripts.\nBye.")
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(data, "reaches_hub", lambda: online)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UsageError, match=rf"o/n: could not be .*No scripts.*\. {advice}"):
+        load("o/n")
 
 
 # --- Mix and split
