@@ -581,9 +581,10 @@ def read_probes(source: str | None = None) -> list[Probe]:
                 _check_texts([each.name])
                 _check_texts(each.phrases)
                 _check_texts(each.unless_after)
-            name, question = record.get("id", f"probe-{len(probes) + 1}"), record["question"]
+            name, question = record.get("id"), record["question"]
+            name = f"probe-{len(probes) + 1}" if name is None else str(name)
             _check_texts([name, question])
-            check_question(question)
+            check_question(question := question.strip())
             if question in probes:
                 raise UsageError(f"an earlier line has the same question, {shorten(question)}")
             probes[question] = Probe(name, question, points, claims)
@@ -604,7 +605,7 @@ _NEGATION = re.compile(
     re.I,
 )
 # Words that deny the phrase before: "... is not a sign", "... are no longer the first choice".
-_DENIAL = re.compile(r"(?:\W+[\w'’]+){0,2}?\W+(?:not\b|no\b|never\b|\w+n['’]t\b)", re.I)
+_DENIAL = re.compile(r"(?:\W++[\w'’]++){0,2}?\W+(?:not\b|no\b|never\b|\w+n['’]t\b)", re.I)
 _CLAUSE_END = re.compile(r"[.!?;:,\n]|\bbut\b", re.I)
 
 
@@ -615,7 +616,8 @@ def compile_phrase(phrase: str) -> re.Pattern[str]:
         r"[\s-]+".join(re.escape(word) + "(?:e?s)?" for word in re.split(r"[\s-]+", part.strip()))
         for part in phrase.split("...")
     ]
-    up_to_six_words = r"\b(?:[^\w.!?]+[\w'’-]+){0,6}?[^\w.!?]+"
+    # Possessive, since a run of dashes or apostrophes could be split in exponentially many ways.
+    up_to_six_words = r"\b(?:[^\w.!?]++[\w'’-]++){0,6}?[^\w.!?]+"
     return re.compile(r"\b" + up_to_six_words.join(parts) + r"\b", re.I)
 
 
@@ -827,9 +829,8 @@ def latest_adapter() -> Path:
     name = LATEST.read_text(encoding="utf-8", errors="replace").strip()
     adapter = TRAIN_RUNS / name / "adapter"
     if not RUN_NAME.fullmatch(name) or not adapter.is_dir():
-        raise UsageError(
-            f"{LATEST} does not name a run with an adapter: {name[:100]!r}. Use --adapter FOLDER."
-        )
+        found = f"{name[:100]!r}. Use --adapter FOLDER."
+        raise UsageError(f"{LATEST} does not name a run with an adapter: {found}")
     return adapter
 
 
@@ -933,13 +934,11 @@ def _reading(path: Path) -> Iterator[None]:
             "runs/train/NAME/adapter."
         ) from None
     except PermissionError as error:
-        raise UsageError(
-            f"{path} cannot be read ({error.strerror}). Its owner has to allow it: chmod a+r FILE"
-        ) from None
+        advice = "Its owner has to allow it: chmod a+r FILE"
+        raise UsageError(f"{path} cannot be read ({error.strerror}). {advice}") from None
     except (OSError, ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
-        raise UsageError(
-            f"{path} is truncated or corrupt ({error}). Train the adapter again, or copy it again."
-        ) from None
+        advice = "Train the adapter again, or copy it again."
+        raise UsageError(f"{path} is truncated or corrupt ({error}). {advice}") from None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -979,10 +978,9 @@ def check_adapter(
         if config.get(name) and config[name] not in plain
     ]
     if found:
-        raise UsageError(
-            f"{folder / CONFIG}: expected plain LoRA, found {', '.join(found[:5])}. Merge the "
-            "adapter into its base model with the program that made it."
-        )
+        advice = "Merge the adapter into its base model with the program that made it."
+        found = ", ".join(found[:5])
+        raise UsageError(f"{folder / CONFIG}: expected plain LoRA, found {found}. {advice}")
     modules = check_adapter_weights(folder, record, profile, r)
     return Adapter(folder, record, profile, r, alpha, bool(scaled), modules)
 
@@ -1041,15 +1039,12 @@ def resolve_adapter_profile(
     elif base_model and not (is_copy or data.is_same_base(base_model, own)):
         other = f"--base-model is {base_model}"
     if other:
-        raise UsageError(
-            f"{folder} was trained on {own}, and {other}. Remove the flag, or give another adapter."
-        )
+        advice = "Remove the flag, or give another adapter."
+        raise UsageError(f"{folder} was trained on {own}, and {other}. {advice}")
     # A path in another program's file is not followed.
     if is_folder and not base_model and (record.profile is None or not Path(own).is_dir()):
-        raise UsageError(
-            f"{folder} was trained on {own}, which is a local path. Give the same base model with "
-            "--base-model HUB_ID_OR_FOLDER."
-        )
+        advice = "Give the same base model with --base-model HUB_ID_OR_FOLDER."
+        raise UsageError(f"{folder} was trained on {own}, which is a local path. {advice}")
     if base_model is None and not (default and default == name):
         base_model = own
     profile = data.resolve_profile(name or choice, base_model)
@@ -1328,9 +1323,8 @@ def check_question(question: str) -> None:
     """Raises UsageError unless the question is text with a letter or digit."""
     shown = data.escape_controls(question[:40])
     if not any(character.isalnum() for character in question):
-        raise UsageError(
-            f'The question is empty: "{shown}". Ask in words: python infer.py "What is croup?"'
-        )
+        advice = 'Ask in words: python infer.py "What is croup?"'
+        raise UsageError(f'The question is empty: "{shown}". {advice}')
     control = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", question)
     if control:
         raise UsageError(
@@ -1723,56 +1717,68 @@ class QuestionRow:
     """Why it is skipped."""
 
     def to_record(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """A line of the output. Columns whose names `answer` uses are renamed `input_NAME`."""
-        own = {f"input_{n}" if n in answer else n: each for n, each in self.columns.items()}
-        return {"question": self.question} | own | answer
+        """A line of the output. Columns whose names it uses itself are renamed `input_NAME`."""
+        own = {"question": self.question}
+        for name, value in self.columns.items():
+            new = name
+            while new in ("question", *answer) or (new != name and new in self.columns):
+                new = f"input_{new}"
+            own[new] = value
+        return own | answer
 
 
 def read_questions(source: str) -> list[QuestionRow]:
     """The questions of a `.txt` file or of stdin (`-`), one per line, or of a column of a table.
 
-    Empty lines of text are left out. A row that cannot be asked has a `problem`.
+    Empty lines of text are left out. A row that cannot be asked has a `problem`. As in training,
+    an instruction is part of the question unless it is the same in the whole file.
 
     Raises UsageError if the file cannot be read, or contains no valid question.
     """
     name = "stdin" if source == "-" else source
-    if source == "-" or source.endswith(".txt"):
+    if source == "-" or source.lower().endswith(".txt"):
         try:
             content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
         except OSError as error:
-            raise UsageError(
-                f"{source} cannot be read ({error.strerror}). Give an existing file."
-            ) from None
-        lines = enumerate(data.decode_text(content, name).split("\n"), 1)
+            problem = f"{source[:300]} cannot be read ({error.strerror})"
+            raise UsageError(f"{problem}. Give an existing file.") from None
+        lines = enumerate(re.split(r"\r*\n|\r", data.decode_text(content, name)), 1)
         records = [(f"{name}:{n}", {"question": line}) for n, line in lines if line.strip()]
     else:
         records = list(data.read_records(source))
-    rows = [read_question_row(place, record) for place, record in records]
+    columns = [data.find_question(each)[0] for _, each in records if isinstance(each, dict)]
+    instructions = {repr(each.get("instruction")) for each in columns}
+    is_constant = len(instructions) == 1 < len(records)
+    rows = [read_question_row(place, record, is_constant) for place, record in records]
+    if is_constant and any(row.columns.get("instruction") for row in rows):
+        report("The instruction is the same in every row: not asked. Set it with --system-prompt.")
     if not rows:
         raise UsageError(f"{name} contains no questions. Expected one per line, or per row.")
     if all(row.problem for row in rows):
-        raise UsageError(
-            f"None of the {len(rows)} questions of {name} is valid. "
-            f"{rows[0].place}: {rows[0].problem}"
-        )
+        problem = f"{rows[0].place}: {rows[0].problem}"
+        raise UsageError(f"None of the {len(rows)} questions of {name} is valid. {problem}")
     return rows
 
 
-def read_question_row(place: str, record: Any) -> QuestionRow:
-    """The row of a record."""
+def read_question_row(place: str, record: Any, is_constant: bool = False) -> QuestionRow:
+    """The row of a record, whose instruction is left out if it `is_constant` and has an input."""
     if isinstance(record, data.BadRecord):
         return QuestionRow(place, None, problem=str(record))
     if not isinstance(record, dict):
         return QuestionRow(place, None, {"record": record}, "It is not a JSON object.")
+    given, roles = data.find_question(record)
+    used = [name for name in roles if given[name] is not None] or [*roles][-1:]
+    used = used[-1:] if is_constant else used
     names = {str(name).strip().casefold(): name for name in record}
-    name = next((names[each] for each in data.QUESTION_COLUMNS if each in names), None)
-    columns = {str(each): value for each, value in record.items() if each != name}
-    row = QuestionRow(place, record.get(name), columns)
-    if not isinstance(row.question, str):
-        found = f"{row.question!r:.60}" if name else f"the columns {', '.join(columns)[:200]}"
+    values = [record[names[name]] for name in used]
+    own = names[used[0]] if len(used) == 1 else None  # the question itself, so no column beside it
+    columns = {str(name): value for name, value in record.items() if name != own}
+    row = QuestionRow(place, values[0] if values else None, columns)
+    if not values or not all(isinstance(each, str) for each in values):
+        found = (", ".join(map(repr, values)) or f"the columns {', '.join(columns)}")[:200]
         row.problem = f"It has no question: expected a column question or prompt, found {found}."
         return row
-    row.question = row.question.strip()
+    row.question = "\n\n".join(map(str.strip, values))
     try:
         check_question(row.question)
     except UsageError as error:
@@ -1811,7 +1817,7 @@ def read_answered(
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            values = {"question": rows[number - 1].question}
+            values = json.loads(to_json({"question": rows[number - 1].question}))
             if "error" not in record:
                 values |= expected
             different = [name for name in values if record.get(name) != values[name]]
@@ -1846,9 +1852,8 @@ def answer_file(
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(
-                f"Another process writes to {path}. Wait for it, or use another --output."
-            ) from None
+            advice = "Wait for it, or use another --output."
+            raise UsageError(f"Another process writes to {path}. {advice}") from None
         records = read_answered(path, rows, expected)
         num_before = len(records)
         starts = range(num_before, len(rows), QUESTIONS_PER_SAVE)
@@ -1868,7 +1873,7 @@ def answer_file(
                 for row in batch:
                     answer = {"error": row.problem} if row.problem else next(judged).to_record()
                     records.append(row.to_record(answer))
-                    file.write(json.dumps(records[-1], ensure_ascii=False).encode() + b"\n")
+                    file.write(to_json(records[-1]).encode() + b"\n")
                     file.flush()
     answers = [record for record in records if "error" not in record]
     ended = [each for each in answers if each.get("finish_reason") == "stop"]
@@ -1879,10 +1884,18 @@ def answer_file(
 
 # --- Answers of other programs -------------------------------------------------------------------
 
+# In lower case, by the names that other programs use.
+FINISH_REASONS = {
+    **dict.fromkeys(("stop", "end_turn", "eos", "eos_token", "stop_sequence"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "max_length"), "length"),
+}
+
 
 def to_json(value: Any) -> str:
-    """The value as a line of JSON, with control characters escaped."""
-    text = json.dumps(value, ensure_ascii=False)
+    """The value as a line of JSON, with control characters escaped, null for NaN, and other types,
+    such as dates, as text."""
+    plain = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+    text = json.dumps(plain, ensure_ascii=False)
     return data.CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -1896,25 +1909,26 @@ def judge_file(config: InferConfig) -> int:
     else:
         pairs = list(data.read_records(config.judge))
     if not pairs:
-        raise UsageError(
-            'There are no answers to judge. Expected lines of {"question": ..., "text": ...}.'
-        )
+        expected = 'Expected lines of {"question": ..., "text": ...}.'
+        raise UsageError(f"There are no answers to judge. {expected}")
     problems = {place: each for place, record in pairs if (each := check_judgeable(record))}
     judgeable = [(place, record) for place, record in pairs if place not in problems]
     surprisals: dict[str, Measure] = {}
     if config.surprisal and judgeable:
         surprisals = compare_surprisals(config, judgeable)
+    probes = {probe.question: probe for probe in read_probes(config.probes)}
     counts: Counter[str] = Counter()
     for place, record in pairs:
+        columns = dict(record) if isinstance(record, dict) else {}
+        row = QuestionRow(place, columns.pop("question", None), columns)
         if place in problems:
-            known = record if isinstance(record, dict) else {}
-            print(to_json({**known, "error": problems[place]}))
+            print(to_json(row.to_record({"error": problems[place]})))
             report(f"{place}: {problems[place]}")
             continue
-        reason = record.get("finish_reason") or "stop"
-        surprisal = surprisals.get(place, NOTHING)
-        judged = judge(record["text"], record["question"], reason, surprisal)
-        print(to_json({**record, **judged.to_record()}), flush=True)
+        reason = FINISH_REASONS[str(record.get("finish_reason") or "stop").casefold()]
+        surprisal, probe = surprisals.get(place, NOTHING), probes.get(row.question.strip())
+        judged = judge(record["text"], row.question, reason, surprisal, probe=probe)
+        print(to_json(row.to_record(judged.to_record())), flush=True)
         counts.update(judged.verdict.split(", "))
     sound = counts.pop("sound", 0)
     found = "".join(f"; {name} {count}" for name, count in counts.most_common())
@@ -1934,7 +1948,7 @@ def check_judgeable(record: Any) -> str | None:
         if not isinstance(value, str) or re.search(r"[\ud800-\udfff]", value):
             return f"{name}: expected text, found {value!r:.60}"
     reason = record.get("finish_reason")
-    if not isinstance(reason, str | None):
+    if str(reason or "stop").casefold() not in FINISH_REASONS:
         return f"finish_reason: expected stop, length or null, found {reason!r:.60}"
     return None
 
@@ -1960,7 +1974,7 @@ def compare_surprisals(
         # Beyond the context, the start of the prompt and the end of the answer are cut off.
         prompt = data.encode_prompt(loaded.tokenizer, record["question"], (), loaded.system_prompt)
         prompt = prompt[-data.MAX_SEQ_LENGTH // 2 :]
-        reason = record.get("finish_reason") or "stop"
+        reason = FINISH_REASONS[str(record.get("finish_reason") or "stop").casefold()]
         ids = encode_answer(loaded.tokenizer, record["text"], reason)
         ids = ids[: data.MAX_SEQ_LENGTH - len(prompt)]
         if data.is_same_base(str(record.get("model")), profile.base_model):
@@ -2002,10 +2016,11 @@ class Chat(cmd.Cmd):
 
     def onecmd(self, line: str) -> bool:
         """Executes a command, or asks; True ends the chat."""
-        if line.startswith("/"):
-            return bool(super().onecmd(line[1:]))
-        if line.strip() and line != "EOF":
-            self.ask(line.strip())
+        line = line.strip()
+        if line.startswith("/"):  # cmd.Cmd repeats the last command if there is none
+            return bool(line[1:].strip() and super().onecmd(line[1:]))
+        if line and line != "EOF":
+            self.ask(line)
         return line == "EOF"
 
     def ask(self, question: str) -> None:
@@ -2120,6 +2135,8 @@ class InferConfig:
         refuse(self.base and self.adapter, f"{base} --adapter {self.adapter} with one. {one}")
         refuse(self.base and self.compare == "models", f"{base} --compare models with one. {one}")
         refuse(self.output and not self.questions, f"--output {self.output} needs --questions.")
+        same = self.output and self.questions and self.output.resolve() == self.questions.resolve()
+        refuse(same, f"--output {self.output} is the file of questions. Give another file.")
         refuse(self.verify and not is_one, "--verify takes one question, in quotes.")
         refuse(self.compare and not is_one, "--compare takes one question, in quotes.")
         refuse(self.verify and self.compare, f"--verify and --compare: {one}")

@@ -1,6 +1,7 @@
 """Adapters, decoding and generation. Tests with the small model are marked slow."""
 
 import dataclasses
+import datetime
 import itertools
 import json
 import logging
@@ -130,6 +131,22 @@ def test_questions_are_read_in_their_order_with_all_their_columns(tmp_path, mark
     assert [row.place.rsplit(":", 1)[1] for row in rows] == ["2", "3", "4"]
     record = infer.read_questions(str(tmp_path / "q.jsonl"))[1].to_record({"text": "an answer"})
     assert record == {"question": "two?", "input_text": "x", "text": "an answer"}
+    row = infer.QuestionRow("q:1", "q?", {"text": 1, "input_text": 2, "question": None})
+    own = {"question": "q?", "input_input_text": 1, "input_text": 2, "input_question": None}
+    assert row.to_record({"text": "a"}) == own | {"text": "a"}
+    (tmp_path / "q.TXT").write_bytes(b"one?\r\rtwo?\r")
+    assert [(row.place[-1], row.question) for row in infer.read_questions(str(tmp_path / "q.TXT"))] == [("1", "one?"), ("3", "two?")]
+
+
+def test_columns_of_a_question_are_chosen_as_in_training(tmp_path, capsys):
+    """The input was asked without its instruction, and a null question beside a prompt was not."""
+    rows = [{"instruction": "Say.", "input": "one", "id": 1}, {"instruction": "two?", "input": ""}, {"question": None, "prompt": "three?"}]
+    read = infer.read_questions(str(write_rows(tmp_path / "q.jsonl", rows)))
+    assert [row.question for row in read] == ["Say.\n\none", "two?", "three?"]
+    assert [row.columns for row in read] == [rows[0], {"input": ""}, {"question": None}] and not capsys.readouterr().err
+    read = infer.read_questions(str(write_rows(tmp_path / "q.jsonl", [rows[0], rows[0]])))
+    assert [row.question for row in read] == ["one", "one"] and "the same in every row" in capsys.readouterr().err
+    assert infer.read_question_row("q:1", {"instruction": "", "input": "", "question": float("nan")}).problem
 
 
 def test_rows_that_cannot_be_asked_keep_their_place_and_their_reason(tmp_path):
@@ -171,6 +188,10 @@ def test_lines_of_an_earlier_start_are_kept_and_a_cut_one_is_removed(tmp_path):
     path.write_bytes(whole + b'{"question": "r?", "te\xc3')
     assert infer.read_answered(path, ASKED, {"model": "m"}) == [answer, {"question": "", "error": "empty"}]
     assert path.read_bytes() == whole
+    # What JSON does not have is compared as it was written.
+    odd = [infer.QuestionRow("q:1", float("nan")), infer.QuestionRow("q:2", "half \ud83d", {"day": datetime.date(2024, 1, 2)})]
+    path.write_text("".join(infer.to_json(row.to_record({"error": "e"})) + "\n" for row in odd))
+    assert infer.read_answered(path, odd, {}) == [{"question": None, "error": "e"}, {"question": "half \ud83d", "day": "2024-01-02", "error": "e"}]
 
 
 @pytest.mark.parametrize(
@@ -432,6 +453,7 @@ def test_chat_commands(capsys):
     assert "plain, story-collapse" in say("/decoding best") and chat.decoding == DECODINGS["plain"]
     assert chat.history and "new conversation" in say("/reset") and not chat.history
     assert "/dance is not a command" in say("/dance now") and "decoding" in say("/help")
+    assert say("/reset") and say("/") == say(" / ") == "" and "new conversation" in say(" /reset")
     assert say("") == say("  ") == "" and chat.onecmd("/quit") and chat.onecmd("EOF")
 
 

@@ -1,11 +1,12 @@
 """Verdicts and facts, and how well they separate collapsed from sound answers."""
 
 import dataclasses
+import datetime
 import json
 import random
 
 import pytest
-from conftest import ROOT, call_script
+from conftest import ROOT, call_script, write_rows
 
 import data
 import infer
@@ -269,6 +270,23 @@ def test_half_of_a_character_is_no_text(tmp_path):
     assert judge("a \ud800 b").score >= 0
 
 
+def test_columns_of_the_user_reasons_to_end_and_probes_are_read(tmp_path):
+    """Columns named like the verdict's were overwritten, and other values than JSON's a traceback."""
+    import pyarrow
+    import pyarrow.parquet
+
+    probes = write_rows(tmp_path / "p.jsonl", [{"id": 7, "question": " What? ", "points": [{"name": "rest", "phrases": ["rest"]}]}])
+    own = {"question": "What?", "text": "Rest and", "score": float("nan"), "verdict": "good", "day": datetime.date(2024, 1, 2)}
+    rows = [own | {"finish_reason": reason} for reason in ("MAX_TOKENS", "end_turn", None, "content_filter")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    process = run_judge(str(tmp_path / "a.parquet"), "--no-surprisal", "--probes", str(probes))
+    judged = [json.loads(line, parse_constant=pytest.fail) for line in process.stdout.splitlines()]
+    assert process.returncode == 1 and "found 'content_filter'" in judged.pop()["error"]
+    assert [each["verdict"] for each in judged] == ["sound", "empty", "empty"]
+    assert judged[0]["input_verdict"] == "good" and judged[0]["input_score"] is None and judged[0]["day"] == "2024-01-02"
+    assert judged[0]["facts"] == {"named": ["rest"], "missing": [], "wrong": []}
+
+
 def test_records_that_cannot_be_judged_are_named_and_kept(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(ANSWERS[0]) + '\n{"text": "x", "n": 1}\nbroken\n' + json.dumps(ANSWERS[1]))
@@ -360,10 +378,15 @@ def test_a_heart_attack_has_no_sore_throat_and_may_say_so():
         ("There is no pain, but fever", "fever", True),
         ("Without treatment, fever", "fever", True),
         ("It doesn’t cause fever", "fever", False),
+        # These took exponential time.
+        ("a pain " + "-" * 1000, "pain ... chest", False),
+        ("a pain " + "-" * 1000 + " chest", "pain ... chest", True),
+        ("a pain " + "a'" * 1000, "pain ... chest", False),
     ],
 )
 def test_mentions(text, phrase, there):
     assert (infer.find_mention(text, (phrase,)) is not None) == there
+    assert (infer.find_mention(f"{text} {'-' * 1000}", (phrase,), or_denied_after=True) is not None) == there
 
 
 def test_a_line_that_is_no_probe_is_one_message(tmp_path):

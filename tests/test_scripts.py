@@ -153,6 +153,8 @@ REFUSED = {
     "compare and verify": (["infer.py", "q?", "--verify", "--compare", "models"], "--verify and --compare"),
     "compare models without adapter": (["infer.py", "q?", "--base", "--compare", "models"], "--base asks without an adapter, --compare models with one"),
     "output without questions": (["infer.py", "q?", "--output", "a.jsonl"], "--output a.jsonl needs --questions."),
+    "output over the questions": (["infer.py", "--questions", "q.jsonl", "--output", "./q.jsonl"], "--output q.jsonl is the file of questions"),
+    "long name of questions": (["infer.py", "--questions", "q" * 300 + ".txt"], "cannot be read (File name too long)"),
     "output nowhere": (["infer.py", "--questions", "q.txt", "--output", "no/where.jsonl"], "expected a file in an existing folder"),
     "decoding": (["infer.py", "q?", "--decoding", "best"], "story-fix"),
     "penalty": (["infer.py", "q?", "--repetition-penalty", "0"], "--repetition-penalty 0.0: expected a number from 0.1 to 10"),
