@@ -283,7 +283,7 @@ class TrainConfig(data.RowsConfig):
         values = dataclasses.asdict(self)
         if self.probes:
             content = repr(infer.read_probes(self.probes)).encode()
-            values["probes"] = f"{self.probes}, sha256 {hashlib.sha256(content).hexdigest()[:16]}"
+            values["probes"] = f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
         return {name: value for name, value in values.items() if name not in NOT_IN_RECIPE} | {
             "profile": profile.name,
             "base_model": profile.base_model,
@@ -1177,12 +1177,7 @@ def run(
         with data.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
     state = train_model(trainer, folder, checkpoint)
-    if is_complete(state) and not state.best_global_step:
-        raise UsageError(
-            f"{folder}: the eval loss is never a number, so there are no weights to select. "
-            "Lower --learning-rate, and start over with --restart."
-        )
-    if not is_main_process() or not state.best_global_step:
+    if not is_main_process():
         return None
     return write_results(config, loaded, mix, audit, recipe, folder, state)
 
@@ -1195,8 +1190,18 @@ def write_results(
     recipe: Log,
     folder: Path,
     state: TrainerState,
-) -> dict[str, Any]:
-    """Writes adapter, curves and, if the run is complete, run.json last; returns its content."""
+) -> dict[str, Any] | None:
+    """Writes adapter, curves and, if the run is complete, run.json last; returns its content, or
+    None before the first evaluation. Raises UsageError if the weights selected have no loss."""
+    losses = {log["step"]: log["eval_loss"] for log in state.log_history if "eval_loss" in log}
+    chosen = losses.get(state.best_global_step)
+    if chosen is None and not is_complete(state):
+        return None
+    if chosen is None or not math.isfinite(chosen):  # diverged weights still give answers
+        raise UsageError(
+            f"{folder}: the eval loss is not a number, so there are no weights to select. "
+            "Lower --learning-rate, and start over with --restart."
+        )
     tokenizer, decoding = loaded.tokenizer, infer.DECODINGS["kit"]
     adapter_record = infer.AdapterRecord(
         base_model=loaded.profile.base_model,
@@ -1509,7 +1514,7 @@ def describe_result(config: TrainConfig, folder: Path, record: Log | None) -> st
     as_planned = ", as planned" if numbers["adapter_bytes"] == planned else f", planned {planned:,}"
     lines = [
         f"loss      {before['eval_loss']:.4f} before, {numbers['last']['eval_loss']:.4f} after "
-        f"{numbers['steps']} steps ({numbers['training_seconds'] / 60:.1f} minutes)",
+        f"{numbers['last']['step']} steps ({numbers['training_seconds'] / 60:.1f} minutes)",
         f"before    {describe_evaluation(before, None)}",
         f"chosen    {describe_evaluation(chosen, before)}",
         f"memory    {numbers['peak_memory_bytes'] / data.GIB:.2f} GiB at the peak",

@@ -401,6 +401,41 @@ def test_a_broken_record_of_a_run_is_one_message(tmp_path, content):
         train.read_record(tmp_path)
 
 
+@pytest.mark.parametrize(("last", "stop", "best"), [(float("nan"), True, 4), (float("nan"), False, 4), (None, True, None)])
+def test_a_run_whose_selected_weights_have_no_loss_is_an_error(tmp_path, last, stop, best):
+    """A diverged run may be selected by `answers` or `rouge_l`, which are numbers without a loss."""
+    from transformers import TrainerState
+
+    logs = [{"step": 0, "eval_loss": 3.0}, *([{"step": 4, "eval_loss": last, "eval_quality": 1.5}] if last else [])]
+    control = {"TrainerControl": {"args": {"should_training_stop": stop}}}
+    state = TrainerState(log_history=logs, best_global_step=best, stateful_callbacks=control)
+    rest = (None, infer.LoadedModel(None, None, None), None, {}, {}, tmp_path)
+    with pytest.raises(UsageError, match="the eval loss is not a number"):
+        train.write_results(*rest, state)
+    assert list(tmp_path.iterdir()) == []
+    control["TrainerControl"]["args"]["should_training_stop"] = False
+    before_the_first = dataclasses.replace(state, log_history=logs[:1], best_global_step=None)
+    assert train.write_results(*rest, before_the_first) is None
+
+
+def test_a_run_stopped_between_evaluations_names_the_step_of_its_last_loss(tmp_path):
+    before, last = make_evaluation(0, 3.4), make_evaluation(9, 3.2)
+    numbers = {"before": before, "chosen": last, "last": last, "steps": 13, "planned_steps": 18, "stopped_early": False}
+    numbers |= {"training_seconds": 60, "peak_memory_bytes": 1, "adapter_bytes": 1, "planned_adapter_bytes": 1}
+    shown = train.describe_result(resolve()[0], tmp_path, {"numbers": numbers | {"selected": {"answers": 9}}})
+    assert "3.2000 after 9 steps" in shown and "Stopped by --max-hours after 13 of 18 steps" in shown
+
+
+def test_the_recipe_names_probes_by_their_content(tmp_path):
+    recipes = []
+    for name, question in (("a", "q?"), ("b", "q?"), ("c", "r?")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": question}) + "\n")
+        config, profile = resolve(profile="cpu", probes=str(tmp_path / f"{name}.jsonl"))
+        recipes.append(config.recipe(profile, None))
+    assert recipes[0] == recipes[1] != recipes[2]
+    assert train.TrainConfig.recipe(*resolve(profile="cpu"), None)["probes"] is None
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_by_the_clock_and_asks_nothing_comes_to_the_same_bytes(trained, tmp_path):
     """Against the run that was not stopped and asks: neither may change what is learned.
