@@ -43,7 +43,7 @@ from infer import DECODINGS, Decoding
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
 
 # --- Arms and decodings --------------------------------------------------------------------------
 
@@ -74,8 +74,8 @@ TRAINING_ARMS: dict[str, dict[str, Any]] = {
     "week4-all-linear": WEEK4 | {"target_modules": "all-linear"},
     "week4-wide-attention": WEEK4 | {"r": WIDE_R},
 }
-# Arms that equal another one except for the mix, which --rows replaces.
-MIX_ARMS = ("week4-rebalanced", "week4-all-linear")
+# Arms that equal another one except for the mix, which --rows replaces, and that other arm.
+MIX_ARMS = {"week4-rebalanced": "week4", "week4-all-linear": "fixed"}
 # Arms that also answer the probes at each evaluation, which takes as long as their training.
 EVALUATED_BY_ANSWERS = ("week3", "week4", "fixed", "kit")
 MAX_EVALUATION_PROBES = 26
@@ -155,8 +155,10 @@ class AblateConfig(data.RowsFlags):
             problems.append("--rows replaces the mix. Remove it, or the sources of the mix.")
         if self.eval_every is not None and not 0 < self.eval_every < 1:
             problems.append(f"--eval-every {self.eval_every}: expected a share between 0 and 1.")
-        if self.dry_run and self.table:
-            problems.append("--table writes files, and --dry-run writes none. Give one of the two.")
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            problems.append("--system-prompt is empty. Remove it, or give a text.")
+        if self.table and (self.dry_run or self.answer):
+            problems.append("--table only writes the report. Remove it, or --dry-run and --answer.")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -196,6 +198,8 @@ class Study:
     system_prompt: str = data.SYSTEM_PROMPT
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Sources of the training rows: the digest of each file, or its hub id."""
+    train_rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Rows of each mix; empty if they are the profile's and on the hub."""
 
     def settings(self, arm: Arm, decoding: str) -> str:
         """Digest of everything that a cell's answers and verdicts depend on."""
@@ -235,8 +239,8 @@ class Study:
                 commands.append(f"python train.py {shlex.join(self.train_flags(arm))}")
             left += missing
         cells = sum(len(arm.decodings) for arm in arms)
-        power = Comparison.describe_power(len(self.probes))
         end = f"{cells} cells of {len(self.probes)} questions, {left} to do, in {self.folder}"
+        power = Comparison.describe_power(len(self.probes))
         return "\n".join([*lines, "", *commands, "", power, end])
 
 
@@ -251,28 +255,33 @@ def training_flags(
     seed += train.TrainConfig.seed
     flags |= {"lora_alpha": 2 * arm["r"], "seed": seed, "num_rows": num_rows}
     if name not in EVALUATED_BY_ANSWERS:
-        # Evaluated before the first step and after the last.
+        # Evaluated before the first step and after the last and, from 101 steps on, at 99%.
         flags |= {"num_probes": 0, "eval_every": 0.99}
-    words = []
-    for flag, value in flags.items():
-        words += [f"--{flag.replace('_', '-')}", str(value)]
-    return tuple(words)
+    words = ((f"--{flag.replace('_', '-')}", str(value)) for flag, value in flags.items())
+    return tuple(itertools.chain(*words))
 
 
 def make_study(config: AblateConfig) -> Study:
     """The study that the flags describe. Raises UsageError as `data.resolve_profile`, or if the
-    rows cannot be used."""
-    sources: dict[str, str] = {}
+    rows cannot be used, or have other system prompts in other mixes."""
     given = {each.name: getattr(config, each.name) for each in dataclasses.fields(data.RowsFlags)}
     given = {name: value for name, value in given.items() if value != getattr(data.RowsFlags, name)}
     profile = data.resolve_profile(config.profile, config.base_model)
-    system_prompt = config.system_prompt or data.SYSTEM_PROMPT
-    for name in ("rows",) if config.rows else ("conversational", "encyclopedic"):
-        sources[name] = getattr(config, name) or getattr(profile, name)
-        if Path(sources[name]).is_file():
-            sources[name] = hashlib.sha256(Path(sources[name]).read_bytes()).hexdigest()
-    if config.rows:
-        system_prompt = data.RowsConfig(**given).load(profile).system_prompt
+    num_rows = config.num_rows or profile.ablation_rows
+    names = ("rows",) if config.rows else ("conversational", "encyclopedic")
+    sources = {name: given.get(name) or getattr(profile, name) for name in names}
+    files = [name for name in names if Path(sources[name]).is_file()]
+    mixes: dict[str, data.Mix] = {}
+    if len(files) == len(names) or sources.keys() & given:
+        for name in ["rebalanced"] if config.rows else data.MIXES:
+            mixes[name] = data.RowsConfig(**given, mix=name, num_rows=num_rows).load(profile)
+    prompts = {mix.system_prompt: name for name, mix in mixes.items()}
+    if len(prompts) > 1:
+        problem = f"{' and '.join(prompts.values())} have different system prompts"
+        raise UsageError(f"The mixes {problem}. Give one for all rows with --system-prompt.")
+    system_prompt = next(iter(prompts), config.system_prompt or data.SYSTEM_PROMPT)
+    for name in files:
+        sources[name] = hashlib.sha256(Path(sources[name]).read_bytes()).hexdigest()
     given |= {n: getattr(config, n) for n in ("base_model", "eval_every") if getattr(config, n)}
     probes = infer.read_probes(config.probes)
     if not config.probes:
@@ -287,11 +296,11 @@ def make_study(config: AblateConfig) -> Study:
         if name == "base":
             arms += [Arm(arm_id, name, seed, own)] * (not seed)
         elif not (config.rows and name in MIX_ARMS):
-            rows = config.num_rows or profile.ablation_rows
-            flags = training_flags(name, profile, seed, rows, given)
+            flags = training_flags(name, profile, seed, num_rows, given)
             adapter = config.folder / "runs" / arm_id / "adapter"
             arms.append(Arm(arm_id, name, seed, own, flags, adapter))
-    return Study(config.folder, profile, tuple(arms), tuple(probes), system_prompt, sources)
+    counts = {name: len(mix.train) for name, mix in mixes.items()}
+    return Study(config.folder, profile, tuple(arms), tuple(probes), system_prompt, sources, counts)
 
 
 # --- Running -------------------------------------------------------------------------------------
@@ -415,7 +424,8 @@ def run_arm(study: Study, arm: Arm) -> str | None:
         if code == train.OTHER_VALUES:
             code, reason = run_logged([*command, "--restart"], log)
         if code:
-            return f"train.py {reason}"
+            instead = f" In a study, remove {study.folder / 'runs' / arm.id} instead."
+            return f"train.py {reason}{instead if '--restart' in reason else ''}"
     code, reason = run_logged([*sys.orig_argv[1:], "--answer", arm.id], log)
     return f"answering {reason}" if code else None
 
@@ -479,12 +489,13 @@ def flatten_answer(record: Mapping[str, Any], place: int) -> dict[str, Any]:
         raise ValueError(f"unknown findings {sorted(found)}")
     facts = record.get("facts") or {"named": [], "missing": [], "wrong": []}
     ended = record["finish_reason"] == "stop"
-    texts = ("arm", "question", "text", "verdict", "machine", "stop_ids")
+    texts = ("arm", "question", "text", "verdict", "machine")
     return {
         **{name: str(record[name]) for name in texts},
         "decoding": str(record["decoding_arm"]),
         "adapter": record["adapter"],
         "seed": int(record["seed"]),
+        "stop_ids": tuple(map(int, record["stop_ids"])),
         "place": place,
         "spans": [(int(start), int(end)) for start, end in (f["span"] for f in record["findings"])],
         "sound_and_ended": not found and ended,
@@ -505,10 +516,9 @@ def flatten_answer(record: Mapping[str, Any], place: int) -> dict[str, Any]:
     }
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """Numbers of a training run, and its evaluations by their step, without step 0."""
-    numbers = json.loads((folder / "run.json").read_text(encoding="utf-8"))["numbers"]
-    lines = read_cell(folder / "metrics.jsonl")
+def read_run(path: Path) -> dict[str, Any]:
+    """Numbers of a training run from its run.json."""
+    numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
     own = ("steps", "training_seconds", "adapter_bytes", "train_rows", "train_tokens")
     return {
         "eval_loss_before": float(numbers["before"]["eval_loss"]),
@@ -516,7 +526,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         "token_accuracy": numbers["chosen"].get("eval_mean_token_accuracy"),
         **{name: float(numbers[name]) for name in own},
         "selected": dict(numbers["selected"]),
-        "evaluations": {int(e["step"]): e for e in lines if "eval_loss" in e and e["step"]},
     }
 
 
@@ -529,7 +538,7 @@ class Records:
     answers: DataFrame
     """One row per answer, see `flatten_answer`, in the order of the report."""
     runs: DataFrame
-    """One row per training run, see `read_run`."""
+    """One row per training run, see `read_run`, with its evaluations by step, without step 0."""
     failures: Mapping[str, str]
     """Why arms failed, by their id."""
     readings: DataFrame
@@ -543,7 +552,7 @@ class Records:
         none, or one is corrupt."""
         from pandas import DataFrame, read_csv
 
-        path = folder / "study.json"
+        path, remove = folder / "study.json", "it"
         if not path.is_file():
             raise UsageError(f"{path} does not exist. Run the study first: python ablate.py")
         answers, runs, failures = [], [], {}
@@ -553,6 +562,7 @@ class Records:
             if not all(isinstance(each, str) for each in texts):
                 raise ValueError("it describes no study")
             for arm_id, (arm, seed, cells) in about["arms"].items():
+                path, remove = folder / "study.json", "it"
                 if arm not in ARMS or not cells.keys() <= DECODING_ARMS.keys():
                     raise ValueError(f"unknown arm {arm_id}")
                 path = folder / "failures" / f"{arm_id}.txt"
@@ -564,15 +574,20 @@ class Records:
                     lines = read_cell(path) if path.is_file() else []
                     if lines and lines[0].get("settings") == settings:
                         answers += [flatten_answer(line, place) for place, line in enumerate(lines)]
-                path = folder / "runs" / arm_id
-                if len(answers) > found and (path / "run.json").is_file():
+                path = folder / "runs" / arm_id / "run.json"
+                remove = f"{path.parent} and {folder / 'cells' / arm_id}.*"
+                if len(answers) > found and path.is_file():
                     runs.append({"arm": arm, "seed": seed, **read_run(path)})
-            path, columns = folder / "readings.csv", ["reader", "arm", "metric", "question", "vote"]
+                    path = path.with_name("metrics.jsonl")
+                    lines = [line for line in read_cell(path) if "eval_loss" in line]
+                    runs[-1]["evaluations"] = {int(e["step"]): e for e in lines if e["step"]}
+            path, remove = folder / "readings.csv", ""
+            columns = ["reader", "arm", "metric", "question", "vote"]
             readings = DataFrame(columns=columns)
             if path.is_file():
                 readings = read_csv(path)[columns]
                 readings["vote"] = readings.vote.map({-1: -1, 0: 0, 1: 1}).astype(int)
-            path = folder / "cells"
+            path, remove = folder / "cells", "it"
             table = DataFrame(answers)
             if answers:
                 # The first of each set of decodings that differ only in cap or stop.
@@ -581,15 +596,12 @@ class Records:
                 distinct = [names[places[0]] for places in infer.merge_requests(requests)]
                 table["distinct"] = table.decoding.isin(distinct)
         except Exception as error:  # whatever a corrupt file leads to
-            raise UsageError(
-                f"{path} is a broken record ({error!r}). Remove it; the same command (without "
-                "--table) makes cells and runs again."
-            ) from None
+            advice = f"Remove {remove}; the same command (without --table) makes cells and runs "
+            advice = advice + "again." if remove else "Restore it, or repeat tests.blind_pairs."
+            raise UsageError(f"{path} is a broken record ({error!r}). {advice}") from None
         if not answers:
             reasons = "".join(f"\n{arm}: {reason}" for arm, reason in failures.items())
-            raise UsageError(
-                f"{folder} has no finished cells. Run python ablate.py first.{reasons}"
-            )
+            raise UsageError(f"{folder} has no finished cells. Run python ablate.py.{reasons}")
         runs = DataFrame(runs, columns=None if runs else ["arm", "eval_loss"])
         return cls(about, table, runs, failures, readings)
 
@@ -597,18 +609,19 @@ class Records:
 # --- Statistics ----------------------------------------------------------------------------------
 
 
-def interval(outcomes: Series) -> tuple[float, float]:
-    """95% interval of the share of true outcomes (Wilson 1927)."""
+def interval(answers: DataFrame, outcome: str) -> tuple[int, int, float, float]:
+    """`(count, total, low, high)`: questions of which most answers, one per seed, have the outcome,
+    all questions, and the 95% interval of the share (Wilson 1927)."""
     from scipy.stats import binomtest
 
-    found = binomtest(int(outcomes.sum()), len(outcomes)).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
+    found = answers.groupby("question")[outcome].mean() > 0.5
+    share = binomtest(int(found.sum()), len(found)).proportion_ci(method="wilson")
+    return int(found.sum()), len(found), float(share.low), float(share.high)
 
 
-def format_share(outcomes: Series) -> str:
-    """The number of true outcomes, with the interval of their share."""
-    low, high = interval(outcomes)
-    return f"{outcomes.sum()} of {len(outcomes)} ({low:.0%} to {high:.0%})"
+def format_share(answers: DataFrame, outcome: str = "sound_and_ended") -> str:
+    """The number of questions with the outcome, with the interval of their share."""
+    return "{} of {} ({:.0%} to {:.0%})".format(*interval(answers, outcome))
 
 
 def select(frame: DataFrame, **where: Any) -> DataFrame:
@@ -738,6 +751,13 @@ class Query:
         """1 if the query is for more, -1 if for fewer."""
         return 1 if self.direction == "more" else -1
 
+    def resolve(self, records: Records) -> Query:
+        """The query, with the equal arm if the study has none named `one`: see `MIX_ARMS`."""
+        arms, equal = {arm for arm, _, _ in records.about["arms"].values()}, MIX_ARMS.get(self.one)
+        if self.one in arms or equal not in arms or equal == self.other:
+            return self
+        return dataclasses.replace(self, one=equal)
+
     def pairs(self, answers: DataFrame) -> DataFrame:
         """The pairs of answers, see `pair`."""
         one, other = {self.by: self.one}, {self.by: self.other}
@@ -758,29 +778,33 @@ class Query:
 def decide(found: Sequence[tuple[Query, Comparison]]) -> Verdict:
     """The verdict on a claim by its queries.
 
-    It is `shown` if every query that is not a harm is significant in its direction, and no harm is;
-    `the opposite` if every query is significant in the other direction, or a harm is and no query.
-    Otherwise `not shown` if a harm is significant, or a query's interval excludes `RELEVANT`; and
-    `undecidable` if not.
+    It is `shown` if every query that is not a harm is significant in its direction, and every
+    harm's interval excludes `RELEVANT`; `the opposite` if every query is significant in the other
+    direction, or a harm is significant and no query. Otherwise `not shown` if a harm is
+    significant, or a query's interval excludes `RELEVANT`; and `undecidable` if not.
     """
-    wanted = [(each, query.sense) for query, each in found if not query.is_harm]
-    signs = {each.sign * sense for each, sense in wanted}
+    signs = {each.sign * query.sense for query, each in found if not query.is_harm}
     harm = any(each.sign == query.sense for query, each in found if query.is_harm)
-    if signs == {1} and not harm:
+    # By whether they are harms: does the interval of each query exclude `RELEVANT`?
+    absent: dict[bool, list[bool]] = {True: [], False: []}
+    for query, each in found:
+        absent[query.is_harm].append(max(query.sense * end for end in each.net[1:]) < RELEVANT)
+    if signs == {1} and not harm and all(absent[True]):
         return "shown"
     if signs == {-1} or (harm and 1 not in signs):
         return "the opposite"
-    is_absent = any(max(sense * end for end in each.net[1:]) < RELEVANT for each, sense in wanted)
-    return "not shown" if harm or is_absent else "undecidable"
+    return "not shown" if harm or any(absent[False]) else "undecidable"
 
 
 def compare_answers(*queries: Query) -> Callable[[Records], Result]:
     """A function that decides a claim by these queries, see `decide`."""
 
     def check(records: Records) -> Result:
-        found = [(query, query.run(records.answers)) for query in queries]
+        own = [query.resolve(records) for query in queries]
+        found = [(query, query.run(records.answers)) for query in own]
         if any(each is None for _, each in found):
-            return NOT_RUN
+            no_points = own[0].outcome == "points" and not records.answers.max_points.any()
+            return ("not run", "no probe has points") if no_points else NOT_RUN
         texts = [each.describe(query.one, query.other) for query, each in found]
         return decide(found), "; ".join(texts)
 
@@ -795,7 +819,7 @@ def check_loss(records: Records) -> Result:
     runs = select(records.runs, arm="week4")
     verdict, text = compare_answers(WORSE)(records)
     if verdict == "not run" or runs.empty:
-        return NOT_RUN
+        return NOT_RUN if verdict == "not run" else ("not run", "no run.json of week4")
     before, after = runs.eval_loss_before.mean(), runs.eval_loss.mean()
     if verdict == "shown" and not after < before:
         verdict = "not shown"
@@ -806,10 +830,10 @@ def check_stop(records: Records) -> Result:
     """C8: not run if the generation config already names the end-of-turn token."""
     query = Query("decoding", "collapse-stop", "story-collapse", "sound_and_ended")
     verdict, text = compare_answers(query)(records)
-    stops = records.answers[records.answers.decoding.isin((query.one, query.other))].stop_ids
-    if verdict != "not run" and stops.nunique() == 1:
-        verdict = "not run"
-        text = f"the base model's generation config already names this token, {stops.iloc[0]}"
+    ids = {name: set().union(*own) for name, own in records.answers.groupby("decoding").stop_ids}
+    if verdict != "not run" and ids[query.one] <= ids[query.other]:
+        names = sorted(ids[query.one])
+        return "not run", f"the base model's generation config already names this token, {names}"
     return verdict, text
 
 
@@ -845,10 +869,11 @@ def check_pad(records: Records) -> Result:
 
 def check_bytes(records: Records) -> Result:
     """C13: greedy answers generated again in another batch have the same tokens."""
-    repeats = records.answers[(records.answers.place == 0) & records.answers.distinct].repeats
+    answers = records.answers[(records.answers.place == 0) & records.answers.distinct]
+    answers = answers.assign(question=range(len(answers)))  # each is another cell's
     text = "the first question again in another batch, equal up to "
-    text += f"{REPEATED_TOKENS} tokens: {format_share(repeats)}"
-    return ("shown" if repeats.all() else "the opposite"), text
+    text += f"{REPEATED_TOKENS} tokens: {format_share(answers, 'repeats')}"
+    return ("shown" if answers.repeats.all() else "the opposite"), text
 
 
 def check_loss_is_blind(records: Records) -> Result:
@@ -880,13 +905,13 @@ class Claim:
     text: str
     decide: Callable[[Records], Result]
     """Returns the verdict, and the numbers it is based on."""
-    evidence: Query | tuple[str, str, str] | None = None
-    """The comparison, or the arm, decoding and outcome, from which the report shows answers."""
+    evidence: tuple[Query, ...] | tuple[str, str, str] = ()
+    """The comparisons, or the arm, decoding and outcome, from which the report shows answers."""
 
     @classmethod
     def compare(cls, claim_id: str, text: str, *queries: Query) -> Claim:
         """A claim that its queries decide."""
-        return cls(claim_id, text, compare_answers(*queries), queries[0])
+        return cls(claim_id, text, compare_answers(*queries), queries)
 
     @classmethod
     def count(cls, claim_id: str, text: str, arm: str, decoding: str, outcome: str) -> Claim:
@@ -894,13 +919,13 @@ class Claim:
         if it is below."""
 
         def check(records: Records) -> Result:
-            outcomes = select(records.answers, arm=arm, decoding=decoding)[outcome]
-            if outcomes.empty:
+            answers = select(records.answers, arm=arm, decoding=decoding)
+            if answers.empty:
                 return NOT_RUN
-            low, high = interval(outcomes)
+            low, high = interval(answers, outcome)[2:]
             verdict = "shown" if low > 0.5 else "the opposite" if high < 0.5 else "undecidable"
             name = outcome.replace("_", " ")
-            return verdict, f"{name}: {arm} under {decoding} {format_share(outcomes)}"
+            return verdict, f"{name}: {arm} under {decoding} {format_share(answers, outcome)}"
 
         return cls(claim_id, text, check, (arm, decoding, outcome))
 
@@ -908,7 +933,7 @@ class Claim:
 # Claims about the story's own questions.
 ABOUT_QUESTIONS = ("C2", "C6", "C12")
 CLAIMS = (
-    Claim("C1", "Eval loss fell and the model got worse.", check_loss, WORSE),
+    Claim("C1", "Eval loss fell and the model got worse.", check_loss, (WORSE,)),
     Claim.count(
         "C2",
         "Under greedy decoding with the n-gram ban, most answers of `week4` are unsound.",
@@ -955,7 +980,7 @@ CLAIMS = (
         "C10",
         "A smaller `max_new_tokens` gives fewer unsound answers.",
         check_cap,
-        Query("decoding", "collapse-cap-128", "story-collapse", "unsound", "fewer"),
+        (Query("decoding", "collapse-cap-128", "story-collapse", "unsound", "fewer"),),
     ),
     Claim("C11", "An added pad token makes the adapter 10 times as large.", check_pad),
     Claim.count(
@@ -1004,8 +1029,7 @@ def escape_markdown(text: str) -> str:
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """A markdown table; the first row is its header."""
-    header, *others = rows
-    rows = [header, ["---"] * len(header), *others]
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
@@ -1022,13 +1046,13 @@ def mark_findings(answer: Any) -> str:
 
 
 def list_cells(records: Records) -> DataFrame:
-    """One row per arm and decoding, all seeds together: the table of cells.csv."""
+    """One row per arm and decoding: the table of cells.csv. The interval is by `interval`."""
     from pandas import DataFrame
 
     counts = "sound_and_ended sound ended loops lists drift points max_points wrong_claims".split()
     rows = []
     for (arm, decoding), own in records.answers.groupby(["arm", "decoding"], sort=False):
-        low, high = interval(own.sound_and_ended)
+        low, high = interval(own, "sound_and_ended")[2:]
         base = {"arm": "base", "decoding": "plain" if arm == "base" else decoding}
         pairs = pair(records.answers, {"arm": arm, "decoding": decoding}, base)
         against = Comparison(pairs, "sound_and_ended") if len(pairs) else None
@@ -1060,7 +1084,7 @@ def list_main_cells(records: Records) -> DataFrame:
     """Main decodings by arms: sound and ended answers as text, or why there are none."""
     about, answers = records.about, records.answers
     arms = dict.fromkeys(arm for arm, _, _ in about["arms"].values())
-    cells = answers.groupby(["arm", "decoding"]).sound_and_ended.agg(format_share).unstack()
+    cells = answers.groupby(["arm", "decoding"]).apply(format_share).unstack()
     cells = cells.reindex(index=list(arms), columns=list(MAIN_DECODINGS)).astype(object)
     failed = {about["arms"][arm_id][0] for arm_id in records.failures}
     for arm in arms:
@@ -1073,7 +1097,8 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     lines = []
     headings = {"shown": "Shown", "the opposite": "Contradicted, the opposite is shown"}
     headings |= {
-        "not shown": f"Not shown, a net share of {RELEVANT:.0%} of the questions is excluded",
+        "not shown": f"Not shown, a net share of {RELEVANT:.0%} is excluded, or a condition of the "
+        "claim fails",
         "undecidable": "Undecidable with so few questions",
         "not run": "Not run",
     }
@@ -1094,12 +1119,10 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     best, second = names[:2]
     counts = ", ".join(f"{name} {good['sum'][name]} of {good['count'][name]}" for name in names)
     found = Query("decoding", best, second, "sound_and_ended").run(answers)
-    lines.append(
-        f"- **Decoding:** sound and ended answers of all arms: {counts}. {best} against {second}: "
-        f"p = {found.p:.2g}."
-    )
-    own = select(answers, decoding=best).groupby("arm", sort=False).sound_and_ended
-    top, shares = own.mean().idxmax(), own.agg(format_share)
+    text = f"sound and ended answers of all arms: {counts}. {best} against {second}"
+    lines.append(f"- **Decoding:** {text}: p = {found.p:.2g}.")
+    own = select(answers, decoding=best).groupby("arm", sort=False)
+    top, shares = own.sound_and_ended.mean().idxmax(), own.apply(format_share)
     text = f"under {best}, {top} has the most, {shares[top]}"
     found = Query("arm", top, "base", "sound_and_ended", decoding=best).run(answers)
     if top != "base" and found:
@@ -1108,25 +1131,22 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     if len(records.runs):
         losses = records.runs.groupby("arm").eval_loss.mean()
         low = losses.idxmin()
-        lines.append(f"- **Eval loss:** the lowest, {losses[low]:.3f}, is of {low}: {shares[low]}.")
+        text = f"- **Eval loss:** the lowest, {losses[low]:.3f}, is of {low}: {shares[low]}."
+        lines.append(text + " Arms with other sources have other held-out rows.")
     return lines
 
 
 def list_changes(records: Records) -> list[list[str]]:
     """Header and rows: the single changes in the records, the largest effect first."""
-    found = [(each, query) for query in CHANGES if (each := query.run(records.answers))]
+    queries = [query.resolve(records) for query in CHANGES]
+    found = [(each, query) for query in queries if (each := query.run(records.answers))]
     found.sort(key=lambda pair: -abs(pair[0].net[0]))
-    rows = [
-        [
-            f"{query.other} to {query.one}",
-            f"{each.second:.0%} to {each.first:.0%}",
-            f"+{each.larger} -{each.smaller}",
-            each.describe_net(),
-            f"{each.p:.2g}",
-        ]
-        for each, query in found
-    ]
-    return [["change", "sound and ended", "questions", "net share", "p"], *rows] if rows else []
+    rows = [["change", "sound and ended", "questions", "net share", "p"]]
+    for each, query in found:
+        texts = [f"{query.other} to {query.one}", f"{each.second:.0%} to {each.first:.0%}"]
+        texts += [f"+{each.larger} -{each.smaller}", each.describe_net(), f"{each.p:.2g}"]
+        rows.append(texts)
+    return rows if found else []
 
 
 def list_selections(records: Records) -> list[list[str]]:
@@ -1182,10 +1202,15 @@ def list_examples(records: Records, results: Mapping[str, Result]) -> list[list[
         if verdict not in ("shown", "the opposite") or not evidence:
             continue
         sense = 1 if verdict == "shown" else -1
-        if isinstance(evidence, Query):
-            found = evidence.pairs(records.answers)
-            one, other = (found[f"{evidence.outcome}{end}"].astype(float) for end in ("", "_other"))
-            found = found[(one - other) * sense * evidence.sense > 0]
+        if isinstance(evidence[0], Query):
+            # The first that decides the claim: a harm is evidence of the opposite.
+            queries = [query.resolve(records) for query in evidence]
+            signs = {q: sense * q.sense * (-1 if q.is_harm else 1) for q in queries}
+            runs = [(q, q.run(records.answers)) for q in queries]
+            query = next((q for q, each in runs if each and each.sign == signs[q]), queries[0])
+            found = query.pairs(records.answers)
+            one, other = (found[f"{query.outcome}{end}"].astype(float) for end in ("", "_other"))
+            found = found[(one - other) * signs[query] > 0]
         else:
             arm, decoding, outcome = evidence
             found = select(records.answers, arm=arm, decoding=decoding, **{outcome: sense == 1})
@@ -1214,28 +1239,35 @@ def list_side_by_side(records: Records) -> list[list[str]]:
 
 
 NOTES = """*Sound and ended*: the judge finds no defect of form, and the stop token ended the answer
-before the limit; in parentheses a 95% interval (Wilson). *Drift*: the answer surprises the base
-model, continues as another speaker, or invents a medicine. *Eval loss*: of the weights that were
-kept, on rows held out from the sources that the arm trains on, so only arms with equal sources
-compare. C2 and C12 are decided by whether the interval of a share is above or below one half, the
-other comparisons by sign tests over the questions, p < 0.05, two-sided: `+a -b` means that the
-first has more on *a* questions and less on *b*, and *net* is their difference as a share of the
-questions, with a 95% interval (Agresti and Min). None of this says that an answer is medically
-correct, and none of it is medical advice."""
+before the limit; in parentheses a 95% interval (Wilson; with several seeds, a question counts as
+most of its answers do). *Drift*: the answer surprises the base model, continues as another speaker,
+or invents a medicine. *Eval loss*: of the weights that were kept, on rows held out from the sources
+that the arm trains on, so only arms with equal sources compare. `week3`, `week4`, `fixed` and `kit`
+keep the best of several evaluations, the other arms the better of at most two at the end. C2 and
+C12 are decided by whether the interval of a share is above or below one half, the other comparisons
+by sign tests over the questions, p < 0.05, two-sided: `+a -b` means that the first has more on *a*
+questions and less on *b*, and *net* is their difference as a share of the questions, with a 95%
+interval (Agresti and Min). None of this says that an answer is medically correct, and none of it is
+medical advice."""
 SELECTION_NOTE = """The evaluation that each metric selects, and how many of its probe answers are
 sound and ended; they have a lower token limit. `answers` ranks by sound answers, then by points."""
+READINGS_NOTE = """Readers who saw neither arm nor step compared the answers of the two selected
+steps. A pair of a run and a question counts once; pairs of one question are not independent."""
 
 
 def make_report(records: Records, results: Mapping[str, Result]) -> str:
     """The study as markdown; `results` are those of the claims. Equal records give equal bytes."""
     about, answers = records.about, records.answers
-    questions, trained = about["questions"], records.runs.arm.nunique()
-    rows_each = f", trained on {records.runs.train_rows.max():.0f} rows each" if trained else ""
-    intro = (
-        f"The base model and {trained or 'an'} adapter{'s' * (trained > 1)}{rows_each}, answered "
-        f"{len(questions)} questions under up to {answers.decoding.nunique()} decodings. C1 to C15 "
-        "are claims of the story that README tells."
-    )
+    questions, trained = about["questions"], answers[answers.arm != "base"].arm.nunique()
+    models = ["the base model"] * ("base" in set(answers.arm))
+    models += [f"{trained} adapter{'s' * (trained > 1)}"] * (trained > 0)
+    intro = " and ".join(models)
+    if len(records.runs):
+        rows = sorted(records.runs.train_rows.astype(int))
+        rows = f"{rows[0]} to {rows[-1]} rows" if rows[0] < rows[-1] else f"{rows[0]} rows each"
+        intro += f", trained on {rows},"
+    intro += f" answered {len(questions)} questions under up to {answers.decoding.nunique()} "
+    intro = intro.capitalize() + "decodings. C1 to C15 are claims of the story that README tells."
     failures = [
         f"- {arm} failed: {escape_markdown(why[:600])}" for arm, why in records.failures.items()
     ]
@@ -1247,7 +1279,7 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
             line += " It is about the story's questions; these are yours."
         claims.append(line)
     cells = list_main_cells(records)
-    losses = records.runs.groupby("arm").eval_loss.mean().map("{:.3f}".format)
+    losses = records.runs.groupby("arm").eval_loss.mean().astype(object).map("{:.3f}".format)
     cells.insert(0, "eval loss", losses.reindex(cells.index).fillna(""))
     header = [cells.index.name, *cells.columns]
     parts = [
@@ -1269,10 +1301,7 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
         note = SELECTION_NOTE.replace("\n", " ")
         parts += ["## What each metric selects", note, format_table(selections)]
     if readings := list_readings(records):
-        note = (
-            "Readers who saw neither arm nor step compared the answers of the two selected steps."
-        )
-        parts += ["## Blind readers", note, format_table(readings)]
+        parts += ["## Blind readers", READINGS_NOTE.replace("\n", " "), format_table(readings)]
     if side_by_side := list_side_by_side(records):
         note = "⟦ ⟧ mark what the findings are about. *Sound* is about form, not about facts."
         parts += [f"## {escape_markdown(questions[0])}", format_table(side_by_side), note]
@@ -1282,10 +1311,8 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
         )
         parts += ["## Evidence", note, format_table(examples)]
     machines = "".join(f"- {escape_markdown(each)}\n" for each in answers.machine.unique())
-    parts.append(
-        f"{machines}- `{about['command'].replace('`', ' ')}`\n"
-        "- all numbers: [cells.csv](cells.csv); all answers: [cells](cells)\n"
-    )
+    machines += f"- `{about['command'].replace('`', ' ')}`\n"
+    parts += [f"{machines}- all numbers: [cells.csv](cells.csv); all answers: [cells](cells)\n"]
     return "\n\n".join(parts)
 
 
@@ -1348,11 +1375,8 @@ def draw_losses(axes: Axes, records: Records) -> None:
     """Draws the share of sound and ended answers under `kit` over eval loss, a point per arm."""
     losses = records.runs.groupby("arm").eval_loss.mean()
     shares = select(records.answers, decoding="kit").groupby("arm").sound_and_ended.mean()
-    points = [
-        (loss, shares[arm], arm)
-        for arm, loss in losses.items()
-        if arm in shares and math.isfinite(loss)
-    ]
+    losses = losses[losses.map(math.isfinite)]
+    points = [(loss, shares[arm], arm) for arm, loss in losses.items() if arm in shares]
     if not points:
         return
     x, y, _ = zip(*points, strict=True)
@@ -1365,16 +1389,10 @@ def draw_losses(axes: Axes, records: Records) -> None:
         heights.append(max(y, heights[-1] + 0.065) if heights else y)
     shift = sum(height - y for height, (_, y, _) in zip(heights, points, strict=True)) / len(points)
     for height, (x, y, arm) in zip(heights, points, strict=True):
-        axes.annotate(
-            arm,
-            (x, y),
-            (1.04, height - shift),
-            textcoords=axes.get_yaxis_transform(),
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": "0.7", "lw": 0.7, "relpos": (0, 0.5)},
-        )
+        style = {"va": "center", "fontsize": 9, "textcoords": axes.get_yaxis_transform()}
+        line = {"arrowstyle": "-", "color": "0.7", "lw": 0.7, "relpos": (0, 0.5)}
+        style |= {"arrowprops": line, "annotation_clip": False}
+        axes.annotate(arm, (x, y), (1.04, height - shift), **style)
     if "base" in shares:
         axes.axhline(shares["base"], color="0.5", ls=":", label="base model", zorder=0)
         axes.legend(loc="lower right", frameon=False)
@@ -1416,6 +1434,12 @@ def main(config: AblateConfig) -> int:
     if study:
         part, parts = map(int, config.shard.split("/"))
         arms = study.arms[part::parts]
+        if not arms:
+            print(f"--shard {config.shard} has none of the {len(study.arms)} arms.")
+            return 0
+        if len(set(study.train_rows.values())) > 1:
+            counts = ", ".join(f"{name} {count}" for name, count in study.train_rows.items())
+            print(f"The mixes differ in size: {counts}. Lower --num-rows.", file=sys.stderr)
         if config.dry_run or any(map(study.missing, arms)):
             print(study.format_plan(arms), flush=True)
         if config.dry_run:
@@ -1439,8 +1463,9 @@ def main(config: AblateConfig) -> int:
     for claim in CLAIMS:
         print(f"{claim.id:<4} {results[claim.id][0]:<13} {claim.text}")
     print(f"\n{config.folder / 'ablation.md'}: report; ablation.png, cells.csv and cells beside it")
+    how = "without --table" if config.table else "with the same command"
     for arm, reason in records.failures.items():
-        print(f"{arm} failed, and runs again with the same command: {reason}", file=sys.stderr)
+        print(f"{arm} failed, and runs again {how}: {reason}", file=sys.stderr)
     return 1 if records.failures else 0
 
 

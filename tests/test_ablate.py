@@ -53,9 +53,8 @@ def test_each_decoding_between_collapse_and_fix_is_a_single_change():
 
 
 def test_arms_that_need_mixes_equal_another_arm_without_them():
-    for name in ablate.MIX_ARMS:
-        same = [arm for arm in ablate.TRAINING_ARMS.values() if changed(arm, ablate.TRAINING_ARMS[name]) <= {"mix"}]
-        assert len(same) > 1
+    for name, equal in ablate.MIX_ARMS.items():
+        assert changed(ablate.TRAINING_ARMS[equal], ablate.TRAINING_ARMS[name]) == {"mix"}
 
 
 @pytest.mark.parametrize("profile", data.PROFILES)
@@ -96,6 +95,43 @@ def test_shards_are_disjoint_and_together_all_arms(tmp_path):
         found.append(re.findall(r"(?m)^(\S+) +0 of", ran.stdout))
     assert sorted(arm for arms in found for arm in arms) == sorted(ablate.ARMS)
     assert all(len(arms) == 3 for arms in found)
+    ran = call_script("ablate.py", "--profile", "cpu", "--shard", "9/10", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (0, "--shard 9/10 has none of the 9 arms.\n") and list(tmp_path.iterdir()) == []
+
+
+def test_mixes_of_different_sizes_are_reported_before_they_are_trained_on(tmp_path):
+    ran = call_script("ablate.py", "--dry-run", "--profile", "cpu", "--num-rows", "300", cwd=tmp_path)
+    assert ran.stderr == "The mixes differ in size: chatdoctor 243, week4 300, rebalanced 285. Lower --num-rows.\n"
+    records = write_study(tmp_path, {("week3", "kit"): [SOUND], ("week4", "kit"): [SOUND]})
+    assert "2 adapters, trained on 64 rows each, answered 2 questions" in make_report(records)
+    runs = records.runs.assign(train_rows=[300.0, 243.0])
+    assert "2 adapters, trained on 243 to 300 rows, answered" in make_report(dataclasses.replace(records, runs=runs))
+
+
+def write_chats(path, **counts):
+    """Rows of their own system prompts: as many as given, of a vet or a nurse."""
+    rows = []
+    for name, number in ((name, number) for name, count in counts.items() for number in range(count)):
+        texts = (f"You are a {name}.", f"What does a {name} do for burn {number}?", f"Cool it for {number} minutes, says the {name}.")
+        roles = zip(("system", "user", "assistant"), texts, strict=True)
+        rows.append({"messages": [{"role": role, "content": text} for role, text in roles]})
+    return str(write_rows(path, rows))
+
+
+def test_arms_are_asked_under_the_prompt_that_their_rows_bring(tmp_path):
+    vets, nurses = write_chats(tmp_path / "vets.jsonl", vet=40), write_chats(tmp_path / "nurses.jsonl", nurse=40)
+    given = {"profile": "cpu", "conversational": vets}
+    for encyclopedic in (vets.replace("vets", "more"), nurses):
+        write_chats(tmp_path / "more.jsonl", vet=60)
+        study = ablate.make_study(ablate.AblateConfig(**given, encyclopedic=encyclopedic))
+        assert study.system_prompt == "You are a vet."
+    # Of one source most are vets, of both most are nurses.
+    given["conversational"] = write_chats(tmp_path / "mixed.jsonl", vet=18, nurse=12)
+    with pytest.raises(data.UsageError, match=r"The mixes \S+ and \S+ have different system prompts\. Give one .*--system-prompt"):
+        ablate.make_study(ablate.AblateConfig(**given, encyclopedic=nurses))
+    study = ablate.make_study(ablate.AblateConfig(**given, encyclopedic=nurses, system_prompt="Be brief."))
+    assert study.system_prompt == "Be brief."
+    assert STUDY.system_prompt == data.SYSTEM_PROMPT and set(STUDY.train_rows.values()) == {64}
 
 
 def test_a_cell_is_valid_for_its_settings_only(tmp_path):
@@ -173,8 +209,10 @@ def test_intervals_and_p_by_hand():
         z, share = 1.959964, count / total
         centre, half = share + z * z / 2 / total, z * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4)
         expected = [max(0, (centre - half) / (1 + z * z / total)), min(1, (centre + half) / (1 + z * z / total))]
-        outcomes = pandas.Series([True] * count + [False] * (total - count))
-        assert ablate.interval(outcomes) == pytest.approx(expected, abs=1e-6)
+        answers = pandas.DataFrame({"x": [True] * count + [False] * (total - count), "question": range(total)})
+        assert ablate.interval(answers, "x") == pytest.approx((count, total, *expected), abs=1e-6)
+        # The same answers under two more seeds are no more questions.
+        assert ablate.interval(pandas.concat([answers] * 3), "x") == ablate.interval(answers, "x")
     for larger, smaller, p in ((0, 0, 1), (3, 0, 0.25), (8, 1, 20 / 512), (5, 5, 1), (0, 7, 2 / 128)):
         outcomes = [(1, 0)] * larger + [(0, 1)] * smaller + [(1, 1)]
         pairs = pandas.DataFrame(outcomes, columns=["x", "x_other"]).assign(question=range(len(outcomes)))
@@ -232,7 +270,13 @@ def test_the_loss_that_fell_shows_nothing_unless_the_answers_got_worse(tmp_path)
     assert verdict(write_study(tmp_path / "a", worse), "C1") == "shown"
     assert verdict(write_study(tmp_path / "b", worse, losses=(2.0, 3.0)), "C1") == "not shown"
     assert verdict(write_study(tmp_path / "c", {base: [SOUND] * 8, week4: [SOUND] * 8}), "C1") == "not shown"
-    assert verdict(write_study(tmp_path / "d", {base: [DRIFT] * 8, week4: [SOUND] * 8}), "C1") == "the opposite"
+    records = write_study(tmp_path / "d", {base: [DRIFT] * 8, week4: [SOUND] * 8})
+    assert verdict(records, "C1") == "the opposite"
+    records = dataclasses.replace(records, runs=records.runs[:0])
+    assert ablate.check_loss(records) == ("not run", "no run.json of week4")
+    assert make_report(records).splitlines()[2].startswith("The base model and 1 adapter answered 2 questions under")
+    alone = dataclasses.replace(records, answers=ablate.select(records.answers, arm="base"))
+    assert make_report(alone).splitlines()[2].startswith("The base model answered 2 questions under up to 1 decodings")
 
 
 def test_a_penalty_is_judged_by_its_loops_and_by_its_harm(tmp_path):
@@ -242,7 +286,17 @@ def test_a_penalty_is_judged_by_its_loops_and_by_its_harm(tmp_path):
     harmed = [(SOUND, "length")] * 8 + [DRIFT] * 8
     assert verdict(write_study(tmp_path / "b", {plain: mixed, fix: harmed}), "C9") == "not shown"
     assert verdict(write_study(tmp_path / "c", {plain: [SOUND] * 8, fix: [DRIFT] * 8}), "C9") == "the opposite"
-    assert verdict(write_study(tmp_path / "d", {plain: [SOUND] * 8, fix: [LOOP] * 8}), "C9") == "the opposite"
+    reversed_ = write_study(tmp_path / "d", {plain: [SOUND] * 8, fix: [LOOP] * 8})
+    assert verdict(reversed_, "C9") == "the opposite"
+    # Four more drifts are not significant, and ten questions cannot exclude a harm of 20%.
+    few = write_study(tmp_path / "e", {plain: [LOOP] * 6 + [SOUND] * 4, fix: [SOUND] * 6 + [DRIFT] * 4})
+    assert verdict(few, "C9") == "undecidable"
+    # The evidence is of the comparison that decides: here the harm, since there are no loops.
+    harm = write_study(tmp_path / "f", {plain: [SOUND] * 8, fix: [DRIFT] * 7 + [LOOP]})
+    for records, shown in ((reversed_, "loop, repetition"), (harm, "surprisal")):
+        results = {claim.id: claim.decide(records) for claim in ablate.CLAIMS}
+        rows = [row for row in ablate.list_examples(records, results) if row[0] == "C9"]
+        assert [row[1:3] for row in rows] == [["week4, story-fix", shown]] * 3
 
 
 def test_feed_forward_modules_must_beat_attention_of_as_many_parameters_too(tmp_path):
@@ -251,6 +305,18 @@ def test_feed_forward_modules_must_beat_attention_of_as_many_parameters_too(tmp_
     assert verdict(write_study(tmp_path / "a", arms), "C6") == "not run"
     assert verdict(write_study(tmp_path / "b", arms | {("week4-wide-attention", "kit"): ["Nothing."] * 8}), "C6") == "shown"
     assert verdict(write_study(tmp_path / "c", arms | {("week4-wide-attention", "kit"): good}), "C6") == "not shown"
+    # With --rows, `fixed` is the arm that differs from `week4` in the modules only.
+    own = {("fixed", "kit"): good, ("week4", "kit"): ["Nothing."] * 8, ("week4-wide-attention", "kit"): ["Nothing."] * 8}
+    records = write_study(tmp_path / "d", own)
+    assert verdict(records, "C6") == "shown" and verdict(records, "C5") == "not run"
+    assert [row[0] for row in ablate.list_changes(records)] == ["change", "week4 to fixed"]
+    about = json.loads((tmp_path / "d" / "study.json").read_text())
+    about["arms"]["week4-all-linear"] = ["week4-all-linear", 0, {"kit": "not run yet"}]
+    (tmp_path / "d" / "study.json").write_text(json.dumps(about))
+    assert verdict(ablate.Records.read(tmp_path / "d"), "C6") == "not run"
+    answers = records.answers.assign(points=0, max_points=0)
+    claim = next(claim for claim in ablate.CLAIMS if claim.id == "C6")
+    assert claim.decide(dataclasses.replace(records, answers=answers)) == ("not run", "no probe has points")
 
 
 def test_shares_are_decided_by_their_interval(tmp_path):
@@ -258,6 +324,17 @@ def test_shares_are_decided_by_their_interval(tmp_path):
     assert verdict(write_study(tmp_path / "a", {cell: [DRIFT] * 10}), "C2") == "shown"
     assert verdict(write_study(tmp_path / "b", {cell: [SOUND] * 10}), "C2") == "the opposite"
     assert verdict(write_study(tmp_path / "c", {cell: [SOUND] * 4 + [DRIFT] * 6}), "C2") == "undecidable"
+    seeds = {(*cell, seed): [SOUND] * 3 + [DRIFT] * 7 for seed in range(5)}
+    assert verdict(write_study(tmp_path / "d", seeds), "C2") == "undecidable"
+
+
+@pytest.mark.parametrize(("own", "found"), [((2,), "not run"), ((1, 2, 3), "not run"), ((1, 3), "undecidable")])
+def test_an_explicit_stop_token_is_no_change_if_the_generation_config_has_it(tmp_path, own, found):
+    cells = {("week4", name): [SOUND] * 5 for name in ("story-collapse", "collapse-stop")}
+    records = write_study(tmp_path, cells)
+    assert verdict(records, "C8") == "not run"
+    records.answers["stop_ids"] = records.answers.decoding.map({"story-collapse": own, "collapse-stop": (2,)})
+    assert verdict(records, "C8") == found
 
 
 def test_a_cap_is_judged_by_what_it_cuts(tmp_path):
@@ -295,7 +372,8 @@ def test_seeds_are_pooled_and_one_that_is_missing_takes_nothing_with_it(tmp_path
     assert len(ablate.pair(records.answers, {"arm": "week4"}, {"arm": "base"})) == 4
     assert len(ablate.pair(records.answers, {"arm": "week4"}, {"arm": "week4-rebalanced"})) == 0
     report = make_report(records)
-    assert "| 2 of 4 (15% to 85%) |" in report and "⟦ ⟧ mark what" in report
+    # A question counts once, and one that half of the seeds answer soundly is not sound.
+    assert "| 0 of 2 (0% to 66%) |" in report and "⟦ ⟧ mark what" in report
 
 
 def test_decodings_cut_from_one_generation_count_once(tmp_path):
@@ -382,6 +460,10 @@ def test_report_and_picture_made_twice_are_the_same_bytes(tmp_path):
         ran = call_script("ablate.py", "--table", cwd=tmp_path)
         assert ran.returncode == 0 and ran.stderr == ""
         made.append([(study / name).read_bytes() for name in ("ablation.md", "ablation.png", "cells.csv")])
+    (study / "failures").mkdir()
+    (study / "failures" / "week4.txt").write_text("out of memory")
+    ran = call_script("ablate.py", "--table", cwd=tmp_path)
+    assert (ran.returncode, ran.stderr) == (1, "week4 failed, and runs again without --table: out of memory\n")
     assert made[0] == made[1] and made[0][1].startswith(b"\x89PNG")
     assert len(made[0][0]) < 30_000 and made[0][2].count(b"\n") == 10
 
@@ -444,6 +526,29 @@ def test_a_corrupt_record_is_named_with_the_way_out(content, tmp_path):
     (tmp_path / "study.json").write_text(content)
     with pytest.raises(data.UsageError, match=r"study\.json is a broken record .*Remove it; the same command"):
         ablate.Records.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("cells/week4.kit.jsonl", r"Remove it; the same command \(without --table\)"),
+        ("runs/week4/run.json", r"Remove \S+/runs/week4 and \S+/cells/week4\.\*; the same command"),
+        ("runs/week4/metrics.jsonl", r"Remove \S+/runs/week4 and \S+/cells/week4\.\*; the same command"),
+        ("readings.csv", r"Restore it, or repeat tests\.blind_pairs"),
+    ],
+)
+def test_a_broken_file_is_named_with_what_to_do_about_it(tmp_path, name, advice):
+    write_study(tmp_path, {("week4", "kit"): [SOUND], ("week4-1-epoch", "kit"): [SOUND]})
+    (tmp_path / name).write_text('{"a": ')
+    with pytest.raises(data.UsageError, match=rf"/{re.escape(name)} is a broken record .*{advice}"):
+        ablate.Records.read(tmp_path)
+
+
+def test_an_arm_of_a_study_is_not_told_to_pass_a_flag_that_ablate_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "run_logged", lambda *given: (2, "failed (exit code 2). error: Start over with --restart."))
+    study = dataclasses.replace(STUDY, folder=tmp_path)
+    reason = ablate.run_arm(study, next(arm for arm in study.arms if arm.flags))
+    assert reason.endswith(f"Start over with --restart. In a study, remove {tmp_path}/runs/week3 instead.")
 
 
 def test_a_reason_is_the_last_message_of_the_process(tmp_path):

@@ -40,7 +40,7 @@ MOST = {
     "data.py": (1745, 59),
     "infer.py": (2299, 88),
     "train.py": (1615, 45),
-    "ablate.py": (1450, 45),
+    "ablate.py": (1475, 45),
 }
 
 

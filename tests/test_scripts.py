@@ -202,7 +202,10 @@ REFUSED = {
     "probes without questions": (["train.py", "--profile", "cpu", "--probes", "no-probes.jsonl"], "no-probes.jsonl:1: not a probe"),
     "probes of an answer without questions": (["infer.py", "What is croup?", "--probes", "no-probes.jsonl"], "not a probe"),
     "probes of an audit": (["data.py", "--profile", "cpu", "--probes", "no-probes.jsonl"], "not a probe"),
-    "table of nothing": (["ablate.py", "--table", "--dry-run"], "Give one of the two"),
+    "table of nothing": (["ablate.py", "--table", "--dry-run"], "--table only writes the report. Remove it"),
+    "table of an answer": (["ablate.py", "--table", "--answer", "base"], "--table only writes the report. Remove it"),
+    "blank prompt of a study": (["ablate.py", "--rows", "q.jsonl", "--system-prompt", " "], "--system-prompt is empty"),
+    "source of a mix that is not there": (["ablate.py", "--profile", "cpu", "--conversational", "none.jsonl"], "'none.jsonl' does not exist"),
 }
 
 
