@@ -1615,6 +1615,40 @@ def measure_surprisal(
     return score / reference, (before, upto)
 
 
+def name_reference(base_model: str) -> tuple[str, list[str]]:
+    """The cache folder of `surprisal_reference`, and the questions that it is taken from."""
+    questions = [probe.question for probe in read_probes()[:REFERENCE_PROBES]]
+    changed = [file.stat().st_mtime_ns for file in Path(base_model).glob("*.safetensors")]
+    settings = [base_model, changed, data.SYSTEM_PROMPT, REFERENCE_TOKENS, *questions]
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    return f"reference-{digest[:16]}", questions
+
+
+def prepare_reference(profile: Profile) -> None:
+    """Caches `surprisal_reference`, computed by a process of its own. In training, the base model
+    has another precision, in which its answers and so the reference would differ.
+
+    Raises UsageError if the process fails.
+    """
+    base_model = profile.base_model
+    if (data.cache_home() / name_reference(base_model)[0]).is_dir():
+        return
+    report(f"{base_model} answers {REFERENCE_PROBES} questions, once, for the judge.")
+    command = [sys.executable, str(Path(__file__).resolve()), "--judge", "-"]
+    command += ["--profile", profile.name]
+    if base_model != data.PROFILES[profile.name].base_model:
+        command += ["--base-model", base_model]
+    own_answer = json.dumps({"question": "What is croup?", "text": "...", "model": base_model})
+    others = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # it is not one of the processes that train
+    env = {name: value for name, value in os.environ.items() if name not in others}
+    # In a session of its own, which Ctrl-C does not reach: it is killed if this process is stopped.
+    ran = subprocess.run(
+        command, input=own_answer, env=env, capture_output=True, text=True, start_new_session=True
+    )
+    if ran.returncode:
+        raise UsageError(f"The base model could not answer:\n{ran.stderr.strip()[-2000:]}")
+
+
 def surprisal_reference(
     loaded: LoadedModel, progress: Callable[[int], object] = lambda tokens: None
 ) -> float:
@@ -1625,7 +1659,7 @@ def surprisal_reference(
     """
     if loaded.reference is not None:
         return loaded.reference
-    questions = [probe.question for probe in read_probes()[:REFERENCE_PROBES]]
+    name, questions = name_reference(loaded.profile.base_model)
 
     def build(folder: Path) -> None:
         requests = [Request(each, Decoding(max_new_tokens=REFERENCE_TOKENS)) for each in questions]
@@ -1638,10 +1672,6 @@ def surprisal_reference(
                 values.append(largest_surprisal(loaded.tokenizer, answer.token_ids, surprisals)[0])
         data.write_atomic(folder / "reference.json", json.dumps({"nats_per_byte": max(values)}))
 
-    base_model = loaded.profile.base_model
-    changed = [file.stat().st_mtime_ns for file in Path(base_model).glob("*.safetensors")]
-    settings = [base_model, changed, data.SYSTEM_PROMPT, REFERENCE_TOKENS, *questions]
-    name = f"reference-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
     content = (data.cached_folder(name, build) / "reference.json").read_text()
     loaded.reference = json.loads(content)["nats_per_byte"]
     return loaded.reference

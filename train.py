@@ -1128,6 +1128,8 @@ def run(
         saved = found[1]["stateful_callbacks"]["RunCallback"]["attributes"]["recipe"]
         check_recipe(folder, saved, recipe)
         print(f"resuming {folder} after step {found[1]['global_step']} of {found[1]['max_steps']}")
+    if config.num_probes and is_main_process():
+        infer.prepare_reference(profile)
     model, tokenizer = infer.load_base(profile, dtype=None, max_seq_length=config.max_seq_length)
     import datasets
 
