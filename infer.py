@@ -1619,7 +1619,7 @@ def name_reference(base_model: str) -> tuple[str, list[str]]:
     """The cache folder of `surprisal_reference`, and the questions that it is taken from."""
     questions = [probe.question for probe in read_probes()[:REFERENCE_PROBES]]
     changed = [file.stat().st_mtime_ns for file in Path(base_model).glob("*.safetensors")]
-    settings = [base_model, changed, data.SYSTEM_PROMPT, REFERENCE_TOKENS, *questions]
+    settings = ["inference", base_model, changed, data.SYSTEM_PROMPT, REFERENCE_TOKENS, *questions]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     return f"reference-{digest[:16]}", questions
 
