@@ -1022,15 +1022,15 @@ def drop_repeats(
     seen: set[str] = set()
     kept = []
     for row in sorted(rows, key=lambda row: row.key):
-        report = reports[row.source]
+        report, rule, probe = reports[row.source], None, None
         is_story = report.cleaning in STORY
         asked = [(text, split_words(text)) for role, text in row.messages if role == "user"]
         words = asked[0][1]
         content = " ".join(word for word in words if word not in _FILLER) or " ".join(words)
-        rule = probe = None
         for text, each in asked:
-            is_in = any(words in f" {' '.join(each)} " for words in probe_texts)
-            probe = text if is_in or frozenset(each) - _FILLER in probe_keys else probe
+            padded = f" {' '.join(each)} "
+            if frozenset(each) - _FILLER in probe_keys or any(p in padded for p in probe_texts):
+                probe = text
         if report.cleaning != "none" and row.key in seen:
             rule = "identical to another row"
         elif probe:
