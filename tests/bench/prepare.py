@@ -77,6 +77,14 @@ def write_sources(folder, count):
     return paths
 
 
+def strip_opening(text):
+    """The text without its greetings, as `data.clean_row` leaves it."""
+    start = 0
+    while (found := data._OPENING.match(text, start)) and found.end() < len(text):
+        start = found.end()
+    return text[start : start + 1].upper() + text[start + 1 :] if start else text
+
+
 def prepare_by_chain(paths):
     """`(seconds, rows that stay)` of `datasets` maps and filters with the rules of data.py, from the same files."""
     import datasets
@@ -106,7 +114,7 @@ def prepare_by_chain(paths):
         for name in ("question", "answer"):
             part = part.map(lambda row, name=name, cleaning=cleaning: {name: data._repair(row[name], cleaning)[0]})
             if cleaning == "chatdoctor":
-                part = part.map(lambda row, name=name: {name: data._strip_opening(row[name])[0]})
+                part = part.map(lambda row, name=name: {name: strip_opening(row[name])})
         if cleaning == "chatdoctor":
             part = part.map(lambda row: {"answer": data._strip_closing(row["answer"])[0]})
         part = part.map(lambda row: {n: re.sub(r"[ \t]{2,}", " ", row[n]).strip() for n in ("question", "answer")})
