@@ -210,7 +210,7 @@ def test_columns_with_other_names_are_named_by_flags(tmp_path):
     records = [{"Q": ASK, "icliniq": TELL, "chatgpt": "x", "question": "not this one"}]
     flags = {"question_column": "q", "answer_column": "ICLINIQ"}
     rows, report = load(tmp_path / "rows.jsonl", records, **flags)
-    assert rows[0].messages == STORY and report.formats == {"q/icliniq": {"rows": 1, "answers": 1}}
+    assert rows[0].messages == STORY
     assert report.unused_columns == {"chatgpt", "question"}
     with pytest.raises(UsageError, match=r"unknown columns(.|\n)*--question-column"):
         data.check_losses(load(tmp_path / "rows.jsonl", records)[1])
@@ -241,69 +241,64 @@ def test_a_system_prompt_for_all_rows_replaces_their_own(tmp_path):
 
 
 BAD_RECORDS = [
-    (None, "unreadable record", "null instead"),
-    (["q", "a"], "unreadable record", "a JSON list"),
+    (None, "unreadable record", "None instead"),
+    (["q", "a"], "unreadable record", "['q', 'a'] instead"),
     ({}, "unknown columns", "found none"),
     ({"text": "x"}, "unknown columns", "found text"),
     ({"question": "q?"}, "unknown columns", "found question"),
-    ({"question": "q?", "answer": None}, "no question with an answer", "the answer is empty"),
+    ({"question": "q?", "answer": None}, "no question with an answer", "no answer follows"),
     (
         {"question": "q?", "answer": "None "},
         "no question with an answer",
-        "the answer is 'None ', which counts as empty",
+        "no answer follows",
     ),
     ({"question": "N/A", "answer": "a"}, "no question with an answer", "the question is empty"),
     (
         {"question": "q?", "answer": float("nan")},
         "no question with an answer",
-        "the answer is empty",
+        "no answer follows",
     ),
-    ({"question": 1, "answer": "a"}, "not text", "the question is 1"),
-    ({"question": ["q"], "answer": "a"}, "not text", "the question is ['q']"),
-    ({"question": "q?", "answer": "half \ud83d"}, "not text", "half of a surrogate pair"),
-    (
-        {"question": "q?", "answer": "a" * 100_000},
-        "too many tokens",
-        "the answer has 100,000 characters",
-    ),
-    ({"messages": "hello"}, "not text", "the messages are 'hello'"),
+    ({"question": 1, "answer": "a"}, "unreadable record", "the question is not text: 1"),
+    ({"question": ["q"], "answer": "a"}, "unreadable record", "turn 1 has no role"),
+    ({"question": "q?", "answer": "half \ud83d"}, "unreadable record", "the answer is not text"),
+    ({"messages": "hello"}, "unreadable record", "turn 1 has no role and content: 'hello'"),
     ({"messages": None}, "no question with an answer", "the question is empty"),
     ({"messages": []}, "no question with an answer", "the question is empty"),
-    ({"messages": chat(("u", "q?"))}, "no question with an answer", "the answer is empty"),
+    ({"messages": chat(("u", "q?"))}, "no question with an answer", "no answer follows"),
     ({"messages": chat(("a", "a."))}, "no question with an answer", "the question is empty"),
     (
         {"messages": [{"role": "tool", "content": "x"}]},
-        "unexpected turn",
+        "unreadable record",
         "turn 1 has the role 'tool'",
     ),
     (
         {"messages": chat(("u", "q?"), ("s", "Be brief."), ("a", "a."))},
-        "unexpected turn",
+        "unreadable record",
         "turn 2 has the role 'system'",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        "not text",
-        "the text of turn 1 is {'type': 'image_url'}",
+        "unreadable record",
+        "the text of turn 1 is not text: {'type': 'image_url'}",
     ),
     (
         {"messages": [{"role": "user", "content": [{"image": "x.png"}, {"text": "What is it?"}]}]},
-        "not text",
-        "the text of turn 1 is {'image': 'x.png'}",
+        "unreadable record",
+        "the text of turn 1 is not text: {'image': 'x.png'}",
     ),
     (
         {"messages": [{"role": "user", "text": "q?"}]},
-        "unexpected turn",
-        "turn 1 has the fields role, text; expected role and content",
+        "unreadable record",
+        "turn 1 has no role and content",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}]},
-        "not text",
-        "the text of turn 1 is {'text': None, 'type': 'image'}",
+        "unreadable record",
+        "the text of turn 1 is not text: {'text': None, 'type': 'image'}",
     ),
     (
         {"messages": [*chat(("u", "q?")), {"role": "assistant", "content": "a", "weight": 0}]},
-        "unexpected turn",
+        "unreadable record",
         "turn 2 has tool_calls, or weight 0",
     ),
     (
@@ -345,12 +340,11 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         "list.json": json.dumps(records, indent=2).encode(),
         "list.jsonl": json.dumps(records).encode(),
         "bom.jsonl": lines.encode("utf-8-sig"),
-        "utf16.jsonl": lines.encode("utf-16"),
         "UPPER.JSONL": lines.encode(),
         "semicolon.csv": table.encode(),
         "comma.csv": table.replace('";"', '", "').encode("utf-8-sig"),
-        "tab.tsv": table.replace('";"', '"\t"').encode("utf-16"),
-        "pipe.csv": table.replace('";"', '"|"').encode("utf-32"),
+        "tab.tsv": table.replace('";"', '"\t"').encode(),
+        "pipe.csv": table.replace('";"', '"|"').encode(),
     }
     expected = [(each["Question"], each["answer"]) for each in records]
     for name, content in {**files, "rows.parquet": None}.items():
@@ -379,22 +373,14 @@ def test_a_spreadsheet_s_empty_columns_are_no_matter(tmp_path):
         tmp_path / "rows.csv", header + b"q, r?;a\r\n", question_column="Question, in full"
     )
     assert (rows[0].question, rows[0].answer) == ("q, r?", "a")
-    mac = b'question,answer\rq1?,a1\rq2?,"one\ntwo"\r'
-    assert [row.answer for row in load(tmp_path / "rows.csv", mac)[0]] == ["a1", "one\ntwo"]
     concatenated = b"question,answer,prompt,response\nq1?,a1,,\n,,q2?,a2\n"
     assert [row.answer for row in load(tmp_path / "rows.csv", concatenated)[0]] == ["a1", "a2"]
-    blank = "\u00a0,\u00a0\nquestion,answer\nq?,a\n".encode()
-    assert load(tmp_path / "rows.csv", blank)[0][0].answer == "a"
 
 
-def test_fields_of_a_turn_that_are_not_used_are_named(tmp_path):
+def test_columns_that_are_not_used_are_named(tmp_path):
     turns = chat(("u", ASK), ("a", TELL))
-    turns[1] |= {"reasoning_content": "Hm.", "tool_calls": [], "name": None}
     _, report = load(tmp_path / "rows.jsonl", [{"messages": turns, "system": None, "id": 1}])
-    assert report.unused_columns == {"messages.reasoning_content", "id"}
-    record = {"prompt": turns[:1], "completion": turns[1:]}
-    _, report = load(tmp_path / "rows.jsonl", [record])
-    assert report.unused_columns == {"completion.reasoning_content"}
+    assert report.unused_columns == {"id"}
 
 
 def test_a_parquet_file_that_python_cannot_represent_is_one_message(tmp_path):
@@ -416,17 +402,16 @@ REFUSED_FILES = [
     ("rows.jsonl", b"\n \n", "contains no rows"),
     ("rows.json", b"[]", "contains no rows"),
     ("rows.json", b"[1, ", "rows.json: broken JSON"),
-    ("rows.json", b'{\n "question": "q"\n}', "broken JSON (one object over several lines)"),
+    ("rows.jsonl", b'["q", "a"]\n["q", "a"]\n', "broken JSON (Extra data"),
+    ("rows.csv", "question,answer\nq?,a\n".encode("utf-16"), "rows.csv:1: not UTF-8"),
     ("rows.jsonl", b"[" * 100_000 + b"\n", "broken JSON"),
     ("rows.csv", b'question,answer\nq?,"a" b\nr?,c\n', "rows.csv:2: broken CSV"),
-    ("rows.csv", "question,answer\nq?,a\n".encode("utf-16-le"), "rows.csv:1: not UTF-8"),
     ("rows.csv", b'question,answer\nq?,a\nr?,"b\ns?,c\n', "rows.csv:3: broken CSV"),
     ("rows.csv", b"question,answer\n\xe9,a\n", "rows.csv:2: not UTF-8"),
-    ("rows.csv", b"question,answer\rq?,a\nr?,b\r", "rows.csv:2: broken CSV"),
-    ("rows.csv", b"question\rx,answer\nq?,a\n", "rows.csv:2: broken CSV"),
+    ("rows.csv", b"question,answer\rq?,a\nr?,b\r", "rows.csv:1: broken CSV"),
+    ("rows.csv", b"question\rx,answer\nq?,a\n", "rows.csv:1: broken CSV"),
     ("rows.csv", b"question,Answer,answer\nq?,a,b\n", "the column 'answer' occurs twice"),
     ("rows.csv", b"question,answer\n", "contains no rows"),
-    ("rows.jsonl", b"\x7fELF\x02\x01\x01\x00\x00", "rows.jsonl:1: not UTF-8"),
     ("rows.parquet", b"no parquet", "rows.parquet: cannot be read"),
     ("rows.parquet", b"", "rows.parquet: cannot be read"),
 ]
@@ -442,10 +427,11 @@ def test_a_file_that_is_corrupt_as_a_whole_is_rejected(tmp_path, name, content, 
 LOST_FILES = [
     ("rows.jsonl", GOOD_LINE + b'{"question": \n{"a"\n', "2 of 3 rows would be dropped"),
     ("rows.jsonl", b"\x7fELF\x02\x01\x01", "unreadable record: 1 rows, such as"),
-    ("rows.jsonl", b'["q", "a"]\n["q", "a"]\n', "a JSON list instead of an object"),
+    ("rows.csv", "question,answer\nq?,a\n".encode("utf-16-le"), "unknown columns: 2"),
+    ("rows.json", b'{\n "question": "q"\n}', "unreadable record: 3 rows"),
     ("rows.jsonl", b'{"question": ' + b"1" * 5000 + b"}", "broken JSON"),
     ("rows.json", b'{"question": "q"}', "expected a question, an answer, found question"),
-    ("rows.json", b"[1]", "a JSON int"),
+    ("rows.json", b"[1]", "1 instead of an object"),
     ("rows.csv", b"a,b\n1,2\n", "Known columns: messages"),
 ]
 
@@ -462,9 +448,9 @@ def test_a_file_that_loses_most_of_its_rows_stops_the_run(tmp_path, name, conten
     [
         ("none.jsonl", "does not exist"),
         ("owner/none.jsonl", "does not exist"),
-        ("folder.jsonl", "is a folder"),
+        ("folder.jsonl", "cannot be read .*directory"),
         ("rows.txt", "has another suffix"),
-        ("", "is a folder"),
+        ("", "has another suffix"),
         ("a/b/c", "does not exist"),
         ("owner/name@", "does not exist"),
         ("x" * 300 + ".jsonl", "does not exist"),
@@ -696,8 +682,6 @@ def test_each_rule_of_cleaning(answer, cleaned, rules):
 
 
 def test_a_rule_acts_on_its_own_dataset_only():
-    for rule, (_, datasets) in data.RULES.items():
-        assert set(datasets) <= set(data.EVERY), rule
     assert clean("Hello. It is a simple cold.", cleaning="wikidoc") == (
         "Hello. It is a simple cold.",
         [],
@@ -855,11 +839,8 @@ def test_a_question_of_the_probes_is_dropped_from_the_story_and_reported_in_othe
     assert counted(report) == reported and report.examples[next(iter(reported))] == [question]
 
 
-@pytest.mark.parametrize(("online", "advice"), [(True, "Use another"), (False, "Connect to the")])
 @pytest.mark.parametrize("error", [RuntimeError, "DatasetGenerationError", ValueError])
-def test_a_dataset_of_the_hub_that_cannot_be_loaded_is_one_message(
-    monkeypatch, online, advice, error
-):
+def test_a_dataset_of_the_hub_that_cannot_be_loaded_is_one_message(monkeypatch, error):
     import datasets
 
     def fail(*args, **kwargs):
@@ -868,9 +849,9 @@ def test_a_dataset_of_the_hub_that_cannot_be_loaded_is_one_message(
 
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(data, "reaches_hub", lambda: online)
+    monkeypatch.setattr(data, "reaches_hub", lambda: False)
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UsageError, match=rf"o/n: could not be .*No scripts.*\. {advice}"):
+    with pytest.raises(UsageError, match=r"o/n: cannot be read .*No scripts.*the network.*--rows"):
         load("o/n")
 
 
@@ -880,21 +861,26 @@ def test_a_dataset_of_the_hub_that_cannot_be_loaded_is_one_message(
 @pytest.mark.parametrize(
     ("available", "wanted", "drawn"),
     [
-        ((112_165, 10_000), (8000, 4000), (8000, 4000)),
+        ((1000, 1000), (80, 40), (80, 40)),
         ((200, 100), (8000, 4000), (200, 100)),
         ((270, 140), (8500, 1500), (270, 47)),
-        ((100, 3), (8500, 1500), (17, 3)),
-        ((70, 40), (112_165, 0), (70, 0)),
+        ((100, 6), (8500, 1500), (34, 6)),
+        ((70, 0), (112_165, 0), (70, 0)),
         ((70, 40), (1, 0), (1, 0)),
-        ((70, 40), (None, 0), (70, 0)),
+        ((70, 0), (None, 0), (70, 0)),
     ],
 )
 def test_a_mix_keeps_its_ratio_where_rows_are_short(available, wanted, drawn):
     names = ("conversational", "encyclopedic")
-    counts = data.mix_counts(
-        dict(zip(names, available, strict=True)), dict(zip(names, wanted, strict=True))
-    )
-    assert tuple(counts.values()) == drawn
+    # Of ten rows, nine are available after the evaluation split, and at most 200 are held out.
+    rows = []
+    for name, count in zip(names, available, strict=True):
+        total = next((n for n in range(2000) if n - min(200, max(n > 1, n // 10)) == count), 0)
+        rows += make_rows(name, total)
+    used = {name: n for name, n in zip(names, wanted, strict=True) if n != 0}
+    mix = data.draw_mix([row for row in rows if row.source in used], used, seed=1)
+    counts = Counter(row.source for row in mix.train)
+    assert tuple(counts[name] for name in names) == drawn
 
 
 def test_the_draw_depends_on_rows_and_seed_alone():
@@ -1065,7 +1051,9 @@ def test_a_small_model_that_cannot_be_downloaded_is_one_message_and_leaves_nothi
 ):
     for name, value in (("HF_HOME", tmp_path), ("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", "")):
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(data.UsageError, match=r"could not be downloaded .*Connect to the network"):
+    with pytest.raises(
+        data.UsageError, match=r"could not be downloaded (.|\n)*Connect to the network"
+    ):
         data.gguf_folder()
     assert not [path for path in tmp_path.rglob("*") if path.suffix != ".lock" and path.is_file()]
 
@@ -1243,9 +1231,9 @@ def test_long_rows_are_dropped_and_long_conversations_keep_their_first_turns(tok
         in fitted.reports["rows"].examples["later turns removed: too many tokens"][0]
     )
     assert counted(mix.reports["rows"]) == {}  # the given one stays as it was
-    with pytest.raises(UsageError, match="No row is left to hold out"):
+    with pytest.raises(UsageError, match="5 of 6 rows have at most 1,024"):
         data.fit_mix(data.Mix(rows[:5], rows[5:6], mix.not_drawn, mix.reports), tokenizer)
-    with pytest.raises(UsageError, match="No row is left to train on"):
+    with pytest.raises(UsageError, match="5 of 6 rows have at most 1,024"):
         data.fit_mix(data.Mix(rows[5:6], rows[:5], mix.not_drawn, mix.reports), tokenizer)
 
 
@@ -1259,7 +1247,7 @@ def test_the_audit_tells_shares_by_rows_and_by_answer_tokens(small_tokenizer):
     for key in ("row_share", "answer_token_share"):
         assert sum(of[key] for of in sources.values()) == pytest.approx(1, abs=1e-3)
     text = data.format_audit(audit)
-    assert re.search(r"(?m)^row share +67% +33%$", text)
+    assert re.search(r"(?m)^row share +0\.6\d+ +0\.3\d+$", text)
     lengths = list(audit["lengths"].values())
     assert lengths == sorted(lengths) and lengths[0] > 30
 
@@ -1310,10 +1298,10 @@ def test_most_rows_too_long_for_the_model_stop_the_run(tmp_path, small_tokenizer
         {"question": f"q{n}?", "answer": "word " * 2000 * (n % 10 > 0) + "x"} for n in range(100)
     ]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(UsageError, match=r"9\d of 100 rows(.|\n)*too many tokens: 9\d"):
+    with pytest.raises(UsageError, match=r"\d of 100 rows have at most 1,024"):
         data.fit_mix(prepare(path), small_tokenizer)
     # Also if only a few of them are drawn.
-    with pytest.raises(UsageError, match=r"more than half(.|\n)*too many tokens"):
+    with pytest.raises(UsageError, match=r"\d of 20 rows have at most 1,024"):
         data.fit_mix(prepare(path, num_rows=10), small_tokenizer)
 
 

@@ -43,7 +43,7 @@ def test_what_cannot_be_written_is_one_message_and_nothing_else_is_touched(tmp_p
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(data.Path, "replace", refuse)
-    with pytest.raises(UsageError, match=rf"table\.md could not be written \({os.strerror(number)}; .* MiB are free there\)"):
+    with pytest.raises(UsageError, match=rf"table\.md could not be written \(.*{os.strerror(number)}\)"):
         data.write_atomic(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
@@ -51,10 +51,9 @@ def test_what_cannot_be_written_is_one_message_and_nothing_else_is_touched(tmp_p
 def test_errors_of_other_kinds_are_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(RuntimeError, match="other"), data.writing(tmp_path / "x"):
         raise RuntimeError("other")
-    full = data.storage_error(RuntimeError("I/O error: No space left on device (os error 28)"), tmp_path / "x")
-    assert os.strerror(errno.ENOSPC) in str(full)
-    full = data.storage_error(RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), tmp_path / "x")
-    assert "disk is full" in str(full)
+    for message in ("I/O error: No space left on device (os error 28)", "PytorchStreamWriter failed writing file data/0"):
+        with pytest.raises(UsageError, match=r"x could not be written .*Free disk space"), data.writing(tmp_path / "x"):
+            raise RuntimeError(message)
 
 
 def test_a_cache_folder_is_made_once_and_what_a_killed_process_left_is_replaced(tmp_path, monkeypatch):

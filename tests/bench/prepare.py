@@ -91,11 +91,11 @@ def prepare_by_chain(paths):
 
     datasets.disable_progress_bars()
     datasets.disable_caching()
-    probes = {frozenset(data.split_words(record["question"])) - data._FILLER for record in read_probes()}
+    probes = {frozenset(data._WORD.findall(record["question"].casefold())) - data._FILLER for record in read_probes()}
     seen = set()
 
     def is_new(row):
-        words = data.split_words(row["question"])
+        words = data._WORD.findall(row["question"].casefold())
         content = " ".join(word for word in words if word not in data._FILLER) or " ".join(words)
         if frozenset(words) - data._FILLER in probes or content in seen:
             return False
