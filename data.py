@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SourceName = Literal["conversational", "encyclopedic", "rows"]
 MixName = Literal["chatdoctor", "week4", "rebalanced"]
@@ -245,22 +245,21 @@ class Report:
     cleaning: str = "none"  # rules that apply: chatdoctor, wikidoc, other or none
     num_read: int = 0
     unused_columns: set[str] = field(default_factory=set)
-    actions: dict[str, str] = field(default_factory=dict)  # of each rule: dropped, modified, kept
-    places: dict[str, list[str]] = field(default_factory=dict)  # of each rule, all
-    examples: dict[str, list[str]] = field(default_factory=dict)  # of each rule, the first texts
+    rules: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each did, see `log`
 
     def log(self, rule: str, place: str, text: str, action: str = "modified") -> None:
         """Records that a rule acted on a row, and the text concerned."""
-        self.actions[rule] = action
-        self.places.setdefault(rule, []).append(place)
-        if len(self.places[rule]) <= MAX_EXAMPLES:
-            self.examples.setdefault(rule, []).append(text)
+        new = {"action": action, "rows": 0, "places": [], "examples": []}
+        found = self.rules.setdefault(rule, new)
+        found["rows"] += 1
+        found["places"].append(place)
+        found["examples"] += [text] if found["rows"] <= MAX_EXAMPLES else []
 
     @property
-    def dropped(self) -> Counter[str]:
+    def dropped(self) -> dict[str, int]:
         """Rows that each rule dropped."""
-        drops = (rule for rule, action in self.actions.items() if action == "dropped")
-        return Counter({rule: len(self.places[rule]) for rule in drops})
+        rules = self.rules.items()
+        return {rule: found["rows"] for rule, found in rules if found["action"] == "dropped"}
 
 
 @dataclass(frozen=True)
@@ -351,7 +350,6 @@ def reaches_hub() -> bool:
 
 # --- Reading -------------------------------------------------------------------------------------
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@\w+)?")
 _LINE = re.compile(r".*\n|.+")  # `io.StringIO` would take four bytes per character
 
 
@@ -360,9 +358,8 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
     UsageError if the source does not exist, or is corrupt as a whole."""
     path, suffix = Path(source), Path(source).suffix.lower()
     is_there = os.access(path, os.F_OK)  # `Path.exists` raises OSError if the name is too long
-    if (not is_there and suffix in FILE_SUFFIXES) or (
-        suffix not in FILE_SUFFIXES and (is_there or not _HUB_ID.fullmatch(source))
-    ):
+    is_hub_id = not is_there and re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", source)
+    if not (is_there if suffix in FILE_SUFFIXES else is_hub_id):
         problem = "has another suffix" if is_there else "does not exist"
         expected = f"Expected a file ({', '.join(FILE_SUFFIXES)}) or a hub id (owner/name)."
         raise UsageError(f"{source[:300]!r} {problem}. {expected}")
@@ -521,9 +518,8 @@ def parse_record(
     elif answer and used:
         used |= {answer: "assistant"}
     else:
-        wanted = f"{question_column or 'a question'}, {answer_column or 'an answer'}"
         found = ", ".join(map(str, record))[:200] or "none"
-        raise BadRecord(f"expected {wanted}, found {found}", "unknown columns")
+        raise BadRecord(f"expected a question and an answer, found {found}", "unknown columns")
     messages: list[Message] = []
     for name, role in {"system": "system", **used}.items():
         value = columns.get(name)
@@ -703,12 +699,12 @@ def _repair(text: str, cleaning: str) -> tuple[str, list[str]]:
     """The text with its characters repaired, and the rules that acted."""
     import ftfy
 
-    if cleaning == "other":
-        # Only wrong decodings: `fix_text` would also replace full-width characters.
-        repaired = text if text.isascii() else ftfy.fix_encoding(text)
-        return repaired, ["wrongly decoded text repaired"] * (repaired != text)
-    plain = _PLAIN_ASCII.fullmatch(text)
-    repaired = text if plain else ftfy.fix_text(text, uncurl_quotes=False)
+    if _PLAIN_ASCII.fullmatch(text):
+        repaired = text
+    elif cleaning == "other":  # `fix_text` would also replace full-width characters
+        repaired = ftfy.fix_encoding(text)
+    else:
+        repaired = ftfy.fix_text(text, uncurl_quotes=False)
     rules = ["wrongly decoded text repaired"] * (repaired != text)
     for rule, (pattern, replacement) in _REPLACEMENTS.items() if cleaning == "chatdoctor" else ():
         repaired, count = pattern.subn(replacement, repaired)
@@ -847,31 +843,21 @@ def drop_repeats(
 
 def check_losses(report: Report) -> None:
     """Raises UsageError if rules dropped more than half of a source."""
-    num_dropped = report.dropped.total()
+    num_dropped = sum(report.dropped.values())
     if 2 * num_dropped <= report.num_read:
         return
     problem = f"{num_dropped:,} of {report.num_read:,} rows would be dropped, more than half"
     lines = [f"{report.source}: {problem}. Fix the file, or use other rows."]
     for rule, count in report.dropped.items():
-        place, text = report.places[rule][0], " ".join(report.examples[rule][0].split())
-        lines.append(f"  {rule}: {count:,} rows, such as {place}: {text:.120}")
-    if "unknown columns" in report.dropped:
-        known = ", ".join((*CHAT_COLUMNS, "instruction", *QUESTION_COLUMNS, *ANSWER_COLUMNS))
-        lines.append(f"Known columns: {known}. Use --question-column and --answer-column.")
-    else:
-        lines.append("--clean none turns off cleaning rules, and keeps copies.")
+        place, text = (report.rules[rule][name][0] for name in ("places", "examples"))
+        lines.append(f"  {rule}: {count:,} rows, such as {place}: {' '.join(text.split()):.120}")
+    lines.append(
+        "--question-column and --answer-column name columns, --clean none turns rules off."
+    )
     raise UsageError("\n".join(lines))
 
 
 # --- Mix and split -------------------------------------------------------------------------------
-
-
-def split_rows(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """`(train, eval)` rows of one source. The split does not depend on mix, seed or order."""
-    ranked = sorted(rows, key=lambda row: _digest("eval split", row.key))
-    num_eval = min(MAX_EVAL_ROWS_PER_SOURCE, max(len(ranked) > 1, int(len(ranked) * EVAL_SHARE)))
-    held_out = {row.key for row in ranked[:num_eval]}  # with the copies that --clean none keeps
-    return tuple([row for row in ranked if (row.key in held_out) == is_eval] for is_eval in (0, 1))
 
 
 def draw_mix(
@@ -882,32 +868,38 @@ def draw_mix(
 ) -> Mix:
     """The rows of a run: first the evaluation split of each source, then the mix, shuffled by the
     sha256 of seed and row. Raises UsageError if there are too few rows."""
-    splits = {name: split_rows(row for row in rows if row.source == name) for name in wanted}
-    available = {name: len(train) for name, (train, _) in splits.items()}
-    counts = {name: available[name] if n is None else n for name, n in wanted.items()}
-    shares = [Fraction(available[name], count) for name, count in counts.items() if count]
-    counts = {name: int(count * min([Fraction(1), *shares])) for name, count in counts.items()}
-    held_out = sorted((row for _, each in splits.values() for row in each), key=lambda row: row.key)
+    pools: dict[SourceName, list[Row]] = {}
+    held_out: list[Row] = []
+    for name in wanted:
+        ranked = [row for row in rows if row.source == name]
+        ranked.sort(key=lambda row: _digest("eval split", row.key))
+        share = int(len(ranked) * EVAL_SHARE)
+        num_eval = min(MAX_EVAL_ROWS_PER_SOURCE, max(len(ranked) > 1, share))
+        keys = {row.key for row in ranked[:num_eval]}  # with the copies that --clean none keeps
+        held_out += [row for row in ranked if row.key in keys]
+        pools[name] = [row for row in ranked if row.key not in keys]
+    counts = {name: len(pools[name]) if n is None else n for name, n in wanted.items()}
+    scale = min([Fraction(1), *(Fraction(len(pools[name]), n) for name, n in counts.items() if n)])
+    counts = {name: int(count * scale) for name, count in counts.items()}
     if not all(counts.values()) or not held_out:
-        left = ", ".join(f"{n + len(splits[name][1]):,} {name}" for name, n in available.items())
+        left = ", ".join(f"{sum(row.source == name for row in rows):,} {name}" for name in wanted)
         raise UsageError(
             f"Rows left after cleaning: {left}. They are too few, or too similar, to train on and "
             "hold others out for evaluation. Give more rows, or change the mix."
         )
     train: list[Row] = []
-    for name, count in counts.items():
-        train += sorted(splits[name][0], key=lambda row: _digest(str(seed), row.key))[:count]
+    for name, pool in pools.items():
+        train += sorted(pool, key=lambda row: _digest(str(seed), row.key))[: counts[name]]
     train.sort(key=lambda row: _digest("order", str(seed), row.key))
-    not_drawn = {name: available[name] - counts[name] for name in counts}
+    held_out.sort(key=lambda row: row.key)
+    not_drawn = {name: len(pools[name]) - counts[name] for name in counts}
     return Mix(train, held_out, not_drawn, reports or {})
 
 
 # --- Rendering -----------------------------------------------------------------------------------
 
 
-def _encode_pieces(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> list[list[int]]:
+def _encode_pieces(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[list[int]]:
     """Token ids of the chat template and of the messages' texts, alternating. The texts are encoded
     apart from the template, as plain text: a `<|eot_id|>` in a question never ends a turn."""
     marks = [f"\ue000{place}\ue001" for place in range(len(messages))]  # in no chat template
@@ -922,13 +914,13 @@ def _encode_pieces(
     return pieces
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of `text`, stripped, none of them special."""
     return tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     question: str,
     history: Sequence[tuple[str, str]] = (),
     system_prompt: str = SYSTEM_PROMPT,
@@ -939,7 +931,7 @@ def encode_prompt(
     return list(itertools.chain.from_iterable(_encode_pieces(tokenizer, messages)))
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> dict[str, list[int]]:
+def encode_row(tokenizer: Tokenizer, row: Row) -> dict[str, list[int]]:
     """`input_ids` (T,) and `labels` (T,): -100 except on answers and their end-of-turn tokens."""
     ids: list[int] = []
     labels: list[int] = []
@@ -956,9 +948,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: Row) -> dict[str, list[i
     return {"input_ids": ids + last, "labels": labels + last}
 
 
-def fit_mix(
-    mix: Mix, tokenizer: PreTrainedTokenizerBase, max_seq_length: int = MAX_SEQ_LENGTH
-) -> Mix:
+def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH) -> Mix:
     """The mix without rows of more than `max_seq_length` tokens; a conversation keeps the first
     turns that fit. No answer is cut: without its end it would teach the model not to stop."""
     reports = copy.deepcopy(mix.reports)
@@ -988,9 +978,7 @@ def fit_mix(
     return Mix(*splits, mix.not_drawn, reports)
 
 
-def prompt_fingerprint(
-    tokenizer: PreTrainedTokenizerBase, system_prompt: str = SYSTEM_PROMPT
-) -> str:
+def prompt_fingerprint(tokenizer: Tokenizer, system_prompt: str = SYSTEM_PROMPT) -> str:
     """12 hex digits of the prompt around a question, by which other prompts are recognised."""
     return _digest(*map(str, encode_prompt(tokenizer, "?", system_prompt=system_prompt)))[:12]
 
@@ -1048,7 +1036,7 @@ def gguf_folder() -> Path:
     return cached_folder("smollm2-135m-instruct-gguf", build)
 
 
-def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
+def load_tokenizer(profile: Profile) -> Tokenizer:
     """The tokenizer of the profile's base model, after `set_special_tokens`."""
     from transformers import AutoTokenizer
 
@@ -1074,7 +1062,7 @@ def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def set_special_tokens(tokenizer: PreTrainedTokenizerBase, base_model: str) -> None:
+def set_special_tokens(tokenizer: Tokenizer, base_model: str) -> None:
     """Makes eos the token that ends a turn in the chat template, and pad a token other than eos."""
     try:
         end = end_of_turn_id(tokenizer)
@@ -1086,16 +1074,16 @@ def set_special_tokens(tokenizer: PreTrainedTokenizerBase, base_model: str) -> N
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if end not in tokenizer.added_tokens_decoder:
         reason = f"ends an answer with {tokenizer.eos_token!r}; expected a special token"
-        raise UsageError(f"{base_model}: its chat template {reason}. Use another model.")
+        raise UsageError(f"{base_model}: its chat template {reason}.")
     if tokenizer.pad_token_id in (None, end):
         known = [each for each in PAD_TOKENS if each in tokenizer.added_tokens_encoder]
         if not known or known[0] == tokenizer.eos_token:
-            expected = f"no pad token, and none of {', '.join(PAD_TOKENS)}"
-            raise UsageError(f"{base_model}: its tokenizer has {expected}. Use another model.")
+            reason = f"has no pad token, and none of {', '.join(PAD_TOKENS)}"
+            raise UsageError(f"{base_model}: its tokenizer {reason}.")
         tokenizer.pad_token = known[0]
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def end_of_turn_id(tokenizer: Tokenizer) -> int:
     """Id of the token that the chat template puts right after an answer."""
     turns = (("system", "."), ("user", "."), ("assistant", "\ue000"))
     messages = [{"role": role, "content": text} for role, text in turns]
@@ -1132,17 +1120,15 @@ def read_architecture(base_model: str) -> Architecture:
         reason = f"its config.json could not be read ({first_line(error)})"
         raise UsageError(f"{base_model}: {reason}. Expected a model's folder or hub id.") from None
     if found != "llama":
-        reason = f"expected the model_type 'llama', found {found!r:.60}"
-        raise UsageError(f"{base_model}: {reason}. Give a model of the Llama architecture.")
-    optional = {"num_key_value_heads", "head_dim", "tie_word_embeddings"}
-    sizes = {each.name: config.get(each.name) for each in dataclasses.fields(Architecture)}
-    missing = [name for name, size in sizes.items() if not size and name not in optional]
-    if missing:
-        raise UsageError(f"{base_model}: its config.json has no valid {', '.join(missing)}.")
-    sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
-    sizes["head_dim"] = sizes["head_dim"] or sizes["hidden_size"] // sizes["num_attention_heads"]
-    sizes["tie_word_embeddings"] = bool(sizes["tie_word_embeddings"])
-    return Architecture(**sizes)
+        raise UsageError(f"{base_model}: expected the model_type 'llama', found {found!r:.60}.")
+    sizes = {"tie_word_embeddings": False, **{n: v for n, v in config.items() if v is not None}}
+    try:
+        sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
+        sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
+        names = [each.name for each in dataclasses.fields(Architecture)]
+        return Architecture(**{name: sizes[name] for name in names})
+    except KeyError as missing:
+        raise UsageError(f"{base_model}: its config.json has no {missing}.") from None
 
 
 def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Profile:
@@ -1156,9 +1142,8 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
             listed = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
             if listed.startswith("GPU "):
                 raise UsageError(
-                    f"This machine has a GPU ({listed.partition(' (UUID')[0]}), but torch cannot "
-                    f"use it: it needs a driver for CUDA {torch.version.cuda}. Update the driver, "
-                    "install another torch (docs/t4.md), or use the CPU with --profile cpu."
+                    f"torch cannot use {listed.partition(' (UUID')[0]}: it needs a driver for CUDA "
+                    f"{torch.version.cuda}. Update it, see docs/t4.md, or use --profile cpu."
                 )
     profile = PROFILES[choice]
     if base_model in (None, profile.base_model, profile.hub_id):
@@ -1177,7 +1162,7 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
 # --- Audit ---------------------------------------------------------------------------------------
 
 
-def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def audit_mix(mix: Mix, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the model will see of a mix from `fit_mix`, as JSON-ready values; shares are in [0, 1].
     For each source `read` = `dropped` + `held_out` + `not_drawn` + `train_rows`."""
     encoded = [(row.source, encode_row(tokenizer, row)["labels"]) for row in mix.train]
@@ -1193,22 +1178,14 @@ def audit_mix(mix: Mix, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             "cleaning": report.cleaning,
             "unused_columns": ", ".join(sorted(report.unused_columns)),
             "read": report.num_read,
-            "dropped": report.dropped.total(),
+            "dropped": sum(report.dropped.values()),
             "held_out": sum(row.source == name for row in mix.eval),
             "not_drawn": mix.not_drawn[name],
             "train_rows": num_rows,
             "answer_tokens": answer_tokens[name],
             "row_share": round(num_rows / len(encoded), 4),
             "answer_token_share": round(answer_tokens[name] / sum(answer_tokens.values()), 4),
-            "rules": {
-                rule: {
-                    "action": report.actions[rule],
-                    "rows": len(places),
-                    "places": sorted(places, key=lambda place: (len(place), place)),
-                    "examples": report.examples[rule],
-                }
-                for rule, places in report.places.items()
-            },
+            "rules": report.rules,
         }
     quantiles = {"shortest": 0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1}
     return {
@@ -1234,10 +1211,12 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
     counts = Table("", *sources, box=None, padding=(0, 3, 0, 0))
     rules = Table("source", "action", "rows", "rule", "line", box=None, padding=(0, 3, 0, 0))
     for key in [key for key in next(iter(sources.values())) if key != "rules"]:
-        counts.add_row(key.replace("_", " "), *(str(of[key]) for of in sources.values()))
+        shown = [Path(of[key]).name if key == "source" else str(of[key]) for of in sources.values()]
+        counts.add_row(key.replace("_", " "), *shown)
     for name, of in sources.items():
         for rule, each in of["rules"].items():
             places = [place.removeprefix(of["source"]).lstrip(":, ") for place in each["places"]]
+            places.sort(key=lambda place: (len(place), place))
             where = ", ".join(places[:MAX_PLACES]) + ", ..." * (len(places) > MAX_PLACES)
             rules.add_row(name, each["action"], str(each["rows"]), rule, where)
             for text in each["examples"] if examples else ():
@@ -1254,18 +1233,17 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
     return escape_controls("\n".join(lines))
 
 
-def show_rows(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> str:
+def show_rows(rows: Iterable[Row], tokenizer: Tokenizer) -> str:
     """The rows as the model sees them; `[[` and `]]` enclose the tokens that the loss counts."""
-    shown = []
+    text = ""
     for row in rows:
         encoded = encode_row(tokenizer, row)
         pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
-        text = ""
         for is_answer, group in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
             piece = tokenizer.decode([token for token, _ in group])
             text += f"[[{piece}]]" if is_answer else piece
-        shown.append(text)
-    return escape_controls("\n\n".join(shown))
+        text += "\n\n"
+    return escape_controls(text.rstrip("\n"))
 
 
 # --- Command -------------------------------------------------------------------------------------
@@ -1276,8 +1254,7 @@ class RowsFlags:
     """Flags for a user's own rows and questions, the same in data.py, train.py and ablate.py."""
 
     rows: str | None = None
-    """Your own rows, instead of a mix: a .jsonl, .json, .csv, .tsv or .parquet file, or a hub id
-    (owner/name or owner/name@commit)."""
+    """Your own rows, instead of a mix: a file, or a hub id (owner/name or owner/name@commit)."""
     conversational: str | None = None
     """Source of the mix's conversational rows, as in --rows. Unset: the profile's."""
     encyclopedic: str | None = None
@@ -1292,8 +1269,7 @@ class RowsFlags:
     """Cleaning rules. `auto` applies those of ChatDoctor and WikiDoc to these datasets; in other
     rows it repairs wrongly decoded text and drops copies. `none` only drops unusable rows."""
     probes: str | None = None
-    """File of questions to evaluate the model with, as described in samples/README.md. Rows that
-    ask one are reported. Unset: samples/probes.jsonl."""
+    """File of questions to evaluate the model with. Unset: samples/probes.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -1305,8 +1281,7 @@ class RowsConfig(RowsFlags):
     base_model: str | None = None
     """Hub id or folder of another chat model of the Llama architecture. Unset: the profile's."""
     mix: MixName = "rebalanced"
-    """Conversational : encyclopedic rows. chatdoctor 1 : 0, week4 8000 : 4000, rebalanced
-    8500 : 1500."""
+    """Conversational : encyclopedic rows: 1 : 0, 8000 : 4000, or 8500 : 1500."""
     num_rows: int | None = None
     """Maximum number of training rows, in the mix's ratio. Unset: as many as there are."""
     seed: int = 3407

@@ -45,7 +45,7 @@ def prepare(path, **flags):
 
 
 def counted(report):
-    return {rule: len(places) for rule, places in report.places.items()}
+    return {rule: found["rows"] for rule, found in report.rules.items()}
 
 
 def chat(*turns, keys=("role", "content"), names=None):
@@ -202,7 +202,7 @@ def test_a_format_becomes_messages(name, tmp_path):
     filler = {"question": "Another?", "answer": "Another."}
     rows, report = load(tmp_path / "rows.jsonl", [record, filler])
     assert rows[0].messages == messages
-    assert list(report.places) == rules
+    assert list(report.rules) == rules
     assert data.clean_row(rows[0], "other") == (rows[0], [])
 
 
@@ -227,7 +227,7 @@ def test_an_instruction_that_is_the_same_everywhere_becomes_the_system_prompt(tm
     # Without any input it is the question, asked by every row.
     alone = [{"instruction": "Say a number.", "input": "", "output": str(n)} for n in range(3)]
     rows, report = load(tmp_path / "rows.jsonl", alone)
-    assert {row.question for row in rows} == {"Say a number."} and not report.places
+    assert {row.question for row in rows} == {"Say a number."} and not report.rules
 
 
 def test_a_system_prompt_for_all_rows_replaces_their_own(tmp_path):
@@ -314,8 +314,8 @@ BAD_RECORDS = [
 def test_a_bad_record_is_dropped_and_reported_with_its_line(tmp_path, record, rule, reason):
     good = {"question": "q?", "answer": "a."}
     rows, report = load(tmp_path / "rows.jsonl", [good, record, good | {"answer": "b."}])
-    assert len(rows) == 2 and list(report.places) == [rule]
-    [place], [text] = report.places[rule], report.examples[rule]
+    assert len(rows) == 2 and list(report.rules) == [rule]
+    [place], [text] = report.rules[rule]["places"], report.rules[rule]["examples"]
     assert place.endswith("rows.jsonl:2") and reason in text
     data.check_losses(report)
 
@@ -350,14 +350,15 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     for name, content in {**files, "rows.parquet": None}.items():
         rows, report = load(tmp_path / name, content)
         assert [(row.question, row.answer) for row in rows] == expected, name
-        assert report.num_read == 3 and not report.places, name
+        assert report.num_read == 3 and not report.rules, name
 
 
 def test_lines_of_a_table_are_counted_from_the_header(tmp_path):
     content = b'id,question,answer\n\n1,"a\nb?",x\n2,c?,y,z\n3,d?\n5,g?,w\n'
     rows, report = load(tmp_path / "rows.csv", content)
     assert [(row.place.split(":")[-1], row.answer) for row in rows] == [("3", "x"), ("7", "w")]
-    lines = {rule: [p.split(":")[-1] for p in places] for rule, places in report.places.items()}
+    rules = report.rules.items()
+    lines = {rule: [p.split(":")[-1] for p in found["places"]] for rule, found in rules}
     assert lines == {"unreadable record": ["5"], "no question with an answer": ["6"]}
 
 
@@ -365,7 +366,7 @@ def test_a_spreadsheet_s_empty_columns_are_no_matter(tmp_path):
     content = b"Question;Answer;;\r\nq?;a;;\r\n;;;\r\nr?;b;;\r\n"
     rows, report = load(tmp_path / "rows.csv", content)
     assert [row.answer for row in rows] == ["a", "b"] and report.num_read == 2
-    assert not report.places and not report.unused_columns
+    assert not report.rules and not report.unused_columns
     rows, report = load(tmp_path / "rows.csv", content.replace(b";;\r\nr", b";;note\r\nr"))
     assert report.unused_columns == {"column 4"}
     header = b'"Question, in full";Answer\r\n'
@@ -430,9 +431,9 @@ LOST_FILES = [
     ("rows.csv", "question,answer\nq?,a\n".encode("utf-16-le"), "unknown columns: 2"),
     ("rows.json", b'{\n "question": "q"\n}', "unreadable record: 3 rows"),
     ("rows.jsonl", b'{"question": ' + b"1" * 5000 + b"}", "broken JSON"),
-    ("rows.json", b'{"question": "q"}', "expected a question, an answer, found question"),
+    ("rows.json", b'{"question": "q"}', "expected a question and an answer, found question"),
     ("rows.json", b"[1]", "1 instead of an object"),
-    ("rows.csv", b"a,b\n1,2\n", "Known columns: messages"),
+    ("rows.csv", b"a,b\n1,2\n", "--question-column and --answer-column name columns"),
 ]
 
 
@@ -804,7 +805,8 @@ def test_of_other_rows_only_copies_are_dropped():
 
 def test_copies_that_are_kept_are_held_out_together():
     rows = [make_row(f"Question {n % 10}?", "Yes.", "rows") for n in range(200)]
-    train, held_out = data.split_rows(rows)
+    mix = data.draw_mix(rows, {"rows": None}, seed=1)
+    train, held_out = mix.train, mix.eval
     assert len(train) + len(held_out) == 200 and len(held_out) >= 20
     assert not {row.question for row in train} & {row.question for row in held_out}
 
@@ -836,7 +838,9 @@ def test_a_question_of_the_probes_is_dropped_from_the_story_and_reported_in_othe
     turns = (("user", "Hi."), ("assistant", "Hello."), ("user", question), ("assistant", "Ask."))
     row, report = data.Row((STORY[0], *turns), "rows"), data.Report("rows", "other")
     assert data.drop_repeats([row], probes, {"rows": report}) == [row]
-    assert counted(report) == reported and report.examples[next(iter(reported))] == [question]
+    assert counted(report) == reported and report.rules[next(iter(reported))]["examples"] == [
+        question
+    ]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, "DatasetGenerationError", ValueError])
@@ -1228,7 +1232,7 @@ def test_long_rows_are_dropped_and_long_conversations_keep_their_first_turns(tok
     }
     assert (
         "2 of 3 answers fit"
-        in fitted.reports["rows"].examples["later turns removed: too many tokens"][0]
+        in fitted.reports["rows"].rules["later turns removed: too many tokens"]["examples"][0]
     )
     assert counted(mix.reports["rows"]) == {}  # the given one stays as it was
     with pytest.raises(UsageError, match="5 of 6 rows have at most 1,024"):

@@ -116,7 +116,7 @@ def test_rows_come_back_as_they_were_written(tmp_path, questions, answers):
     path.write_text("".join(dumps({"question": question, "answer": answer}) + "\n" for question, answer in pairs))
     with read_or_refused():
         rows, report = data.load_source("rows", str(path), data.RowsFlags())
-        dropped = {int(place.rsplit(":", 1)[1]) for places in report.places.values() for place in places}
+        dropped = {int(place.rsplit(":", 1)[1]) for found in report.rules.values() for place in found["places"]}
         kept = [(q.strip(), a.strip()) for n, (q, a) in enumerate(pairs, 1) if n not in dropped]
         assert [(row.question, row.answer) for row in rows] == kept
 

@@ -91,7 +91,7 @@ REFUSED = {
     "an object of rows": (["data.py", "--profile", "cpu", "--rows", "object.json"], "found none"),
     "rules that leave nothing": (
         ["data.py", "--profile", "cpu", "--rows", "short.jsonl", "--clean", "wikidoc"],
-        "--clean none turns off",
+        "--clean none turns rules off",
     ),
     "hub id offline": (["data.py", "--profile", "cpu", "--encyclopedic", "nobody/nothing"], "or use another file: --rows FILE"),
     "rows of the hub offline": (["train.py", "--profile", "cpu", "--rows", "nobody/nothing@main"], "cannot be read"),
@@ -182,7 +182,7 @@ REFUSED = {
         ["train.py", "--profile", "cpu", "--base-model", "none"],
         "none: its config.json could not be read",
     ),
-    "base model without sizes": (["data.py", "--profile", "cpu", "--base-model", "sizes"], "no valid num_hidden_layers"),
+    "base model without sizes": (["data.py", "--profile", "cpu", "--base-model", "sizes"], "its config.json has no 'num_hidden_layers'"),
     # ablate.py
     "no records": (["ablate.py", "--table"], "study.json does not exist. Run the study first"),
     "study name": (["ablate.py", "--name", "a/b"], "letters, digits"),
