@@ -478,22 +478,17 @@ def _read_text(value: Any, name: str) -> str:
 def _read_turns(turns: Any) -> list[Message]:
     messages: list[Message] = []
     for number, turn in enumerate(turns if isinstance(turns, list) else [turns], 1):
-        name = f"turn {number}"
-        if not isinstance(turn, dict) or not {"content", "value"} & turn.keys():
-            raise BadRecord(f"{name} has no role and content: {reprlib.repr(turn)}")
-        given = turn.get("from") if turn.get("role") is None else turn["role"]
-        role = ROLES.get(str(given).casefold())
-        if not role or (role == "system" and any(known != "system" for known, _ in messages)):
-            raise BadRecord(f"{name} has the role {given!r:.40}; expected system, user, assistant")
-        if turn.get("tool_calls") or turn.get("weight") == 0:
-            raise BadRecord(f"{name} has tool_calls, or weight 0")
-        content = turn.get("value") if turn.get("content") is None else turn["content"]
-        parts = content if isinstance(content, list) else [content]
+        is_turn = isinstance(turn, dict) and {"content", "value"} & turn.keys()
+        role = ROLES.get(str(turn.get("role") or turn.get("from")).casefold()) if is_turn else None
+        is_late = role == "system" and any(known != "system" for known, _ in messages)
+        if not role or is_late or turn.get("tool_calls") or turn.get("weight") == 0:
+            raise BadRecord(f"turn {number} cannot be trained on: {reprlib.repr(turn)}")
+        content = turn.get("content") or turn.get("value")
         texts = []
-        for part in parts:
+        for part in content if isinstance(content, list) else [content]:
             if isinstance(part, dict) and part.get("type") in (None, "text"):
                 part = part.get("text", part)
-            texts.append(_read_text(part, f"text of {name}"))
+            texts.append(_read_text(part, f"text of turn {number}"))
         messages.append((role, "\n".join(filter(None, texts))))
     return messages
 
@@ -555,14 +550,14 @@ def complete_messages(
         log["instruction and input joined"] = instruction
     turns: list[Message] = []
     for role, text in messages:
+        if role in ("system", "instruction"):
+            continue
         if role == "user" and instruction:
             text, instruction = f"{instruction}\n\n{text}".strip(), ""
-        if not text and role in ("user", "assistant"):
+        if not text:
             log["turn without text removed"] = role
-        elif role == "assistant" and not turns:
+        elif not turns and role == "assistant":
             log["answer before the first question removed"] = text
-        elif role not in ("user", "assistant"):
-            pass
         elif turns and turns[-1][0] == role:
             log["successive turns of one role joined"] = text
             turns[-1] = (role, f"{turns[-1][1]}\n\n{text}")
@@ -963,12 +958,11 @@ def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH
             if num_answers:
                 messages = row.messages[: 1 + 2 * num_answers]
                 splits[-1].append(dataclasses.replace(row, messages=messages))
-            text = f"{num_answers} of {len(ends)} answers fit: {row.question}"
-            if not num_answers:
-                reports[row.source].log("too many tokens", row.place, text, "dropped")
-            elif num_answers < len(ends):
-                rule = "later turns removed: too many tokens"
-                reports[row.source].log(rule, row.place, text)
+            if num_answers < len(ends):
+                rule = "later turns removed: too many tokens" if num_answers else "too many tokens"
+                text = f"{num_answers} of {len(ends)} answers fit: {row.question}"
+                action = "modified" if num_answers else "dropped"
+                reports[row.source].log(rule, row.place, text, action)
     num_left, num_drawn = sum(map(len, splits)), len(mix.train) + len(mix.eval)
     if not all(splits) or 2 * num_left < num_drawn:
         raise UsageError(

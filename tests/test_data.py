@@ -259,9 +259,9 @@ BAD_RECORDS = [
         "no answer follows",
     ),
     ({"question": 1, "answer": "a"}, "unreadable record", "the question is not text: 1"),
-    ({"question": ["q"], "answer": "a"}, "unreadable record", "turn 1 has no role"),
+    ({"question": ["q"], "answer": "a"}, "unreadable record", "turn 1 cannot be trained on: 'q'"),
     ({"question": "q?", "answer": "half \ud83d"}, "unreadable record", "the answer is not text"),
-    ({"messages": "hello"}, "unreadable record", "turn 1 has no role and content: 'hello'"),
+    ({"messages": "hello"}, "unreadable record", "turn 1 cannot be trained on: 'hello'"),
     ({"messages": None}, "no question with an answer", "the question is empty"),
     ({"messages": []}, "no question with an answer", "the question is empty"),
     ({"messages": chat(("u", "q?"))}, "no question with an answer", "no answer follows"),
@@ -269,12 +269,12 @@ BAD_RECORDS = [
     (
         {"messages": [{"role": "tool", "content": "x"}]},
         "unreadable record",
-        "turn 1 has the role 'tool'",
+        "turn 1 cannot be trained on: {'content': 'x', 'role': 'tool'}",
     ),
     (
         {"messages": chat(("u", "q?"), ("s", "Be brief."), ("a", "a."))},
         "unreadable record",
-        "turn 2 has the role 'system'",
+        "turn 2 cannot be trained on",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -289,7 +289,7 @@ BAD_RECORDS = [
     (
         {"messages": [{"role": "user", "text": "q?"}]},
         "unreadable record",
-        "turn 1 has no role and content",
+        "turn 1 cannot be trained on",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}]},
@@ -299,7 +299,7 @@ BAD_RECORDS = [
     (
         {"messages": [*chat(("u", "q?")), {"role": "assistant", "content": "a", "weight": 0}]},
         "unreadable record",
-        "turn 2 has tool_calls, or weight 0",
+        "turn 2 cannot be trained on",
     ),
     (
         {"messages": chat(("a", "a."), ("u", "q?"))},
