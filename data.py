@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import re
-import reprlib
 import shutil
 import signal
 import socket
@@ -471,7 +470,7 @@ def _read_text(value: Any, name: str) -> str:
     if value is None or value != value:  # NaN
         return ""
     if not isinstance(value, str) or re.search(r"[\ud800-\udfff]", value):
-        raise BadRecord(f"the {name} is not text: {reprlib.repr(value)}")
+        raise BadRecord(f"the {name} is not text: {value!r:.80}")
     return value.strip()
 
 
@@ -482,7 +481,7 @@ def _read_turns(turns: Any) -> list[Message]:
         role = ROLES.get(str(turn.get("role") or turn.get("from")).casefold()) if is_turn else None
         is_late = role == "system" and any(known != "system" for known, _ in messages)
         if not role or is_late or turn.get("tool_calls") or turn.get("weight") == 0:
-            raise BadRecord(f"turn {number} cannot be trained on: {reprlib.repr(turn)}")
+            raise BadRecord(f"turn {number} cannot be trained on: {turn!r:.80}")
         content = turn.get("content") or turn.get("value")
         texts = []
         for part in content if isinstance(content, list) else [content]:
@@ -500,7 +499,7 @@ def parse_record(
     if isinstance(record, BadRecord):
         raise record
     if not isinstance(record, dict):
-        raise BadRecord(f"{reprlib.repr(record)} instead of an object")
+        raise BadRecord(f"{record!r:.80} instead of an object")
     columns, used = find_question(record, question_column)
     if len(columns) < len(record):
         reason = f"two differ only in case: {', '.join(record):.100}"

@@ -269,7 +269,7 @@ BAD_RECORDS = [
     (
         {"messages": [{"role": "tool", "content": "x"}]},
         "unreadable record",
-        "turn 1 cannot be trained on: {'content': 'x', 'role': 'tool'}",
+        "turn 1 cannot be trained on: {'role': 'tool', 'content': 'x'}",
     ),
     (
         {"messages": chat(("u", "q?"), ("s", "Be brief."), ("a", "a."))},
@@ -294,7 +294,7 @@ BAD_RECORDS = [
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}]},
         "unreadable record",
-        "the text of turn 1 is not text: {'text': None, 'type': 'image'}",
+        "the text of turn 1 is not text: {'type': 'image', 'text': None}",
     ),
     (
         {"messages": [*chat(("u", "q?")), {"role": "assistant", "content": "a", "weight": 0}]},
