@@ -311,9 +311,9 @@ def writing(path: Path, part: Path | None = None) -> Iterator[None]:
         is_torch = re.search(r"PytorchStreamWriter failed|inline_container\.cc", str(error))
         if not is_torch and not (found and int(found[1]) in _STORAGE_ERRORS):
             raise
+        problem = f"{path} could not be written ({first_line(error)}). Earlier content is kept"
         raise UsageError(
-            f"{path} could not be written ({first_line(error)}). Earlier content is kept. Free "
-            "disk space, or fix the permissions, and run the same command again."
+            f"{problem}. Free disk space, or fix the permissions, and rerun."
         ) from error
 
 
@@ -877,10 +877,8 @@ def draw_mix(
     counts = {name: int(count * scale) for name, count in counts.items()}
     if not all(counts.values()) or not held_out:
         left = ", ".join(f"{sum(row.source == name for row in rows):,} {name}" for name in wanted)
-        raise UsageError(
-            f"Rows left after cleaning: {left}. They are too few, or too similar, to train on and "
-            "hold others out for evaluation. Give more rows, or change the mix."
-        )
+        problem = f"Rows left after cleaning: {left}. They are too few, or too similar"
+        raise UsageError(f"{problem}, to train and evaluate. Give more rows, or change the mix.")
     train: list[Row] = []
     for name, pool in pools.items():
         train += sorted(pool, key=lambda row: _digest(str(seed), row.key))[: counts[name]]
@@ -964,10 +962,8 @@ def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH
                 reports[row.source].log(rule, row.place, text, action)
     num_left, num_drawn = sum(map(len, splits)), len(mix.train) + len(mix.eval)
     if not all(splits) or 2 * num_left < num_drawn:
-        raise UsageError(
-            f"Too many tokens: {num_left:,} of {num_drawn:,} rows have at most {max_seq_length:,}. "
-            "They are too few to train on and hold others out for evaluation. Give shorter rows."
-        )
+        problem = f"{num_left:,} of {num_drawn:,} rows have at most {max_seq_length:,} tokens"
+        raise UsageError(f"Only {problem}, too few to train and evaluate. Give shorter rows.")
     return Mix(*splits, mix.not_drawn, reports)
 
 
@@ -1047,10 +1043,8 @@ def load_tokenizer(profile: Profile) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{profile.base_model}: the tokenizer could not be loaded ({first_line(error)}). "
-            "Connect to the network once, or use --profile cpu."
-        ) from None
+        problem = f"the tokenizer could not be loaded ({first_line(error)})"
+        raise UsageError(f"{profile.base_model}: {problem}. Check name and network.") from None
     set_special_tokens(tokenizer, profile.base_model)
     return tokenizer
 
@@ -1060,9 +1054,9 @@ def set_special_tokens(tokenizer: Tokenizer, base_model: str) -> None:
     try:
         end = end_of_turn_id(tokenizer)
     except Exception as error:  # a template raises whatever its author wrote
+        problem = "cannot render a system, a user and an assistant message"
         raise UsageError(
-            f"{base_model}: its chat template cannot render a system, a user and an assistant "
-            f"message ({first_line(error)}). Use an instruction-tuned model."
+            f"{base_model}: its chat template {problem} ({first_line(error)})."
         ) from None
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     if end not in tokenizer.added_tokens_decoder:
