@@ -960,6 +960,8 @@ def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH
                 text = f"{num_answers} of {len(ends)} answers fit: {row.question}"
                 action = "modified" if num_answers else "dropped"
                 reports[row.source].log(rule, row.place, text, action)
+    for report in reports.values():
+        check_losses(report)
     num_left, num_drawn = sum(map(len, splits)), len(mix.train) + len(mix.eval)
     if not all(splits) or 2 * num_left < num_drawn:
         problem = f"{num_left:,} of {num_drawn:,} rows have at most {max_seq_length:,} tokens"
