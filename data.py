@@ -9,6 +9,7 @@ Writes nothing: it prints what `train.py` with the same flags would train on.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import copy
 import csv
@@ -243,6 +244,7 @@ class Report:
     source: str
     cleaning: str = "none"  # rules that apply: chatdoctor, wikidoc, other or none
     num_read: int = 0
+    formats: dict[str, Counter[str]] = field(default_factory=dict)  # format: rows and answers
     unused_columns: set[str] = field(default_factory=set)
     rules: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each did, see `log`
 
@@ -388,9 +390,10 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
 
 
 def decode_text(content: bytes, name: str) -> str:
-    """The text of a UTF-8 file, without its byte order mark. Raises UsageError if it is not."""
+    """The text of a file in UTF-8, or in UTF-16 with its byte order mark. Raises UsageError."""
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-16" if is_utf_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{name}:{line}: not UTF-8 text. Save the file as UTF-8.") from None
@@ -474,8 +477,10 @@ def _read_text(value: Any, name: str) -> str:
     return value.strip()
 
 
-def _read_turns(turns: Any) -> list[Message]:
+def _read_turns(turns: Any) -> tuple[list[Message], set[str]]:
+    """The messages of a chat, and the fields of its turns that are not used."""
     messages: list[Message] = []
+    unused: set[str] = set()
     for number, turn in enumerate(turns if isinstance(turns, list) else [turns], 1):
         is_turn = isinstance(turn, dict) and {"content", "value"} & turn.keys()
         role = ROLES.get(str(turn.get("role") or turn.get("from")).casefold()) if is_turn else None
@@ -489,13 +494,15 @@ def _read_turns(turns: Any) -> list[Message]:
                 part = part.get("text", part)
             texts.append(_read_text(part, f"text of turn {number}"))
         messages.append((role, "\n".join(filter(None, texts))))
-    return messages
+        unused |= {key for key, value in turn.items() if value is not None}
+    return messages, unused - {"role", "from", "content", "value", "tool_calls", "weight"}
 
 
 def parse_record(
     record: Any, question_column: str | None = None, answer_column: str | None = None
-) -> tuple[list[Message], set[str]]:
-    """`(messages, unused columns)`; an instruction is a message of that role. Raises BadRecord."""
+) -> tuple[str, list[Message], set[str]]:
+    """`(format, messages, unused columns)`; an instruction is a message of that role. Raises
+    BadRecord."""
     if isinstance(record, BadRecord):
         raise record
     if not isinstance(record, dict):
@@ -515,14 +522,17 @@ def parse_record(
         found = ", ".join(map(str, record))[:200] or "none"
         raise BadRecord(f"expected a question and an answer, found {found}", "unknown columns")
     messages: list[Message] = []
+    others = columns.keys() - used.keys() - {"system"}
+    unused = {name for name in others if columns[name] is not None}
     for name, role in {"system": "system", **used}.items():
         value = columns.get(name)
         if isinstance(value, list) or (value is not None and role == "chat"):
-            messages += _read_turns(value)
+            turns, fields = _read_turns(value)
+            messages += turns
+            unused |= {f"{name}.{each}" for each in fields}
         else:
             messages.append((role, _read_text(value, name)))
-    unused = columns.keys() - used.keys() - {"system"}
-    return messages, {name for name in unused if columns[name] is not None}
+    return "/".join(used), messages, unused
 
 
 def complete_messages(
@@ -580,20 +590,20 @@ def load_source(
     columns do not apply to a profile's own source (`is_default`)."""
     report = Report(source, "other" if flags.clean == "auto" else flags.clean)
     columns = (None, None) if is_default else (flags.question_column, flags.answer_column)
-    parsed: list[tuple[str, list[Message]]] = []
+    parsed: list[tuple[str, str, list[Message]]] = []
     for place, record in read_records(source):
         report.num_read += 1
         try:
-            messages, unused = parse_record(record, *columns)
+            form, messages, unused = parse_record(record, *columns)
             report.unused_columns |= unused
-            parsed.append((place, messages))
+            parsed.append((place, form, messages))
         except BadRecord as bad:
             report.log(bad.rule, place, str(bad), "dropped")
     if not report.num_read:
         raise UsageError(f"{source}: contains no rows. Expected at least two.")
     # One instruction for all rows is a system prompt if at least half of them have an input.
-    instructions = {dict(messages).get("instruction", "") for _, messages in parsed}
-    num_inputs = sum(any(r == "user" and t for r, t in messages) for _, messages in parsed)
+    instructions = {dict(messages).get("instruction", "") for _, _, messages in parsed}
+    num_inputs = sum(any(r == "user" and t for r, t in messages) for _, _, messages in parsed)
     is_constant = len(instructions) == 1 < len(parsed) <= 2 * num_inputs
     constant = instructions.pop() if is_constant else ""
     for dataset, instruction in INSTRUCTIONS.items() if flags.clean == "auto" else ():
@@ -601,13 +611,14 @@ def load_source(
         if same_id or (name != "rows" and constant == instruction):
             report.cleaning = dataset
     rows = []
-    for place, given in parsed:
+    for place, form, given in parsed:
         try:
             messages, log = complete_messages(given, constant, report.cleaning, flags.system_prompt)
         except BadRecord as bad:
             report.log(bad.rule, place, str(bad), "dropped")
             continue
         rows.append(Row(messages, name, place))
+        report.formats.setdefault(form, Counter()).update(rows=1, answers=len(messages) // 2)
         for rule, text in log.items():
             report.log(rule, place, text)
     return rows, report
@@ -1165,6 +1176,10 @@ def audit_mix(mix: Mix, tokenizer: Tokenizer) -> dict[str, Any]:
         sources[name] = {
             "source": report.source,
             "cleaning": report.cleaning,
+            "formats": "; ".join(
+                f"{form}: {found['rows']:,} rows, {found['answers']:,} answers"
+                for form, found in report.formats.items()
+            ),
             "unused_columns": ", ".join(sorted(report.unused_columns)),
             "read": report.num_read,
             "dropped": sum(report.dropped.values()),
@@ -1216,9 +1231,10 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
     with console.capture() as captured:
         console.print(counts, "", rules, "", sep="\n")
     lines = [line.rstrip() for line in captured.get().splitlines()]
-    lines += [
-        f"{name.replace('_', ' ')}: {value}" for name, value in audit.items() if name != "sources"
-    ]
+    for name, value in audit.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{quantile} {length}" for quantile, length in value.items())
+        lines += [f"{name.replace('_', ' ')}: {value}"] * (name != "sources")
     return escape_controls("\n".join(lines))
 
 

@@ -210,7 +210,7 @@ def test_columns_with_other_names_are_named_by_flags(tmp_path):
     records = [{"Q": ASK, "icliniq": TELL, "chatgpt": "x", "question": "not this one"}]
     flags = {"question_column": "q", "answer_column": "ICLINIQ"}
     rows, report = load(tmp_path / "rows.jsonl", records, **flags)
-    assert rows[0].messages == STORY
+    assert rows[0].messages == STORY and report.formats == {"q/icliniq": {"rows": 1, "answers": 1}}
     assert report.unused_columns == {"chatgpt", "question"}
     with pytest.raises(UsageError, match=r"unknown columns(.|\n)*--question-column"):
         data.check_losses(load(tmp_path / "rows.jsonl", records)[1])
@@ -340,10 +340,11 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         "list.json": json.dumps(records, indent=2).encode(),
         "list.jsonl": json.dumps(records).encode(),
         "bom.jsonl": lines.encode("utf-8-sig"),
+        "utf16.jsonl": lines.encode("utf-16"),
         "UPPER.JSONL": lines.encode(),
         "semicolon.csv": table.encode(),
         "comma.csv": table.replace('";"', '", "').encode("utf-8-sig"),
-        "tab.tsv": table.replace('";"', '"\t"').encode(),
+        "tab.tsv": table.replace('";"', '"\t"').encode("utf-16"),
         "pipe.csv": table.replace('";"', '"|"').encode(),
     }
     expected = [(each["Question"], each["answer"]) for each in records]
@@ -378,10 +379,14 @@ def test_a_spreadsheet_s_empty_columns_are_no_matter(tmp_path):
     assert [row.answer for row in load(tmp_path / "rows.csv", concatenated)[0]] == ["a1", "a2"]
 
 
-def test_columns_that_are_not_used_are_named(tmp_path):
+def test_columns_and_fields_of_a_turn_that_are_not_used_are_named(tmp_path):
     turns = chat(("u", ASK), ("a", TELL))
+    turns[1] |= {"reasoning_content": "Hm.", "tool_calls": [], "name": None}
     _, report = load(tmp_path / "rows.jsonl", [{"messages": turns, "system": None, "id": 1}])
-    assert report.unused_columns == {"id"}
+    assert report.unused_columns == {"messages.reasoning_content", "id"}
+    record = {"prompt": turns[:1], "completion": turns[1:]}
+    _, report = load(tmp_path / "rows.jsonl", [record])
+    assert report.unused_columns == {"completion.reasoning_content"}
 
 
 def test_a_parquet_file_that_python_cannot_represent_is_one_message(tmp_path):
@@ -404,7 +409,7 @@ REFUSED_FILES = [
     ("rows.json", b"[]", "contains no rows"),
     ("rows.json", b"[1, ", "rows.json: broken JSON"),
     ("rows.jsonl", b'["q", "a"]\n["q", "a"]\n', "broken JSON (Extra data"),
-    ("rows.csv", "question,answer\nq?,a\n".encode("utf-16"), "rows.csv:1: not UTF-8"),
+    ("rows.csv", "question,answer\nq?,a\n".encode("utf-16")[:-1], "rows.csv:2: not UTF-8"),
     ("rows.jsonl", b"[" * 100_000 + b"\n", "broken JSON"),
     ("rows.csv", b'question,answer\nq?,"a" b\nr?,c\n', "rows.csv:2: broken CSV"),
     ("rows.csv", b'question,answer\nq?,a\nr?,"b\ns?,c\n', "rows.csv:3: broken CSV"),
