@@ -60,7 +60,7 @@ RUNS = Path("runs")
 TRAIN_RUNS = RUNS / "train"
 # Names the run in TRAIN_RUNS whose adapter is the default; train.py writes it after a run.
 LATEST = TRAIN_RUNS / "latest.txt"
-# Names of runs and studies, which become names of folders.
+# Names of runs and studies.
 RUN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 RUN_NAME_RULE = "up to 100 letters, digits, '.', '_' and '-', starting with a letter or digit."
 # Files of an adapter; the record holds what PEFT's own files have no place for.
@@ -83,8 +83,8 @@ ADDED_PAD_TOKEN = "[PAD]"
 PadName = Literal["native", "added"]
 EMBEDDINGS = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
 
-# Every forward pass of a generation has this many rows, and prompts are padded to a multiple of
-# this many tokens: equal shapes use equal kernels, so an answer does not depend on the others.
+# Rows of every forward pass of a generation, and the multiple to which prompts are padded: equal
+# shapes use equal kernels, so an answer does not depend on the others.
 ROWS, PROMPT_MULTIPLE = 24, 64
 # Answers to --questions are saved in groups of this many.
 QUESTIONS_PER_SAVE = 32
@@ -210,7 +210,7 @@ class JudgedAnswer:
 
     @property
     def sound(self) -> bool:
-        """Whether there are no findings. An answer that was cut off may be sound so far."""
+        """Whether there are no findings, so far if the answer was cut off."""
         return not self.findings
 
     @property
@@ -220,12 +220,12 @@ class JudgedAnswer:
 
     def to_record(self) -> dict[str, Any]:
         """JSON-ready values."""
-        record = {}
+        record = dataclasses.asdict(self.answer) if self.answer else {}
         if self.answer:
-            record = dataclasses.asdict(self.answer) | {"sha256": self.answer.sha256}
+            record["sha256"] = self.answer.sha256
         record |= {"sound": self.sound, "verdict": self.verdict, "score": round(self.score, 4)}
-        record["findings"] = self.findings
-        return record | ({"facts": dataclasses.asdict(self.facts)} if self.facts else {})
+        facts = {"facts": dataclasses.asdict(self.facts)} if self.facts else {}
+        return record | {"findings": self.findings} | facts
 
 
 # Markdown, which is replaced by as many spaces, so that spans of the text stay valid.
@@ -498,10 +498,10 @@ def read_probes(source: str | None = None) -> list[Probe]:
                 for name in ("points", "wrong_claims")
             )
             for each in (*points, *claims):
-                for phrase in (each.name, *each.phrases, *each.unless_after):
-                    compile_phrase(phrase)
                 if isinstance(each.phrases, str) or isinstance(each.unless_after, str):
                     raise TypeError(f"{each.name}: expected lists of phrases")
+                for phrase in (each.name, *each.phrases, *each.unless_after):
+                    compile_phrase(phrase)
             question = record["question"].strip()
             check_question(question)
             if question in probes:
@@ -610,8 +610,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def handle_signals(handler: Callable[[int, Any], object] | None = None) -> None:
-    """Sets a handler for these signals, except those ignored from the start, as by nohup. The
-    default raises `Interrupted`."""
+    """Sets a handler, by default raising `Interrupted`, for signals not ignored, as by nohup."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise Interrupted(number)
@@ -802,8 +801,7 @@ def reading_adapter(path: Path) -> Iterator[None]:
 
 
 def read_adapter_record(folder: Path) -> AdapterRecord:
-    """The record of an adapter folder; without kit.json, only the base model in PEFT's config.
-    Raises UsageError if the file is corrupt."""
+    """The record of an adapter folder; without kit.json, only the base model in PEFT's config."""
     path = folder / ADAPTER_RECORD
     path = path if path.is_file() else folder / CONFIG
     with reading_adapter(path):
@@ -821,7 +819,7 @@ def resolve_adapter_profile(
     folder: Path, record: AdapterRecord, choice: ProfileChoice, base_model: str | None
 ) -> Profile:
     """The profile with the adapter's base model. Raises UsageError if --base-model has another
-    name, unless one of the two is a folder, or the base model is only known by a local path."""
+    name, unless one of the two is a folder, or it is needed and missing."""
     own = record.base_model
     known = [each for each in data.PROFILES.values() if data.is_same_base(own, each.base_model)]
     is_path = not known and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", own)
@@ -843,12 +841,8 @@ def resolve_adapter_profile(
 def check_adapter(
     folder: Path, choice: ProfileChoice = "auto", base_model: str | None = None
 ) -> Adapter:
-    """The adapter in a folder, with --profile and --base-model, after a check of every file that
-    will be read. Loads no weights.
-
-    Raises UsageError if a file is missing, unreadable or corrupt, or the adapter is not plain LoRA
-    on this base model: by its name, or by its shapes if one of the two is a folder.
-    """
+    """The adapter in a folder, with --profile and --base-model; loads no weights. Raises UsageError
+    if a file is missing, unreadable or corrupt, or it is not plain LoRA on this base model."""
     import safetensors
 
     path = folder / WEIGHTS
@@ -936,10 +930,8 @@ class LoadedModel:
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[LoadedModel]:
         """A context with the base model alone."""
-        if not hasattr(self.model, "disable_adapter"):
-            yield self
-            return
-        with self.model.disable_adapter():
+        has_adapter = hasattr(self.model, "disable_adapter")
+        with self.model.disable_adapter() if has_adapter else contextlib.nullcontext():
             yield dataclasses.replace(self, adapter_sha256=None)
 
 
@@ -1002,15 +994,13 @@ def make_row_processor(
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A logits processor that applies a decoding to each row; `generate` then takes the argmax.
 
-    Penalty and n-gram ban are transformers' processors, with two differences. Without
-    `count_prompt`, they get the answer's ids only: the template ends each turn of the prompt with
-    the end-of-turn token, which the library would penalise or ban from the first word on. And
-    sampling adds Gumbel noise of the row's own generator, whose argmax is a draw from the softmax
-    (Gumbel 1954; Maddison et al. 2014) that depends on no other row.
+    As transformers' own, but without `count_prompt`, penalty and ban get the answer's ids only: the
+    template ends each turn of the prompt with the end-of-turn token. Sampling adds Gumbel noise,
+    whose argmax is a draw from the softmax (Gumbel 1954; Maddison et al. 2014), per row.
 
     `prompt_tokens` includes the `padding` on the left, by default 0 per row. Rows without a
-    decoding are copies of the last row that has one. At each step, `overruled` gets a list of
-    whether penalty or ban changed the most probable token of each row.
+    decoding are copies of the last that has one. At each step, `overruled` gets a list of whether
+    penalty or ban changed the most probable token of each row.
     """
     import torch
     import transformers as library
@@ -1138,14 +1128,14 @@ def answer_requests(
     generated, or skipped after an early end: `count_new_tokens` in total. `on_text` is called with
     the text of the first answer, piece by piece.
     """
+    tokenizer, written = loaded.tokenizer, ""
     prompts = [encode_request(loaded, request) for request in requests]
-    stops = [stop_ids(each.decoding, loaded.model, loaded.tokenizer) for each in requests]
-    written = ""
+    stops = [stop_ids(each.decoding, loaded.model, tokenizer) for each in requests]
 
     def cut(place: int, ids: list[int]) -> tuple[list[int], Literal["stop", "length"], str]:
         kept, reason = cut_answer(ids, requests[place].decoding.max_new_tokens, stops[place])
         words = [token for token in kept if token not in stops[place]]
-        return kept, reason, loaded.tokenizer.decode(words, skip_special_tokens=False).strip()
+        return kept, reason, tokenizer.decode(words, skip_special_tokens=False).strip()
 
     def write_first(ids: list[int]) -> None:
         nonlocal written
@@ -1155,31 +1145,25 @@ def answer_requests(
             on_text(text[len(written) :])
             written = text
 
+    answers: dict[int, Answer] = {}
     by_width = defaultdict(list)
     for places in merge_requests(requests):
         by_width[padded_width(len(prompts[places[0]]))].append(places)
-    answers: dict[int, Answer] = {}
     for width, rows in sorted(by_width.items()):
         for start in range(0, len(rows), ROWS):
             batch, started = rows[start : start + ROWS], time.perf_counter()
+            own = [[requests[place].decoding for place in row] for row in batch]
+            decodings = [max(row, key=lambda each: each.max_new_tokens) for row in own]
             # A row ends where all of its answers have ended.
-            decodings = [
-                max((requests[n].decoding for n in row), key=lambda each: each.max_new_tokens)
-                for row in batch
-            ]
             ends = [set.intersection(*(set(stops[place]) for place in row)) for row in batch]
-            new_ids, overruled = _generate(
-                loaded,
-                [prompts[row[0]] for row in batch],
-                width,
-                decodings,
-                ends,
-                progress,
-                write_first if on_text and batch[0][0] == 0 else None,
+            writer = write_first if on_text and batch[0][0] == 0 else None
+            own_prompts = [prompts[row[0]] for row in batch]
+            ids, overruled = _generate(
+                loaded, own_prompts, width, decodings, ends, progress, writer
             )
             seconds = round(time.perf_counter() - started, 3)
             for row, place in ((row, place) for row, each in enumerate(batch) for place in each):
-                kept, reason, text = cut(place, new_ids[row])
+                kept, reason, text = cut(place, ids[row])
                 answers[place] = Answer(
                     question=requests[place].question,
                     text=text,
@@ -1207,22 +1191,21 @@ def _generate(
     on_ids: Callable[[list[int]], object] | None,
 ) -> tuple[list[list[int]], list[list[bool]]]:
     """New ids of each prompt, and `overruled` of `make_row_processor`. `ends` are the stop ids of
-    each row; ids after one of them are meaningless. `on_ids` gets the first row's after each step.
-    """
+    each row; ids after one of them are meaningless. `on_ids` gets those of the first row."""
     import torch
 
-    caps = [decoding.max_new_tokens for decoding in decodings]
     filled = [min(row, len(prompts) - 1) for row in range(ROWS)]
+    caps = [decodings[row].max_new_tokens for row in filled]
     overruled: list[list[bool]] = []
 
     def has_ended(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """`input_ids` (B, T) -> (B,)."""
         steps = len(overruled)
-        progress(sum(steps <= cap for cap in caps))
+        progress(sum(steps <= cap for cap in caps[: len(prompts)]))
         if on_ids:
             on_ids(input_ids[0, width:].tolist())
-        newest = zip(filled, input_ids[:, -1].tolist(), strict=True)
-        ended = [token in ends[row] or steps >= caps[row] for row, token in newest]
+        newest = zip(filled, caps, input_ids[:, -1].tolist(), strict=True)
+        ended = [token in ends[row] or steps >= cap for row, cap, token in newest]
         return torch.tensor(ended, device=input_ids.device)
 
     pad, padding = loaded.tokenizer.pad_token_id, [width - len(prompt) for prompt in prompts]
@@ -1242,7 +1225,7 @@ def _generate(
             logits_processor=[make_row_processor(decodings, width, padding, overruled)],
             stopping_criteria=[has_ended],
         )
-    progress(sum(max(0, cap - len(overruled)) for cap in caps))
+    progress(sum(max(0, cap - len(overruled)) for cap in caps[: len(prompts)]))
     return output[: len(prompts), width:].tolist(), overruled
 
 
@@ -1255,22 +1238,25 @@ def _read_prompts(
     from transformers import DynamicCache
 
     rows = [tuple(row) for row in input_ids.tolist()]
-    parts: dict[tuple[int, ...], DynamicCache] = {}
-    for place, row in enumerate(rows):
+    parts = {}
+    for row, ids, mask in zip(
+        rows, input_ids[:, None, :-1], attention_mask[:, None, :-1], strict=True
+    ):
         if row not in parts:
-            mask = attention_mask[place : place + 1, :-1]
             parts[row] = loaded.model(
-                input_ids=input_ids[place : place + 1, :-1],
+                input_ids=ids,
                 attention_mask=mask,
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 past_key_values=DynamicCache(config=loaded.model.config),
                 use_cache=True,
                 logits_to_keep=1,
-            ).past_key_values
+            ).past_key_values.layers
     cache = DynamicCache(config=loaded.model.config)
-    for number, layers in enumerate(zip(*(parts[row].layers for row in rows), strict=True)):
-        keys, values = ([getattr(each, name) for each in layers] for name in ("keys", "values"))
-        cache.update(torch.cat(keys), torch.cat(values), number)
+    for number, layers in enumerate(zip(*(parts[row] for row in rows), strict=True)):
+        keys, values = (
+            torch.cat([getattr(x, name) for x in layers]) for name in ("keys", "values")
+        )
+        cache.update(keys, values, number)
     return cache
 
 
@@ -1553,12 +1539,8 @@ def judge_file(config: InferConfig) -> int:
 def compare_surprisals(
     config: InferConfig, answers: dict[str, dict[str, Any]]
 ) -> dict[str, Measure]:
-    """The surprisal of each answer by its place, as a multiple of a reference.
-
-    For answers whose `model` is the base model, it is that model's. Other answers are compared with
-    each other, if there are enough: one fails above their median plus four times their median
-    absolute deviation.
-    """
+    """The surprisal of each answer by its place, as a multiple of the base model's reference, or
+    for other writers, of one at which their median plus four deviations (MAD) is the threshold."""
     from tqdm import tqdm
 
     profile = data.resolve_profile(config.profile, config.base_model)
@@ -1567,7 +1549,8 @@ def compare_surprisals(
     measures: dict[str, Measure] = {}
     others: dict[str, Measure] = {}
     for place, each in tqdm(answers.items(), unit="answer", desc="reading", disable=None):
-        ids = encode_answer(loaded.tokenizer, each["text"], each["finish_reason"])
+        ids = data.encode_text(loaded.tokenizer, each["text"])
+        ids += [loaded.tokenizer.eos_token_id] * (each["finish_reason"] == "stop")
         nats, span = measure_surprisal(loaded, each["question"], ids)
         if data.is_same_base(str(each.get("model")), profile.base_model):
             measures[place] = nats / surprisal_reference(loaded), span
@@ -1587,11 +1570,6 @@ def compare_surprisals(
     return measures
 
 
-def encode_answer(tokenizer: Tokenizer, text: str, finish_reason: str = "stop") -> list[int]:
-    """Token ids of an answer that another program wrote."""
-    return data.encode_text(tokenizer, text) + [tokenizer.eos_token_id] * (finish_reason == "stop")
-
-
 # --- Command -------------------------------------------------------------------------------------
 
 
@@ -1599,52 +1577,36 @@ def encode_answer(tokenizer: Tokenizer, text: str, finish_reason: str = "stop") 
 class InferConfig:
     """Flags of infer.py."""
 
+    # The question, in quotes; `-` reads one per line from stdin. Unset: a chat.
     question: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="QUESTION")] = None
-    """The question, in quotes; `-` reads one per line from stdin. Unset: a chat."""
+    # File of questions: .txt (one per line), or rows with a column question or prompt.
     questions: Path | None = None
-    """File of questions: .txt (one per line), or rows with a column question or prompt."""
+    # File for the answers to --questions: a JSON line per row, in the same order, with all its
+    # columns. Rows that it contains are not asked again. Unset: NAME.answers.jsonl.
     output: Path | None = None
-    """File for the answers to --questions: a JSON line per row, in the same order, with all its
-    columns. Rows that it contains are not asked again. Unset: NAME.answers.jsonl."""
+    # Judge answers of other programs: a file of JSON lines (question, text and, if known,
+    # finish_reason and model), or `-` for stdin. Prints each line with its verdict.
     judge: str | None = None
-    """Judge answers of other programs: a file of JSON lines (question, text and, if known,
-    finish_reason and model), or `-` for stdin. Prints each line with its verdict."""
-    surprisal: bool = True
-    """Let the base model read the answers of --judge; `--no-surprisal` loads no model."""
-    adapter: str | None = None
-    """Adapter folder or hub id. Unset: the adapter of the last run that finished."""
-    base: bool = False
-    """Ask the base model, without an adapter."""
-    base_model: str | None = None
-    """Hub id or folder of another chat model of the Llama architecture."""
-    system_prompt: str | None = None
-    """System prompt of the questions. Unset: the adapter's, or the story's."""
+    surprisal: bool = True  # Let the base model read the answers of --judge.
+    adapter: str | None = None  # Adapter folder or hub id. Unset: that of the last finished run.
+    base: bool = False  # Ask the base model, without an adapter.
+    base_model: str | None = None  # Hub id or folder of another chat model of Llama's architecture.
+    system_prompt: str | None = None  # Replaces the adapter's, or the story's.
+    # Questions with lists to check their answers by. Unset: samples/probes.jsonl.
     probes: str | None = None
-    """File of questions with lists to check answers by. Unset: samples/probes.jsonl."""
-    compare: Literal["models", "decodings"] | None = None
-    """Ask base and adapter, or with every preset, and show all answers."""
-    verify: bool = False
-    """Also ask in two new processes and in a batch, and report whether all bytes are equal."""
+    compare: Literal["models", "decodings"] | None = None  # Ask base and adapter, or every preset.
+    verify: bool = False  # Also ask in two new processes and in a batch: are all bytes equal?
+    # Decoding preset. Unset: the adapter's, or `kit`. The flags below change single fields.
     decoding: DecodingName | None = None
-    """Decoding preset. Unset: the adapter's, or `kit`. The flags below change single fields."""
-    max_new_tokens: int | None = None
-    """Maximum tokens of the answer."""
-    repetition_penalty: float | None = None
-    """Lowers the logits of tokens that occurred; 1.0 is off."""
-    no_repeat_ngram_size: int | None = None
-    """Every n-gram of this size can occur only once; 0 is off."""
-    count_prompt: bool | None = None
-    """Whether penalty and n-gram ban also count the prompt."""
-    temperature: float | None = None
-    """0 is greedy decoding; otherwise tokens are sampled."""
-    top_p: float | None = None
-    """Sample from the most probable tokens whose probabilities add up to this; 1.0 is all."""
-    sampling_seed: int | None = None
-    """Seed of the sampling."""
-    profile: ProfileChoice = "auto"
-    """Set of defaults: `t4` for a GPU, `cpu`, or `auto`. Unset: the adapter's."""
-    json: bool = False
-    """Print answers as JSON lines, with token ids, finish reason, decoding, digests, findings."""
+    max_new_tokens: int | None = None  # Maximum tokens of the answer.
+    repetition_penalty: float | None = None  # Lowers logits of tokens that occurred; 1.0 is off.
+    no_repeat_ngram_size: int | None = None  # Every n-gram can occur only once; 0 is off.
+    count_prompt: bool | None = None  # Whether penalty and n-gram ban also count the prompt.
+    temperature: float | None = None  # 0 is greedy decoding; otherwise tokens are sampled.
+    top_p: float | None = None  # Sample from the most probable tokens that add up to this.
+    sampling_seed: int | None = None  # Seed of each answer.
+    profile: ProfileChoice = "auto"  # `t4` for a GPU, `cpu`, or `auto`. Unset: the adapter's.
+    json: bool = False  # Print JSON lines with token ids, decoding, digests and findings.
 
     def __post_init__(self) -> None:
         is_one = self.question not in (None, "-")
@@ -1809,15 +1771,18 @@ def main(config: InferConfig) -> int:
     prepare_environment(profile)
     loaded = load_for_inference(profile, adapter, config.system_prompt)
     loaded.probes = read_probes(config.probes)
+    asked = []
     for row in rows:
         try:
             if not row.problem:
                 encode_request(loaded, Request(row.question, decoding))
+                asked.append(Request(row.question, decoding))
         except UsageError as error:
             row.problem = str(error)
         if row.problem:
             report(f"{row.place} is skipped: {row.problem}")
-    asked = [Request(row.question, decoding) for row in rows if not row.problem]
+    if rows and not asked:
+        raise UsageError("No question is left to ask.")
     skipped, is_same = len(rows) - len(asked), True
     if not rows:
         chat(loaded, decoding)

@@ -59,7 +59,8 @@ def record_surprisals(labelled):
 
 def read_surprisal(loaded, record):
     """The largest surprisal of a labelled answer, in nats per byte."""
-    ids = infer.encode_answer(loaded.tokenizer, record["text"], record["finish_reason"])
+    ids = data.encode_text(loaded.tokenizer, record["text"])
+    ids += [loaded.tokenizer.eos_token_id] * (record["finish_reason"] == "stop")
     return infer.measure_surprisal(loaded, record["question"], ids)[0]
 
 
