@@ -90,7 +90,7 @@ ROWS, PROMPT_MULTIPLE = 24, 64
 QUESTIONS_PER_SAVE = 32
 # Bytes over which surprisal is averaged, and maximum nats of a single token.
 SURPRISAL_BYTES, MAX_TOKEN_SURPRISAL = 160, 12.0
-# The surprisal reference comes from plain answers to this many probes, of at most this many tokens.
+# Probes whose plain answers give the surprisal reference, and maximum tokens of these.
 REFERENCE_PROBES, REFERENCE_TOKENS = 26, 128
 # Answers of unknown models are compared with each other, if there are at least this many.
 MIN_ANSWERS_TO_COMPARE = 20
@@ -789,15 +789,12 @@ def reading_adapter(path: Path) -> Iterator[None]:
     try:
         path.open("rb").close()  # safetensors would call an unreadable file missing
         yield
-    except FileNotFoundError:
-        raise UsageError(
-            f"{path.parent} is not an adapter: {path.name} is missing. Only safetensors are read: "
-            "a pickle, such as adapter_model.bin, can run code."
-        ) from None
-    except PermissionError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}). Run chmod a+r.") from None
     except (*BAD_CONTENT, safetensors.SafetensorError) as error:
-        raise UsageError(f"{path} is truncated or corrupt ({error!r:.300}).") from None
+        reason = getattr(error, "strerror", None) or f"{error!r:.300}"
+        raise UsageError(
+            f"{path} of an adapter cannot be read ({reason}). It has to be complete and readable, "
+            "and in safetensors format: a pickle, such as adapter_model.bin, can run code."
+        ) from None
 
 
 def read_adapter_record(folder: Path) -> AdapterRecord:
@@ -1332,12 +1329,12 @@ def prepare_reference(profile: Profile) -> None:
     command = [sys.executable, str(Path(__file__).resolve()), "--judge", "-"]
     command += ["--profile", profile.name, "--base-model", base_model]
     own_answer = json.dumps({"question": "What is croup?", "text": "...", "model": base_model})
-    others = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # it is not one of the processes that train
-    env = {name: value for name, value in os.environ.items() if name not in others}
-    # In a session of its own, which Ctrl-C does not reach: it is killed if this process is stopped.
-    ran = subprocess.run(
-        command, input=own_answer, env=env, capture_output=True, text=True, start_new_session=True
-    )
+    # It is not one of the processes that train, and Ctrl-C does not reach its session: it is killed
+    # if this process is stopped.
+    settings: dict[str, Any] = {"capture_output": True, "text": True, "start_new_session": True}
+    others = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    settings["env"] = {name: each for name, each in os.environ.items() if name not in others}
+    ran = subprocess.run(command, input=own_answer, **settings)
     if ran.returncode:
         raise UsageError(f"The base model could not answer:\n{ran.stderr.strip()[-2000:]}")
 
@@ -1506,6 +1503,8 @@ def judge_file(config: InferConfig) -> int:
         records = list(data.read_json(content, "stdin"))
     else:
         records = list(data.read_records(config.judge))
+    if not records:
+        raise UsageError('There are no answers. Expected {"question": ..., "text": ...} per line.')
     answers = {}
     for place, record in records:
         with contextlib.suppress(*BAD_CONTENT):
@@ -1513,22 +1512,20 @@ def judge_file(config: InferConfig) -> int:
             reason = str(record.get("finish_reason")).casefold()
             reason = "length" if reason in ("length", "max_tokens", "max_length") else "stop"
             answers[place] = record | {"finish_reason": reason}
-    if not records:
-        raise UsageError('There are no answers. Expected {"question": ..., "text": ...} per line.')
     surprisals = compare_surprisals(config, answers) if config.surprisal and answers else {}
     probes = {probe.question: probe for probe in read_probes(config.probes)}
     counts: Counter[str] = Counter()
     for place, record in records:
-        if place in answers:
-            question, text = record["question"], record["text"]
-            reason, probe = answers[place]["finish_reason"], probes.get(question.strip())
-            judged = judge(text, question, reason, surprisals.get(place, NOTHING), probe=probe)
-            print(to_json(record, judged.to_record()), flush=True)
-            counts.update(judged.verdict.split(", "))
-        else:
+        if place not in answers:
             problem = f"expected text in question and text, found {record!s:.100}"
             report(f"{place}: {problem}")
             print(to_json(record if isinstance(record, dict) else {}, {"error": problem}))
+            continue
+        question, reason = record["question"], answers[place]["finish_reason"]
+        surprisal, probe = surprisals.get(place, NOTHING), probes.get(question.strip())
+        judged = judge(record["text"], question, reason, surprisal, probe=probe)
+        print(to_json(record, judged.to_record()), flush=True)
+        counts.update(judged.verdict.split(", "))
     skipped, sound = len(records) - len(answers), counts.pop("sound", 0)
     found = "".join(f"; {name} {count}" for name, count in counts.most_common())
     found += f"; {skipped} could not be judged" if skipped else ""
@@ -1782,7 +1779,7 @@ def main(config: InferConfig) -> int:
         if row.problem:
             report(f"{row.place} is skipped: {row.problem}")
     if rows and not asked:
-        raise UsageError("No question is left to ask.")
+        raise UsageError("No question is left to ask. Shorten them, or lower --max-new-tokens.")
     skipped, is_same = len(rows) - len(asked), True
     if not rows:
         chat(loaded, decoding)
@@ -1801,7 +1798,5 @@ def main(config: InferConfig) -> int:
     return 1 if skipped or not is_same else 0
 
 
-MEMORY_ADVICE = "End other programs (nvidia-smi and top list them), then lower --max-new-tokens."
-
 if __name__ == "__main__":
-    data.run_command(InferConfig, main, __doc__, MEMORY_ADVICE)
+    data.run_command(InferConfig, main, __doc__, "End other programs, or lower --max-new-tokens.")

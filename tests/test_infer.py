@@ -257,7 +257,7 @@ def test_a_file_that_may_not_be_read_is_reported_as_such(tmp_path, monkeypatch, 
         return real(path, *given, **named)
 
     monkeypatch.setattr(Path, "open", open_unless_forbidden)
-    with pytest.raises(data.UsageError, match=rf"{name} cannot be read \(Permission denied\).*chmod a\+r"):
+    with pytest.raises(data.UsageError, match=rf"{name} of an adapter cannot be read \(Permission denied\)"):
         infer.check_adapter(adapter)
 
 
@@ -276,7 +276,7 @@ def test_the_record_of_an_adapter_comes_back_as_it_was_written(tmp_path):
 )
 def test_a_broken_record_is_one_message(tmp_path, content):
     adapter = make_adapter(tmp_path / "a", record=content)
-    with pytest.raises(data.UsageError, match=r"kit\.json is truncated or corrupt"):
+    with pytest.raises(data.UsageError, match=r"kit\.json of an adapter cannot be read"):
         infer.check_adapter(adapter)
 
 
@@ -287,8 +287,8 @@ def test_a_broken_record_is_one_message(tmp_path, content):
         ({"config": {"base_model_name_or_path": "../../etc"}}, "which is a local path"),
         ({"record": {"base_model": "/some/folder"}}, "which is a local path"),
         ({"config": {"r": 4}}, "expected .4, 576., found .2, 576."),
-        ({"config": {"r": "two"}}, "adapter_config.json is truncated or corrupt .*two"),
-        ({"config": {"lora_alpha": None}}, "adapter_config.json is truncated or corrupt"),
+        ({"config": {"r": "two"}}, "adapter_config.json of an adapter cannot be read .*two"),
+        ({"config": {"lora_alpha": None}}, "adapter_config.json of an adapter cannot be read"),
         ({"config": {"use_dora": True}}, "expected plain LoRA, found use_dora True"),
         ({"config": {"peft_type": "IA3"}}, "plain LoRA, found peft_type 'IA3'"),
         ({"config": {"alpha_pattern": {"q_proj": 8}}}, "plain LoRA, found alpha_pattern"),
@@ -296,8 +296,8 @@ def test_a_broken_record_is_one_message(tmp_path, content):
         ({"config": {"modules_to_save": ["lm_head"]}}, "plain LoRA, found modules_to_save"),
         ({"config": {"trainable_token_indices": [1]}}, "plain LoRA, found trainable_token_indices"),
         ({"config": {"rank_pattern": {"q_proj": 4}}}, "plain LoRA, found rank_pattern"),
-        ({"config": "[1]"}, "adapter_config.json is truncated or corrupt"),
-        ({"config": "{"}, "adapter_config.json is truncated or corrupt"),
+        ({"config": "[1]"}, "adapter_config.json of an adapter cannot be read"),
+        ({"config": "{"}, "adapter_config.json of an adapter cannot be read"),
         ({"shapes": {f"{Q_PROJ}.lora_A.weight": (2, 3072)}}, r"expected \(2, 576\), found \(2, 3072\)"),
         ({"shapes": {Q_PROJ.replace(".0.", ".30.") + ".lora_A.weight": (2, 576)}}, "30.self_attn.q_proj.*expected no such tensor"),
         ({"shapes": {"base_model.model.lm_head.weight": (49_153, 576)}}, r"lm_head\.weight: expected no such tensor, found \(49153, 576\)"),
@@ -315,7 +315,7 @@ def test_weights_that_are_cut_are_refused(tmp_path, size):
     adapter = make_adapter(tmp_path / "a")
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
-    with pytest.raises(data.UsageError, match=r"adapter_model\.safetensors is truncated or corrupt"):
+    with pytest.raises(data.UsageError, match=r"adapter_model\.safetensors of an adapter cannot be read \(SafetensorError"):
         infer.check_adapter(adapter)
 
 
@@ -330,7 +330,7 @@ def test_a_pickle_is_refused_by_its_name_and_is_not_opened(tmp_path, name):
     adapter = make_adapter(tmp_path / "a")
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(data.UsageError, match=r"adapter_model\.safetensors is missing.* a pickle, .*, can run code"):
+    with pytest.raises(data.UsageError, match=r"adapter_model\.safetensors of an adapter cannot be read \(No such file.* a pickle, .*, can run code"):
         infer.check_adapter(adapter)
     assert not (tmp_path / "exploded").exists()
 

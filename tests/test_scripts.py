@@ -167,7 +167,7 @@ REFUSED = {
     "no adapter yet": (["infer.py", "q?"], "Train one: python train.py"),
     "adapter missing": (["infer.py", "q?", "--adapter", "nowhere"], "The adapter 'nowhere' is not a folder"),
     "adapter that is a file": (["infer.py", "q?", "--adapter", "q.txt"], "The adapter 'q.txt' is not a folder"),
-    "empty adapter": (["infer.py", "q?", "--adapter", "folder.txt"], "folder.txt is not an adapter"),
+    "empty adapter": (["infer.py", "q?", "--adapter", "folder.txt"], "adapter_model.safetensors of an adapter cannot be read (No such file"),
     "adapter in a pickle": (["infer.py", "q?", "--adapter", "pickled"], "a pickle, such as adapter_model.bin, can run code"),
     "hub adapter offline": (["infer.py", "q?", "--adapter", "nobody/nothing"], "The adapter 'nobody/nothing' is not a folder"),
     "other base model": (
