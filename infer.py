@@ -1125,12 +1125,15 @@ def answer_requests(
     generated, or skipped after an early end: `count_new_tokens` in total. `on_text` is called with
     the text of the first answer, piece by piece.
     """
+    import torch
+
     tokenizer, written = loaded.tokenizer, ""
     prompts = [encode_request(loaded, request) for request in requests]
     stops = [stop_ids(each.decoding, loaded.model, tokenizer) for each in requests]
+    caps = [request.decoding.max_new_tokens for request in requests]
 
     def cut(place: int, ids: list[int]) -> tuple[list[int], Literal["stop", "length"], str]:
-        kept, reason = cut_answer(ids, requests[place].decoding.max_new_tokens, stops[place])
+        kept, reason = cut_answer(ids, caps[place], stops[place])
         words = [token for token in kept if token not in stops[place]]
         return kept, reason, tokenizer.decode(words, skip_special_tokens=False).strip()
 
@@ -1142,6 +1145,43 @@ def answer_requests(
             on_text(text[len(written) :])
             written = text
 
+    def generate(batch: list[list[int]], width: int) -> tuple[list[list[int]], list[list[bool]]]:
+        """New ids of each row, meaningless after its end, and `overruled` of the processor."""
+        rows = batch + batch[-1:] * (ROWS - len(batch))
+        longest = [max(caps[place] for place in row) for row in batch]
+        overruled: list[list[bool]] = []
+
+        def has_ended(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            """`input_ids` (B, T) -> (B,): whether all answers of a row have ended."""
+            steps = len(overruled)
+            progress(sum(steps <= cap for cap in longest))
+            if on_text and batch[0][0] == 0:
+                write_first(input_ids[0, width:].tolist())
+            newest = zip(rows, input_ids[:, -1].tolist(), strict=True)
+            ended = [all(t in stops[n] or steps >= caps[n] for n in row) for row, t in newest]
+            return torch.tensor(ended, device=input_ids.device)
+
+        pad, padding = tokenizer.pad_token_id, [width - len(prompts[row[0]]) for row in rows]
+        ids = [[pad] * n + prompts[row[0]] for n, row in zip(padding, rows, strict=True)]
+        mask = [[0] * n + [1] * (width - n) for n in padding]
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        inputs = {name: each.to(loaded.model.device) for name, each in inputs.items()}
+        decodings = [requests[row[0]].decoding for row in batch]
+        # An id that ends no row, as `has_ended` does that; an empty list would mean the model's.
+        no_id = loaded.model.config.vocab_size
+        # Not inference mode, since a later training step may need tensors that the model caches.
+        with torch.no_grad():
+            if loaded.profile.shares_prompts:
+                inputs["past_key_values"] = _read_prompts(loaded, **inputs)
+            output = loaded.model.generate(
+                **inputs,
+                generation_config=make_generation_config(max(longest), [no_id], pad),
+                logits_processor=[make_row_processor(decodings, width, padding, overruled)],
+                stopping_criteria=[has_ended],
+            )
+        progress(sum(max(0, cap - len(overruled)) for cap in longest))
+        return output[:, width:].tolist(), overruled
+
     answers: dict[int, Answer] = {}
     by_width = defaultdict(list)
     for places in merge_requests(requests):
@@ -1149,15 +1189,7 @@ def answer_requests(
     for width, rows in sorted(by_width.items()):
         for start in range(0, len(rows), ROWS):
             batch, started = rows[start : start + ROWS], time.perf_counter()
-            own = [[requests[place].decoding for place in row] for row in batch]
-            decodings = [max(row, key=lambda each: each.max_new_tokens) for row in own]
-            # A row ends where all of its answers have ended.
-            ends = [set.intersection(*(set(stops[place]) for place in row)) for row in batch]
-            writer = write_first if on_text and batch[0][0] == 0 else None
-            own_prompts = [prompts[row[0]] for row in batch]
-            ids, overruled = _generate(
-                loaded, own_prompts, width, decodings, ends, progress, writer
-            )
+            ids, overruled = generate(batch, width)
             seconds = round(time.perf_counter() - started, 3)
             for row, place in ((row, place) for row, each in enumerate(batch) for place in each):
                 kept, reason, text = cut(place, ids[row])
@@ -1176,54 +1208,6 @@ def answer_requests(
                     system_prompt=loaded.system_prompt,
                 )
     return [answers[place] for place in range(len(requests))]
-
-
-def _generate(
-    loaded: LoadedModel,
-    prompts: Sequence[list[int]],
-    width: int,
-    decodings: Sequence[Decoding],
-    ends: Sequence[set[int]],
-    progress: Callable[[int], object],
-    on_ids: Callable[[list[int]], object] | None,
-) -> tuple[list[list[int]], list[list[bool]]]:
-    """New ids of each prompt, and `overruled` of `make_row_processor`. `ends` are the stop ids of
-    each row; ids after one of them are meaningless. `on_ids` gets those of the first row."""
-    import torch
-
-    filled = [min(row, len(prompts) - 1) for row in range(ROWS)]
-    caps = [decodings[row].max_new_tokens for row in filled]
-    overruled: list[list[bool]] = []
-
-    def has_ended(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """`input_ids` (B, T) -> (B,)."""
-        steps = len(overruled)
-        progress(sum(steps <= cap for cap in caps[: len(prompts)]))
-        if on_ids:
-            on_ids(input_ids[0, width:].tolist())
-        newest = zip(filled, caps, input_ids[:, -1].tolist(), strict=True)
-        ended = [token in ends[row] or steps >= cap for row, cap, token in newest]
-        return torch.tensor(ended, device=input_ids.device)
-
-    pad, padding = loaded.tokenizer.pad_token_id, [width - len(prompt) for prompt in prompts]
-    ids = [[pad] * padding[row] + prompts[row] for row in filled]
-    mask = [[0] * padding[row] + [1] * len(prompts[row]) for row in filled]
-    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    inputs = {name: each.to(loaded.model.device) for name, each in inputs.items()}
-    # An id that ends no row, as `has_ended` does that; an empty list would mean the model's own.
-    no_id = loaded.model.config.vocab_size
-    # Not inference mode, since a later training step may need tensors that the model caches.
-    with torch.no_grad():
-        if loaded.profile.shares_prompts:
-            inputs["past_key_values"] = _read_prompts(loaded, **inputs)
-        output = loaded.model.generate(
-            **inputs,
-            generation_config=make_generation_config(max(caps), [no_id], pad),
-            logits_processor=[make_row_processor(decodings, width, padding, overruled)],
-            stopping_criteria=[has_ended],
-        )
-    progress(sum(max(0, cap - len(overruled)) for cap in caps[: len(prompts)]))
-    return output[: len(prompts), width:].tolist(), overruled
 
 
 def _read_prompts(
@@ -1344,6 +1328,8 @@ def surprisal_reference(
 ) -> float:
     """The largest surprisal of the base model's plain answers to the probes, in nats per byte.
     Cached, and part of an adapter's record. `progress` is called with 0 after every step."""
+    if loaded.reference is not None:
+        return loaded.reference
     name, questions = name_reference(loaded.profile.base_model)
 
     def build(folder: Path) -> None:
@@ -1356,9 +1342,8 @@ def surprisal_reference(
             )
         data.write_atomic(folder / "reference.json", json.dumps({"nats_per_byte": nats}))
 
-    if loaded.reference is None:
-        content = (data.cached_folder(name, build) / "reference.json").read_text()
-        loaded.reference = json.loads(content)["nats_per_byte"]
+    content = (data.cached_folder(name, build) / "reference.json").read_text()
+    loaded.reference = json.loads(content)["nats_per_byte"]
     return loaded.reference
 
 
@@ -1417,7 +1402,7 @@ def read_questions(source: str) -> list[QuestionRow]:
         except OSError as error:
             raise UsageError(f"{source[:300]} cannot be read ({error.strerror}).") from None
         source = "stdin" if source == "-" else source
-        lines = enumerate(data.decode_text(content, source).splitlines(), 1)
+        lines = enumerate(re.split(r"\r*\n|\r", data.decode_text(content, source)), 1)
         records = [(f"{source}:{n}", {"question": line}) for n, line in lines if line.strip()]
     else:
         records = data.read_records(source)
@@ -1764,7 +1749,9 @@ def main(config: InferConfig) -> int:
         adapter = check_adapter(find_adapter(config.adapter), config.profile, config.base_model)
         profile, decoding = adapter.profile, adapter.record.decoding or decoding
     decoding = config.change_decoding(DECODINGS[config.decoding] if config.decoding else decoding)
-    report(f"{profile.base_model} with {adapter.folder if adapter else 'no adapter'}, {decoding}")
+    preset = next((name for name, each in DECODINGS.items() if each == decoding), decoding)
+    folder = adapter.folder if adapter else "no adapter"
+    report(f"{profile.base_model} with {folder}, decoding {preset}")
     prepare_environment(profile)
     loaded = load_for_inference(profile, adapter, config.system_prompt)
     loaded.probes = read_probes(config.probes)
