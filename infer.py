@@ -47,6 +47,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
+from tqdm import tqdm
 
 import data
 from data import Profile, ProfileChoice, ProfileName, UsageError
@@ -771,13 +772,14 @@ def find_adapter(name: str | None) -> Path:
         from huggingface_hub import snapshot_download
 
         files, is_offline = ["*.json", "*.safetensors"], not data.reaches_hub()
-        with contextlib.suppress(OSError, ValueError):
+        try:
             name = snapshot_download(name, allow_patterns=files, local_files_only=is_offline)
+        except (OSError, ValueError) as error:
+            reason = f"nor can it be downloaded ({data.first_line(error)})"
+            raise UsageError(f"The adapter {name!r} is not a folder, {reason}.") from None
     if not Path(name).is_dir():
-        raise UsageError(
-            f"The adapter {name!r} is not a folder, nor can it be downloaded from the hub. Give a "
-            "folder such as runs/train/NAME/adapter, or a hub id."
-        )
+        expected = "Give a folder such as runs/train/NAME/adapter, or a hub id."
+        raise UsageError(f"The adapter {name!r} is not a folder. {expected}")
     return Path(name)
 
 
@@ -1452,8 +1454,6 @@ def answer_file(
     loaded: LoadedModel, rows: Sequence[QuestionRow], decoding: Decoding, path: Path
 ) -> None:
     """Answers the rows for which the file has no line yet: one line per row, in their order."""
-    from tqdm import tqdm
-
     expected = {
         "model": loaded.profile.base_model,
         "adapter": loaded.adapter_sha256,
@@ -1523,8 +1523,6 @@ def compare_surprisals(
 ) -> dict[str, Measure]:
     """The surprisal of each answer by its place, as a multiple of the base model's reference, or
     for other writers, of one at which their median plus four deviations (MAD) is the threshold."""
-    from tqdm import tqdm
-
     profile = data.resolve_profile(config.profile, config.base_model)
     prepare_environment(profile)
     loaded = load_for_inference(profile, None, config.system_prompt)
@@ -1600,9 +1598,8 @@ class InferConfig:
             raise ValueError("--verify and --compare take one question, in quotes.")
         if self.base and (self.adapter or self.compare == "models"):
             raise ValueError("--base asks without an adapter. Remove it, or the other flag.")
-        if self.output and (
-            not self.questions or self.output.resolve() == self.questions.resolve()
-        ):
+        questions = self.questions and self.questions.resolve()
+        if self.output and (not questions or self.output.resolve() == questions):
             raise ValueError(f"--output {self.output} needs --questions, and is another file.")
         if self.system_prompt is not None and not self.system_prompt.strip():
             raise ValueError("--system-prompt is empty. Give a value.")
@@ -1620,7 +1617,6 @@ class InferConfig:
 def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool = False) -> Answer:
     """Asks, and prints the answer to stdout, on a terminal as it is generated, and the verdict to
     stderr."""
-    from tqdm import tqdm
 
     def write(piece: str) -> None:
         print(data.escape_controls(piece), end="", flush=True)
@@ -1634,7 +1630,8 @@ def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool = False
     [judged] = judge_answers(loaded, [answer], request.history)
     if as_json:
         print(to_json({}, judged.to_record()), flush=True)
-    report("sound" if judged.sound else "not sound")
+    verdict = "sound and ended" if judged.ended else "sound"
+    report(verdict if judged.sound else "not sound")
     if not judged.ended:
         report(f"  cut off at {cap} tokens (--max-new-tokens)")
     for finding in judged.findings:
