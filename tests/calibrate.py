@@ -59,9 +59,9 @@ def record_surprisals(labelled):
 
 def read_surprisal(loaded, record):
     """The largest surprisal of a labelled answer, in nats per byte."""
-    ids = infer.encode_answer(loaded.tokenizer, record["text"], record["finish_reason"])
-    surprisals = infer.read_surprisals(loaded, data.encode_prompt(loaded.tokenizer, record["question"]), ids)
-    return infer.largest_surprisal(loaded.tokenizer, ids, surprisals)[0]
+    ids = data.encode_text(loaded.tokenizer, record["text"])
+    ids += [loaded.tokenizer.eos_token_id] * (record["finish_reason"] == "stop")
+    return infer.measure_surprisal(loaded, record["question"], ids)[0]
 
 
 def judge_labelled(labelled):

@@ -38,7 +38,7 @@ def test_the_readme_and_the_report_are_short():
 # lower a number here when a script has become smaller, and raise one only by what others lose.
 MOST = {
     "data.py": (1410, 55),
-    "infer.py": (2329, 90),
+    "infer.py": (1786, 70),
     "train.py": (1617, 45),
     "ablate.py": (1475, 45),
 }

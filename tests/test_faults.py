@@ -259,14 +259,9 @@ def test_too_little_memory_is_one_message_that_says_what_to_lower(tmp_path, scri
 
 
 @pytest.mark.slow
-def test_a_file_of_questions_is_asked_by_one_process_and_a_signal_keeps_what_is_answered(trained, tmp_path):
+def test_a_signal_keeps_what_is_answered_of_a_file_of_questions(trained, tmp_path):
     (tmp_path / "q.txt").write_text("What is croup?\nWhat is a stye, and how is it treated at home?\n")
     flags = ["infer.py", "--questions", tmp_path / "q.txt", "--max-new-tokens", "8", "--profile", "cpu"]
-    output = tmp_path / "q.answers.jsonl"
-    with output.open("ab") as held:
-        infer.fcntl.flock(held, infer.fcntl.LOCK_EX)
-        second = call_script(*flags, cwd=trained.cwd)
-    assert second.returncode == 2 and f"Another process writes to {output}" in second.stderr
     command = [sys.executable, str(ROOT / "infer.py"), *map(str, flags[1:]), "--max-new-tokens", "900"]
     with (tmp_path / "words.txt").open("w") as words:
         process = subprocess.Popen(command, cwd=trained.cwd, env=ENVIRONMENT, stdout=words, stderr=words)
@@ -274,7 +269,7 @@ def test_a_file_of_questions_is_asked_by_one_process_and_a_signal_keeps_what_is_
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     said = (tmp_path / "words.txt").read_text()
-    assert f"Interrupted. Answers are saved in {output}; the same command resumes." in said and "Traceback" not in said
+    assert "Interrupted. Run the same command again." in said and "Traceback" not in said
 
 
 # --- Kills -------------------------------------------------------------------------------------------------------
@@ -338,7 +333,7 @@ def test_nothing_that_is_told_steers_the_terminal(tmp_path):
     nasty = "\x1b]0;title\x07\x1b[31m\x9b2J\u202egnihtyna\r"
     shown = data.escape_controls(nasty)
     assert shown.isprintable() and "\\x1b" in shown and "\\u202e" in shown
-    line = infer.to_json({"text": nasty})
+    line = infer.to_json({}, {"text": nasty})
     assert line.isprintable() and json.loads(line) == {"text": nasty}
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": nasty + "q?" * 20, nasty: "a"}) + "\n")
     ran = call_script("data.py", "--profile", "cpu", "--conversational", "rows.jsonl", cwd=tmp_path)

@@ -21,7 +21,7 @@ SOUND = (
 
 
 def found(text, question="", finish_reason="stop"):
-    return {finding.name for finding in judge(text, question, finish_reason).findings}
+    return {finding["name"] for finding in judge(text, question, finish_reason).findings}
 
 
 # --- Findings
@@ -65,9 +65,9 @@ def test_a_long_passage_that_comes_again_is_a_loop(words, changed):
 
 def test_the_span_of_a_loop_is_where_it_is():
     text = "Rest and **drink**. " + "sore throat and ear pain " * 5 + "are signs."
-    [finding] = [each for each in judge(text).findings if each.name == "loop"]
-    assert text[slice(*finding.span)] == ("sore throat and ear pain " * 4).strip()
-    assert finding.score == 20 and "sore throat" in finding.message
+    [finding] = [each for each in judge(text).findings if each["name"] == "loop"]
+    assert text[slice(*finding["span"])] == ("sore throat and ear pain " * 4).strip()
+    assert finding["score"] == 20 and "sore throat" in finding["message"]
 
 
 def test_numbers_are_kept_and_markdown_is_not_read():
@@ -78,7 +78,6 @@ def test_numbers_are_kept_and_markdown_is_not_read():
     heading = "1. **Keep the wound clean and dry**: Keep the wound clean and dry for two days.\n2. **Rest**: Use a sling."
     assert found(heading) == set()
     assert found("#### Signs\n\nA barking cough.\n\n## Questions to ask\n\n* Which tablets (e.g., aspirin)?\n---\n> Rest.") == set()
-    assert infer.blank_markdown("# **a** [b](http://c) `d`").split() == ["a", "b", "d"]
 
 
 def test_what_is_nearly_the_same_is_repetition():
@@ -186,7 +185,7 @@ def test_empty_and_cut_answers():
 def test_surprisal_is_counted_against_its_reference():
     assert judge(SOUND, surprisal=(2.4, (0, 5))).sound
     judged = judge(SOUND, surprisal=(5.0, (0, 4)))
-    assert judged.verdict == "surprisal" and judged.score == 2 and '"High"' in judged.findings[0].message
+    assert judged.verdict == "surprisal" and judged.score == 2 and '"High"' in judged.findings[0]["message"]
 
 
 def test_the_largest_surprisal_is_the_worst_160_bytes(monkeypatch):
@@ -266,12 +265,12 @@ def test_half_of_a_character_is_no_text(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "q", "text": "a \\ud800 b"}\n' + json.dumps(ANSWERS[0]) + "\n")
     process = run_judge(str(path), "--no-surprisal")
-    assert process.returncode == 1 and "text: expected text" in process.stderr and "sound 1 of 1" in process.stderr
+    assert process.returncode == 1 and "expected text in question and text" in process.stderr and "sound 1 of 1" in process.stderr
     assert judge("a \ud800 b").score >= 0
 
 
 def test_columns_of_the_user_reasons_to_end_and_probes_are_read(tmp_path):
-    """Columns named like the verdict's were overwritten, and other values than JSON's a traceback."""
+    """Columns named like the verdict's were overwritten, and other values than JSON's a traceback. Of reasons, only those for a cut matter."""
     import pyarrow
     import pyarrow.parquet
 
@@ -281,8 +280,8 @@ def test_columns_of_the_user_reasons_to_end_and_probes_are_read(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     process = run_judge(str(tmp_path / "a.parquet"), "--no-surprisal", "--probes", str(probes))
     judged = [json.loads(line, parse_constant=pytest.fail) for line in process.stdout.splitlines()]
-    assert process.returncode == 1 and "found 'content_filter'" in judged.pop()["error"]
-    assert [each["verdict"] for each in judged] == ["sound", "empty", "empty"]
+    assert process.returncode == 0
+    assert [each["verdict"] for each in judged] == ["sound", "empty", "empty", "empty"]
     assert judged[0]["input_verdict"] == "good" and judged[0]["input_score"] is None and judged[0]["day"] == "2024-01-02"
     assert judged[0]["facts"] == {"named": ["rest"], "missing": [], "wrong": []}
 
@@ -294,7 +293,8 @@ def test_records_that_cannot_be_judged_are_named_and_kept(tmp_path):
     lines = [json.loads(line) for line in process.stdout.splitlines()]
     assert process.returncode == 1 and len(lines) == 4 and lines[1]["n"] == 1
     assert [("error" in line) for line in lines] == [False, True, True, False]
-    assert f"{path}:2: question: expected text" in process.stderr and f"{path}:3: broken JSON" in process.stderr
+    assert f"{path}:2: expected text in question and text" in process.stderr and f"{path}:3: " in process.stderr
+    assert "broken JSON" in process.stderr
     assert "sound 1 of 2" in process.stderr and "2 could not be judged" in process.stderr
 
 
@@ -302,7 +302,7 @@ def test_records_that_cannot_be_judged_are_named_and_kept(tmp_path):
     ("arguments", "message"),
     [
         (["missing.jsonl"], "'missing.jsonl' does not exist"),
-        (["a.jsonl", "--verify"], "asks nothing"),
+        (["a.jsonl", "--verify"], "--verify and --compare take one question"),
     ],
 )
 def test_other_uses_of_judge_are_refused(arguments, message):
