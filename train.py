@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import resource
 import shutil
@@ -27,7 +26,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +46,7 @@ TARGET_MODULES: dict[TargetModules, list[str]] = {
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 METRICS = {"answers": "eval_quality", "eval_loss": "eval_loss", "rouge_l": "eval_rouge_l"}
+LIBRARIES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets")
 ROWS_PER_STEP = 16
 # Exit codes for ablate.py: the folder has a run with other values, or another process writes to it.
 OTHER_VALUES, BUSY = 3, 75
@@ -73,13 +73,13 @@ physician has reviewed the rows or the answers.
 - {{ name }}: {{ value|e }}
 {%- endfor %}
 {% for sample in samples %}
-**{{ sample.question|e|replace("\\n", " ") }}** ({{ sample.verdict }}; {{ sample.finish_reason }})
+<pre>{{ sample.question|e }} ({{ sample.verdict }}; {{ sample.finish_reason }})
 
-<pre>{{ sample.text|e|replace("\\n", "&#10;") }}</pre>
+{{ sample.text|e }}</pre>
 {% endfor %}"""
 
 
-# --- Flags ---------------------------------------------------------------------------------------
+# --- Flags and plan ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ class TrainConfig(data.RowsConfig):
     lora_alpha: int = 32
     """The LoRA update is scaled by lora_alpha / r."""
     pad: infer.PadName = "native"
-    """`native`: the tokenizer's own pad token. `added`: a new token, the story's mistake, for
-    comparison; the adapter then contains the whole embedding, twice."""
+    """`added` is a new token, the story's mistake: the adapter then has the embedding, twice."""
     per_device_train_batch_size: int | None = None
     """Rows per forward pass, a divisor of the 16 rows of a step. Unset: the profile's."""
     load_in_4bit: bool = True
@@ -114,8 +113,8 @@ class TrainConfig(data.RowsConfig):
     eval_every: float | None = None
     """Share of the steps between two evaluations. Unset: the profile's."""
     metric_for_best_model: Metric = "answers"
-    """Selects the evaluation whose weights are kept. `answers`: most sound answers, then most
-    points, then lowest eval loss. `rouge_l`: ROUGE-L of answers to held-out questions."""
+    """Selects the weights. `answers`: most sound answers, then most points, then lowest loss;
+    `rouge_l`: ROUGE-L of answers to held-out questions."""
     early_stopping_patience: int | None = None
     """Stop after this many evaluations in a row that do not improve --metric-for-best-model."""
     max_hours: float | None = None
@@ -184,8 +183,7 @@ def name_rows(source: str) -> str:
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile]:
-    """The config with the profile's values for unset flags, and the profile. Raises UsageError as
-    `data.resolve_profile`."""
+    """The config with the profile's values for unset flags, and the profile."""
     profile = data.resolve_profile(config.profile, config.base_model)
     in_4bit = config.load_in_4bit and profile.load_in_4bit
     rows = name_rows(config.rows) if config.rows else config.mix
@@ -198,9 +196,6 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile]:
     values = {name: value for name, value in values.items() if getattr(config, name) is None}
     values |= {"profile": profile.name, "base_model": profile.base_model, "load_in_4bit": in_4bit}
     return dataclasses.replace(config, **values), dataclasses.replace(profile, load_in_4bit=in_4bit)
-
-
-# --- The plan ------------------------------------------------------------------------------------
 
 
 def count_adapter(
@@ -236,22 +231,20 @@ def count_adapter(
 
 
 def count_base(profile: Profile) -> tuple[int, int]:
-    """`(parameters, bytes when loaded)` of the base model.
-
-    NF4 with double quantization (Dettmers et al. 2023) takes 4 bits per weight, 8 per block of 64
-    weights, and 32 per 256 blocks; embedding and norms stay in 16 bits.
-    """
+    """`(parameters, bytes when loaded)` of the base model."""
     arch = profile.architecture
     linear = arch.num_hidden_layers * sum(map(math.prod, arch.linear_shapes.values()))
     others = arch.vocab_size * arch.hidden_size * (1 if arch.tie_word_embeddings else 2)
     others += (2 * arch.num_hidden_layers + 1) * arch.hidden_size
+    # NF4 with double quantization (Dettmers et al. 2023): 4 bits per weight, 8 per block of 64
+    # weights, and 32 per 256 blocks. Embedding and norms stay in 16 bits.
     per_weight = 1 / 2 + 1 / 64 + 4 / (64 * 256) if profile.load_in_4bit else 2
     return linear + others, int(linear * per_weight) + 2 * others
 
 
 def format_plan(config: TrainConfig, profile: Profile, audit: Log | None, dtype: str) -> str:
-    """The plan's exact numbers, and one line of measured ones. Raises UsageError if a new run has
-    no room on the disk. `audit` is None if rows cannot be read; `dtype` is the base model's."""
+    """The plan, with an upper bound of rows if `audit` is None; `dtype` is the base model's. Raises
+    UsageError if the disk has no room for a new run."""
     embedding = dtype if config.pad == "added" else None
     modules, r = config.target_modules, config.r
     trainable, adapter_bytes = count_adapter(profile.architecture, modules, r, embedding)
@@ -293,7 +286,7 @@ def format_values(values: Log) -> str:
     return data.escape_controls("\n".join(lines))
 
 
-# --- LoRA ----------------------------------------------------------------------------------------
+# --- Model and answers ---------------------------------------------------------------------------
 
 
 def add_lora(model: Any, config: TrainConfig, profile: Profile) -> Any:
@@ -311,8 +304,7 @@ def add_lora(model: Any, config: TrainConfig, profile: Profile) -> Any:
 
 
 def check_model(model: Any, tokenizer: Any, config: TrainConfig, profile: Profile) -> None:
-    """Raises UsageError unless only LoRA is trainable, and the pad token is one of the base model's
-    tokens other than its stop token."""
+    """Raises UsageError unless only LoRA is trainable, and pad is another known token than stop."""
     rows = model.get_input_embeddings().weight.shape[0]
     expected = profile.architecture.vocab_size + (config.pad == "added")
     others = [n for n, each in model.named_parameters() if each.requires_grad and ".lora_" not in n]
@@ -326,9 +318,6 @@ def check_model(model: Any, tokenizer: Any, config: TrainConfig, profile: Profil
         )
 
 
-# --- Evaluation of answers -----------------------------------------------------------------------
-
-
 def rouge_l(text: str, reference: str) -> float:
     """ROUGE-L, the F1 of the longest common subsequence of words (Lin 2004), in [0, 1]."""
     from rapidfuzz.distance import LCSseq
@@ -338,14 +327,10 @@ def rouge_l(text: str, reference: str) -> float:
 
 
 def evaluate_answers(
-    config: TrainConfig,
-    loaded: infer.LoadedModel,
-    references: Mapping[str, str],
-    step: int,
-    eval_loss: float,
+    config: TrainConfig, loaded: infer.LoadedModel, references: Log, step: int, eval_loss: float
 ) -> dict[str, float]:
-    """The metrics of answers to the probes, and to questions with a reference answer. Writes those
-    to probes to samples/STEP.jsonl."""
+    """Metrics of answers to probes, which are written to samples/STEP.jsonl, and to questions with
+    a reference answer. `eval_quality` orders by sound answers, then by points, then by loss."""
     from tqdm import tqdm
     from unsloth import FastLanguageModel
 
@@ -373,11 +358,8 @@ def evaluate_answers(
         data.write_atomic(config.folder / "samples" / f"{step}.jsonl", "\n".join(lines) + "\n")
     found = infer.measure_quality(judged)
     tie_break = 1 / (1 + eval_loss) if math.isfinite(eval_loss) else 0.0
-    # Orders evaluations by sound answers, then by points, then by loss.
-    metrics["eval_quality"] = found.num_sound + (found.num_named + tie_break) / (
-        found.num_points + 1
-    )
     return metrics | {
+        "eval_quality": found.num_sound + (found.num_named + tie_break) / (found.num_points + 1),
         "eval_answers": found.num_answers,
         "eval_sound": found.num_sound,
         "eval_ended": found.num_ended,
@@ -389,8 +371,7 @@ def evaluate_answers(
 
 
 def describe_evaluation(now: Log, before: Log | None) -> str:
-    """Loss and answers of an evaluation in one line; a second line warns if the loss improved since
-    the one before while the answers got worse."""
+    """An evaluation in one line; a second one warns if the loss improved, but not the answers."""
     line = f"step {now['step']}: eval_loss {now['eval_loss']:.4f}"
     if now["eval_answers"]:
         line += (
@@ -419,8 +400,7 @@ def stop_after_step(number: int, frame: object) -> None:
 
 
 def make_callback(config: TrainConfig, recipe: Log) -> Any:
-    """A callback that shows progress, writes metrics.jsonl, and saves every --save-minutes, before
-    an evaluation, and to stop after a signal."""
+    """Shows progress, writes metrics.jsonl, saves in time, and stops training after a signal."""
     from tqdm import tqdm
     from transformers.trainer_callback import ExportableState, TrainerCallback
 
@@ -493,7 +473,6 @@ def make_sft_config(config: TrainConfig, profile: Profile, eval_steps: int) -> A
         gradient_accumulation_steps=ROWS_PER_STEP // config.per_device_train_batch_size,
         eval_accumulation_steps=None,
         learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
         warmup_steps=0.03,
         weight_decay=0.01,
         optim=profile.optim,
@@ -536,12 +515,7 @@ def order_rows(rows: Encoded, seed: int) -> Encoded:
 
 
 def make_trainer(
-    model: Any,
-    tokenizer: Any,
-    args: Any,
-    rows: Encoded,
-    held_out: Encoded,
-    evaluate: Callable[[int, float], Log] = lambda step, eval_loss: {"eval_answers": 0},
+    model: Any, tokenizer: Any, args: Any, rows: Encoded, held_out: Encoded, evaluate: Any = None
 ) -> Any:
     """TRL's trainer for encoded rows; `evaluate(step, eval_loss)` returns metrics of answers."""
     from datasets import Dataset
@@ -551,48 +525,40 @@ def make_trainer(
     class Trainer(SFTTrainer):
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
             output = super().evaluation_loop(*args, **kwargs)
-            output.metrics.update(evaluate(self.state.global_step, output.metrics["eval_loss"]))
+            if evaluate:
+                loss, step = output.metrics["eval_loss"], self.state.global_step
+                output.metrics.update(evaluate(step, loss))
             return output
 
-    train, held_out = Dataset.from_list(rows), Dataset.from_list(held_out)
-    trainer = Trainer(
-        model=model,
-        processing_class=tokenizer,
-        args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
-    )
+    if args.train_sampling_strategy == "sequential":
+        rows = order_rows(rows, args.seed)
+    sets = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(held_out)}
+    trainer = Trainer(model=model, processing_class=tokenizer, args=args, **sets)
     trainer.create_model_card = lambda *args, **kwargs: None  # `make_card` is the card
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-# --- The run folder ------------------------------------------------------------------------------
-
-
-def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """The Trainer's state in a checkpoint. Raises an error if one of its files is corrupt."""
-    import safetensors
-
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        with zipfile.ZipFile(checkpoint / name) as archive:
-            if archive.testzip():
-                raise ValueError(f"{name} is broken")
-    safetensors.safe_open(checkpoint / infer.WEIGHTS, framework="np")
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    callbacks = state["stateful_callbacks"]
-    # Set at the end of training: after all steps, or by early stopping.
-    complete = callbacks["TrainerControl"]["args"]["should_training_stop"]
-    return {**state, **callbacks["RunCallback"]["attributes"], "complete": complete}
+# --- The run -------------------------------------------------------------------------------------
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The newest checkpoint that can be loaded, and its state. Newer ones are reported and renamed,
-    so that the Trainer does not write into them."""
+    """The newest checkpoint that can be loaded, and its state. Newer ones are renamed."""
+    import safetensors
+
     checkpoints = folder.glob("checkpoint-*")
     for checkpoint in sorted(checkpoints, key=lambda path: -int(path.name[11:])):
         try:
-            return checkpoint, read_checkpoint(checkpoint)
+            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+                with zipfile.ZipFile(checkpoint / name) as archive:
+                    if archive.testzip():
+                        raise ValueError(f"{name} is broken")
+            safetensors.safe_open(checkpoint / infer.WEIGHTS, framework="np")
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            callbacks = state["stateful_callbacks"]
+            # Set at the end of training: after all steps, or by early stopping.
+            state["complete"] = callbacks["TrainerControl"]["args"]["should_training_stop"]
+            return checkpoint, state | callbacks["RunCallback"]["attributes"]
         except Exception as error:  # whatever a damaged file leads to
             problem = f"{checkpoint} cannot be loaded ({data.first_line(error)})"
             print(f"{problem}; the one before is used, or none.", file=sys.stderr)
@@ -615,22 +581,8 @@ def check_recipe(folder: Path, found: Log, recipe: Log) -> None:
         raise UsageError(f"{text}\n{advice}", OTHER_VALUES)
 
 
-def commit_id() -> str | None:
-    """Commit of the kit's checkout, or None if it is not one."""
-    command = ["git", "-C", str(data.HERE), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
-def list_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a run's results depend on."""
-    names = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return versions | {"python": platform.python_version()}
-
-
 def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Log | None:
-    """Trains into the folder, from its newest checkpoint if there is one, and returns the record;
-    None if --max-hours ended it."""
+    """Trains, from a checkpoint if there is one. Returns the record; None after --max-hours."""
     folder, (checkpoint, state) = config.folder, find_checkpoint(config.folder)
     if checkpoint:
         check_recipe(folder, state["recipe"], recipe)
@@ -649,12 +601,10 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
     train_rows = [data.encode_row(tokenizer, row) for row in mix.train]
     held_out = [data.encode_row(tokenizer, row) for row in mix.eval]
     held_out.sort(key=lambda row: len(row["input_ids"]))
-    if profile.train_sampling_strategy == "sequential":
-        train_rows = order_rows(train_rows, config.seed)
-    # Held-out questions fill up the last batch of probes. Short ones do not widen it.
+    # Short held-out questions, which fill up the last batch of probes.
     short = sorted(mix.eval, key=lambda row: len(row.question))
-    short = short[: max(8, -config.num_probes % infer.ROWS)]
-    references = {row.question: row.answer for row in short}
+    count = max(8, -config.num_probes % infer.ROWS)
+    references = {row.question: row.answer for row in short[:count]}
     with infer.quiet_libraries():
         if config.pad == "added":
             infer.add_pad_token(model, tokenizer)
@@ -695,17 +645,13 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
     return write_results(config, loaded, recipe, audit, state)
 
 
-# --- Results -------------------------------------------------------------------------------------
-
-
 def write_results(
     config: TrainConfig, loaded: infer.LoadedModel, recipe: Log, audit: Log, state: Log
 ) -> dict[str, Any]:
-    """Writes adapter, curves and, last, run.json; returns its content. Raises UsageError if the
-    weights selected have no loss."""
+    """Writes adapter, curves and, last, run.json; returns its content."""
     import torch
 
-    folder, tokenizer, decoding = config.folder, loaded.tokenizer, infer.DECODINGS["kit"]
+    folder, profile, tokenizer = config.folder, loaded.profile, loaded.tokenizer
     before, *lines = [log for log in select_metrics(state["log_history"]) if "eval_loss" in log]
     chosen = next((line for line in lines if line["step"] == state["best_global_step"]), None)
     if not chosen or not math.isfinite(chosen["eval_loss"]):  # diverged weights still give answers
@@ -720,54 +666,43 @@ def write_results(
             selected[name] = best(finite, key=lambda line: line[key])["step"]
     # On a CPU, torch counts no bytes.
     peak = torch.cuda.max_memory_reserved() or 1024 * resource.getrusage(0).ru_maxrss
-    adapter, part = folder / "adapter", folder / ".adapter.part"
+    numbers = {name: audit[name] for name in ("train_rows", "train_tokens", "eval_rows")}
+    numbers |= {"steps": state["global_step"], "planned_steps": state["max_steps"]}
+    numbers |= {"training_seconds": state["seconds"], "peak_memory_bytes": peak}
+    numbers |= {"before": before, "chosen": chosen, "last": lines[-1], "selected": selected}
     checkpoint = folder / f"checkpoint-{chosen['step']}"
-    record = {
-        "recipe": recipe,
-        "argv": sys.argv,
-        "versions": list_versions(),
-        "commit": commit_id(),
-        "system_prompt": loaded.system_prompt,
-        "prompt_fingerprint": data.prompt_fingerprint(tokenizer, loaded.system_prompt),
-        "numbers": {
-            "steps": state["global_step"],
-            "planned_steps": state["max_steps"],
-            "training_seconds": state["seconds"],
-            "peak_memory_bytes": peak,
-            "adapter_bytes": (checkpoint / infer.WEIGHTS).stat().st_size,
-            **{name: audit[name] for name in ("train_rows", "train_tokens", "eval_rows")},
-            "before": before,
-            "chosen": chosen,
-            "last": lines[-1],
-            "selected": selected,
-        },
-    }
+    numbers["adapter_bytes"] = (checkpoint / infer.WEIGHTS).stat().st_size
     about = infer.AdapterRecord(
-        base_model=loaded.profile.base_model,
-        profile=loaded.profile.name,
-        prompt_fingerprint=record["prompt_fingerprint"],
-        decoding=decoding,
+        base_model=profile.base_model,
+        profile=profile.name,
+        prompt_fingerprint=data.prompt_fingerprint(tokenizer, loaded.system_prompt),
+        decoding=infer.DECODINGS["kit"],
         pad=config.pad,
         system_prompt=loaded.system_prompt,
         surprisal_reference=infer.surprisal_reference(loaded) if config.num_probes else None,
-        load_in_4bit=loaded.profile.load_in_4bit,
+        load_in_4bit=profile.load_in_4bit,
     )
+    command = ["git", "-C", str(data.HERE), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    record = {
+        "recipe": recipe,
+        "argv": sys.argv,
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "commit": commit or None,
+        "system_prompt": about.system_prompt,
+        "prompt_fingerprint": about.prompt_fingerprint,
+        "numbers": numbers,
+    }
+    adapter, part = folder / "adapter", folder / ".adapter.part"
     shutil.rmtree(part, ignore_errors=True)
     with data.writing(adapter, part):
         part.mkdir()
         for name in (infer.WEIGHTS, infer.CONFIG):
             shutil.copyfile(checkpoint / name, part / name)
         tokenizer.save_pretrained(part)
-        infer.make_generation_config(
-            decoding.max_new_tokens,
-            [data.end_of_turn_id(tokenizer)],
-            tokenizer.pad_token_id,
-            decoding.repetition_penalty,
-            decoding.no_repeat_ngram_size,
-        ).save_pretrained(part)
         about_text = json.dumps(dataclasses.asdict(about), indent=2)
         data.write_atomic(part / infer.ADAPTER_RECORD, about_text + "\n")
-        data.write_atomic(part / "README.md", make_card(config, loaded.profile, record))
+        data.write_atomic(part / "README.md", make_card(config, profile, record))
         shutil.rmtree(adapter, ignore_errors=True)
         part.rename(adapter)
     draw_curves(state["log_history"], selected, folder / "curves.png")
@@ -804,8 +739,7 @@ def make_card(config: TrainConfig, profile: Profile, record: Log) -> str:
 
 
 def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: Path) -> None:
-    """Draws loss and answers over the steps, and the step that each metric selects. Lines also
-    differ in dashes and markers, so the figure is readable in black and white."""
+    """Draws loss and answers over the steps, in grey, and the step that each metric selects."""
     import pandas
     from matplotlib.figure import Figure
 
@@ -843,16 +777,13 @@ def export(config: TrainConfig, profile: Profile) -> None:
                 model.save_pretrained_merged(str(merged), tokenizer, save_method="merged_16bit")
             if config.gguf:
                 model.save_pretrained_gguf(str(gguf), tokenizer, quantization_method=config.gguf)
-        print(f"exported  {merged if config.merge else ''} {gguf if config.gguf else ''}")
+        print(f"exported  to {config.folder}")
     if config.push_to_hub:
         from huggingface_hub import HfApi
 
         url = HfApi().create_repo(config.push_to_hub, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=url.repo_id, folder_path=adapter)
         print(f"uploaded  {url} (private, if it is new)")
-
-
-# --- Command -------------------------------------------------------------------------------------
 
 
 def train(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> None:
@@ -869,25 +800,19 @@ def train(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> 
         return
     for checkpoint in folder.glob("*checkpoint-*"):
         shutil.rmtree(checkpoint)
-    is_default = config.output_dir == infer.TRAIN_RUNS
-    if is_default:
+    if config.output_dir == infer.TRAIN_RUNS:
         data.write_atomic(infer.LATEST, folder.name + "\n")
     export(config, profile)
     numbers, adapter = record["numbers"], folder / "adapter"
-    chosen, last = numbers["chosen"], numbers["last"]
-    flag = "" if is_default else f"--adapter '{adapter}' "
-    stopped = f" of {numbers['planned_steps']}, ended by early stopping"
-    stopped *= numbers["steps"] < numbers["planned_steps"]
+    before, last = numbers["before"], numbers["last"]
+    minutes, memory = numbers["training_seconds"] / 60, numbers["peak_memory_bytes"] / data.GIB
     choices = ", ".join(f"{name} step {step}" for name, step in numbers["selected"].items())
-    print(
-        f"loss      {numbers['before']['eval_loss']:.4f} before, {last['eval_loss']:.4f} after "
-        f"{last['step']} steps{stopped} ({numbers['training_seconds'] / 60:.1f} minutes)\n"
-        f"memory    {numbers['peak_memory_bytes'] / data.GIB:.2f} GiB at the peak\n"
-        f"adapter   {adapter} ({numbers['adapter_bytes']:,} bytes)\n"
-        f'try it    python infer.py {flag}"What are the warning signs of a heart attack?"\n'
-        f"selected  step {chosen['step']} by {config.metric_for_best_model}; by each metric: "
-        f"{choices}"
-    )
+    print(f"""loss      {before["eval_loss"]:.4f} before, {last["eval_loss"]:.4f} after
+steps     {last["step"]} of {numbers["planned_steps"]} in {minutes:.1f} minutes
+memory    {memory:.2f} GiB at the peak
+adapter   {adapter} ({numbers["adapter_bytes"]:,} bytes)
+try it    python infer.py --adapter '{adapter}' "What are the warning signs of a heart attack?"
+selected  step {numbers["chosen"]["step"]} by {config.metric_for_best_model}; {choices}""")
 
 
 def main(config: TrainConfig) -> None:

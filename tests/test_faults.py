@@ -358,7 +358,7 @@ def test_the_card_shows_answers_as_they_are_and_obeys_nothing_in_them(tmp_path):
     record["system_prompt"] = data.SYSTEM_PROMPT
     card = train.make_card(config, profile, record)
     assert "<script" not in card and "\x1b" not in card and card.count("<pre>") == card.count("</pre>") == 1
-    assert "**q `a` | b # c** (sound; stop)" in card and "\n# heading" not in card
+    assert "<pre>q `a` | b\n# c (sound; stop)\n\n&lt;/pre&gt;" in card
     assert card.startswith("---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n")
 
 

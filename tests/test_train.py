@@ -374,7 +374,7 @@ def test_early_stopping_ends_a_run_that_gets_worse(trained, tmp_path):
     folder = tmp_path / "a b" / "tiny"
     numbers = json.loads((folder / "run.json").read_text())["numbers"]
     assert numbers["steps"] < numbers["planned_steps"] == 4
-    assert f"after {numbers['steps']} steps of 4, ended by early stopping" in ran.stdout
+    assert f"steps     {numbers['steps']} of 4 in " in ran.stdout
     assert "python infer.py --adapter 'a b/tiny/adapter' " in ran.stdout
 
 
