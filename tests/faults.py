@@ -27,7 +27,6 @@ import tyro
 
 import ablate
 import infer
-import train
 from tests import tiny_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +71,11 @@ def check_file(path):
         assert len(content) == size + max(ends), path
 
 
+def list_checkpoints(folder):
+    """Newest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name[11:]))
+
+
 def is_in_the_making(path, folder):
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
@@ -89,10 +93,10 @@ class Training:
         """What must not get lost, with its progress: `{name: number}`."""
         folder = self.cwd / RUN
         steps = []
-        for checkpoint in train.list_checkpoints(folder):
-            with contextlib.suppress(Exception):  # one that was being written is none
-                steps.append(train.read_checkpoint(checkpoint)["global_step"])
-        done = train.read_record(folder) is not None
+        for checkpoint in list_checkpoints(folder):
+            with contextlib.suppress(OSError):  # one that was being written is none
+                steps.append(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
+        done = (folder / "run.json").is_file()
         if done:
             infer.check_adapter(folder / "adapter")
         return {"steps": 10**6 if done else max(steps, default=0), "done": int(done)}
@@ -100,7 +104,7 @@ class Training:
     def check_whole(self):
         folder = self.cwd / RUN
         for path in folder.rglob("*") if folder.exists() else ():
-            in_checkpoint = path.relative_to(folder).parts[0].startswith("checkpoint-")
+            in_checkpoint = "checkpoint-" in path.relative_to(folder).parts[0]
             if path.is_file() and not in_checkpoint and not is_in_the_making(path, folder):
                 check_file(path)
 
@@ -108,7 +112,7 @@ class Training:
         folder = self.cwd / RUN
         if "training:" not in words:
             return "starting"
-        newest = next(iter(train.list_checkpoints(folder)), None)
+        newest = next(iter(list_checkpoints(folder)), None)
         if newest and not (newest / "trainer_state.json").is_file():
             return "saving"
         metrics = folder / "metrics.jsonl"

@@ -140,13 +140,14 @@ def make_random_model(folder, arch, tiny):
 def make_kit_trainer(method, base_model, profile_name, folder):
     """The trainer of train.py for the method, and the number of tokens of its rows."""
     in_fp16 = method == "fp16"
-    config, profile, _ = train.resolve(
+    config, profile = train.resolve(
         train.TrainConfig(
             profile=profile_name,
             base_model=base_model,
+            output_dir=folder,
             num_probes=0,
             max_steps=NUM_STEPS,
-            no_load_in_4bit=method == "kit-16bit",
+            load_in_4bit=method != "kit-16bit",
         )
     )
     infer.prepare_environment(profile)
@@ -158,10 +159,10 @@ def make_kit_trainer(method, base_model, profile_name, folder):
     rows, held_out = take_rows(tokenizer, NUM_STEPS * train.ROWS_PER_STEP)
     longest = max(len(row["input_ids"]) for row in rows)
     with infer.quiet_libraries():
-        checkpointing = train.use_checkpointing(config, profile, longest)
-        model = train.add_lora(model, config, checkpointing)
-        train.speed_up(model, config, profile, longest)
-        args = train.make_sft_config(config, profile, folder, NUM_STEPS, checkpointing)
+        model = train.add_lora(model, config, profile)
+        if longest <= profile.eager_attention_tokens:
+            model.set_attn_implementation("eager")
+        args = train.make_sft_config(config, profile, NUM_STEPS)
         args.eval_strategy, args.save_strategy, args.metric_for_best_model = "no", "no", None
         args.eval_on_start = False
         return train.make_trainer(model, tokenizer, args, rows, held_out), rows
@@ -389,7 +390,7 @@ def check_resume(config, limit):
     with (config.folder / "killed.txt").open("w") as log:
         process = subprocess.Popen([*command, "--restart"], stdout=log, stderr=log, cwd=ROOT)
         deadline = time.monotonic() + limit
-        while not any((folder / f"checkpoint-{n}" / train.STATE).is_file() for n in range(last // 2, last)):
+        while not any((folder / f"checkpoint-{n}" / "trainer_state.json").is_file() for n in range(last // 2, last)):
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
                 raise RuntimeError(f"ended without a checkpoint: {(config.folder / 'killed.txt').read_text()[-1500:]}")

@@ -10,7 +10,6 @@ import inspect
 import io
 import json
 import os
-from pathlib import Path
 
 import data
 import infer
@@ -62,7 +61,7 @@ def examine():
     from trl.trainer.sft_config import SFTConfig as StockConfig
     from unsloth import save
 
-    recipe, profile, _ = train.resolve(train.TrainConfig(profile="t4"))
+    recipe, profile = train.resolve(train.TrainConfig(profile="t4"))
     loader, config_class = unsloth.FastLanguageModel, trl.SFTConfig
     passed, said = {}, io.StringIO()
 
@@ -72,7 +71,7 @@ def examine():
 
     trl.SFTConfig = recording_config
     with contextlib.redirect_stdout(said):
-        config = train.make_sft_config(recipe, profile, Path("runs/train/x"), 5, "unsloth")
+        config = train.make_sft_config(recipe, profile, 5)
     trl.SFTConfig = config_class
     gpu_defaults = {name: each.default for name, each in inspect.signature(config_class.__init__).parameters.items()}
     stock_defaults = {
@@ -83,7 +82,7 @@ def examine():
     return {
         "unknown": {
             "from_pretrained": call_in_place(loader, "from_pretrained", lambda: infer.load_base(data.PROFILES["t4"], dtype="float16")),
-            "get_peft_model": call_in_place(loader, "get_peft_model", lambda: train.add_lora(object(), recipe)),
+            "get_peft_model": call_in_place(loader, "get_peft_model", lambda: train.add_lora(object(), recipe, profile)),
             # train.py makes a subclass, whose calls go through to this one.
             "SFTTrainer": unknown_to(
                 trl.SFTTrainer.__init__,

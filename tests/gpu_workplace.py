@@ -92,6 +92,5 @@ def make_workplace(cwd):
 def start_training(backend, cwd, num_probes, twice=()):
     """`train.py` with the t4 values: two steps of two passes, two rows a pass, and three evaluations."""
     flags = ["--name", backend, "--max-steps", "2", "--num-probes", str(num_probes), "--per-device-train-batch-size", "2"]
-    flags.append("--gradient-checkpointing")  # unset, so small a model would not need it
     rows = ["--conversational", "conversational.jsonl", "--encyclopedic", "encyclopedic.jsonl"]
     return start_module("tests.gpu_path", backend, cwd / "base", "train", *flags, *rows, cwd=cwd, twice=twice)

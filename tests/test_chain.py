@@ -1,6 +1,7 @@
 """The scripts in sequence on one small adapter, as a user runs them."""
 
 import contextlib
+import dataclasses
 import html
 import json
 import math
@@ -35,7 +36,6 @@ def test_training_leaves_exactly_its_files(trained):
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
-        "generation_config.json",
         "kit.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -47,7 +47,7 @@ def test_training_learns_and_prints_both_losses(trained):
     numbers = json.loads((trained.folder / "run.json").read_text())["numbers"]
     before, last = numbers["before"]["eval_loss"], numbers["last"]["eval_loss"]
     assert last < before
-    assert f"loss      {before:.4f} before, {last:.4f} after 4 steps" in trained.process.stdout
+    assert f"loss      {before:.4f} before, {last:.4f} after\nsteps     4 of 4 in " in trained.process.stdout
     assert "python infer.py" in trained.process.stdout
     lines = read_lines(trained.folder / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -67,7 +67,7 @@ def test_the_gate_judges_the_answers_of_every_evaluation_beside_the_loss(trained
         assert line["eval_sound"] == sum(sample["verdict"] == "sound" for sample in own)
         assert line["eval_ended"] == sum(sample["finish_reason"] == "stop" for sample in own)
         assert line["eval_points"] == sum(len(sample["facts"]["named"]) for sample in own)
-        assert 0 < line["eval_rouge_l"] < 0.5 and 0 < line["eval_loss_per_byte"] < line["eval_loss"] / 2
+        assert 0 < line["eval_rouge_l"] < 0.5
         assert train.describe_evaluation(line, before) in trained.process.stderr
     # What is judged is what is written: the same findings come out of the text again.
     for sample in (sample for own in samples.values() for sample in own):
@@ -82,9 +82,9 @@ def test_the_gate_judges_the_answers_of_every_evaluation_beside_the_loss(trained
     assert (numbers["before"], numbers["chosen"], numbers["last"]) == (lines[0], lines[2], lines[2])
     best = {name: max(lines[1:], key=lambda line: (line[key], -line["step"]))["step"] for name, key in train.METRICS.items()}
     best["eval_loss"] = 4
-    assert numbers["selected"] == best and not numbers["stopped_early"]
+    assert numbers["selected"] == best
     choices = ", ".join(f"{name} step {best[name]}" for name in ("answers", "eval_loss", "rouge_l"))
-    assert trained.process.stdout.endswith(f"selected  step 4 by eval_loss; by each metric: {choices}\n")
+    assert trained.process.stdout.endswith(f"selected  step 4 by eval_loss; {choices}\n")
 
 
 def test_curves_are_grey(trained):
@@ -112,7 +112,7 @@ def test_only_lora_tensors_are_saved_as_many_bytes_as_planned_and_they_have_move
 def test_the_planned_steps_and_parameters_came_true(trained):
     numbers = json.loads((trained.folder / "run.json").read_text())["numbers"]
     assert numbers["steps"] == numbers["planned_steps"] == 4
-    assert f"{'trainable parameters':<30}{numbers['trainable_parameters']:,}" in trained.process.stdout
+    assert f"{'trainable parameters':<30}4,884,480\n" in trained.process.stdout
     assert 1 < numbers["peak_memory_bytes"] / data.GIB < 6
 
 
@@ -120,16 +120,17 @@ def test_the_card_tells_recipe_data_loss_and_the_answer_whatever_it_is(trained):
     card = (trained.folder / "adapter" / "README.md").read_text(encoding="utf-8")
     record = json.loads((trained.folder / "run.json").read_text())
     answers = read_lines(trained.folder / "samples" / "4.jsonl")
-    assert "Not medical advice" in card and "license: apache-2.0" in card and "| r | 16 |" in card
+    assert "Not medical advice" in card and "license: apache-2.0" in card and "- r: 16\n" in card
     before, chosen = record["numbers"]["before"]["eval_loss"], record["numbers"]["chosen"]["eval_loss"]
     assert f"{before:.4f} before, {chosen:.4f} at that step" in card
     assert "of step 4, selected by eval_loss" in card
-    assert "conversational: conversational.jsonl (license: unknown to the kit)" in card
+    assert "- conversational rows: conversational.jsonl\n" in card
     assert len(answers) == 2
     for answer in answers:
-        assert f"({answer['verdict']}; {answer['finish_reason']}; points " in card
-        assert f"<pre>{html.escape(answer['text']).replace(chr(10), '&#10;')}</pre>".replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in card
-    assert f"unsloth {record['versions']['unsloth']}" in card
+        assert f"({answer['verdict']}; {answer['finish_reason']})" in card
+        text = html.escape(answer["text"]).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
+        assert f"\n\n{text}</pre>" in card
+    assert f"- unsloth: {record['versions']['unsloth']}\n" in card
     everything = "".join(path.read_text() for path in (trained.folder / "adapter").glob("*.json"))
     assert str(trained.cwd) not in card and str(ROOT) not in everything and str(Path.home()) not in everything
 
@@ -178,12 +179,10 @@ def test_infer_answers_from_the_latest_adapter_with_the_answer_alone_on_stdout(t
 
 
 def test_the_decoding_travels_with_the_adapter(trained, tmp_path):
-    written = json.loads((trained.folder / "adapter" / "generation_config.json").read_text())
-    assert (written["do_sample"], written["max_new_tokens"], written["eos_token_id"]) == (False, 256, [2])
-    assert written["repetition_penalty"] == infer.DECODINGS["kit"].repetition_penalty
     adapter = tmp_path / "adapter"
     shutil.copytree(trained.folder / "adapter", adapter)
     record = json.loads((adapter / "kit.json").read_text())
+    assert record["decoding"] == dataclasses.asdict(infer.DECODINGS["kit"])
     record["decoding"] |= {"max_new_tokens": 5, "repetition_penalty": 1.5}
     (adapter / "kit.json").write_text(json.dumps(record))
     ran = call_script("infer.py", QUESTION, "--adapter", adapter, "--json", cwd=tmp_path)

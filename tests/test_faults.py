@@ -1,7 +1,6 @@
 """Failures of the environment: kills, full disks, truncated files, lack of memory, clocks, signals, secrets."""
 
 import ast
-import dataclasses
 import errno
 import json
 import os
@@ -88,7 +87,8 @@ def put_checkpoint(folder, step):
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"values": torch.zeros(1000)}, checkpoint / name)
     safetensors.numpy.save_file({"a": torch.zeros(10).numpy()}, checkpoint / infer.WEIGHTS)
-    state = {"global_step": step, "stateful_callbacks": {"RunCallback": {"attributes": {"recipe": {}}}}}
+    callbacks = {"RunCallback": {"attributes": {"recipe": {}}}, "TrainerControl": {"args": {"should_training_stop": False}}}
+    state = {"global_step": step, "stateful_callbacks": callbacks}
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     return checkpoint
 
@@ -120,30 +120,27 @@ def change_a_byte(path):
 def test_a_checkpoint_that_cannot_be_loaded_gives_way_to_the_one_before(tmp_path, capsys, name, damage):
     for step in (2, 10):
         put_checkpoint(tmp_path, step)
-    assert [path.name for path in train.list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-2"]
     assert train.find_checkpoint(tmp_path)[1]["global_step"] == 10
     damage(tmp_path / "checkpoint-10" / name)
     assert train.find_checkpoint(tmp_path)[1]["global_step"] == 2
-    assert re.search(r"checkpoint-10 cannot be loaded \(.+\); checkpoint-2 is used instead", capsys.readouterr().err)
+    assert re.search(r"checkpoint-10 cannot be loaded \(.+\); the one before is used", capsys.readouterr().err)
     assert not (tmp_path / "checkpoint-10").exists()
 
 
-def test_without_a_checkpoint_that_can_be_loaded_a_run_starts_over_only_if_none_was_completed(tmp_path):
-    assert train.find_checkpoint(tmp_path) is None
-    checkpoint = put_checkpoint(tmp_path, 1)
-    cut(checkpoint / "optimizer.pt")
-    with pytest.raises(UsageError, match=r"checkpoint-1 cannot be loaded .* there is no earlier one\. Restore it, or start over"):
-        train.find_checkpoint(tmp_path)
-    (checkpoint / "trainer_state.json").unlink()
-    assert train.find_checkpoint(tmp_path) is None and not checkpoint.exists()
+def test_without_a_checkpoint_that_can_be_loaded_a_run_starts_over_and_keeps_what_was_there(tmp_path, capsys):
+    assert train.find_checkpoint(tmp_path) == (None, {"complete": False})
+    cut(put_checkpoint(tmp_path, 1) / "optimizer.pt")
+    assert train.find_checkpoint(tmp_path)[0] is None
+    assert re.search(r"checkpoint-1 cannot be loaded \(.+\); the one before is used, or none", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged-checkpoint-1"]
 
 
 def test_a_disk_without_room_is_told_before_anything_is_trained(tmp_path, monkeypatch):
-    config, profile, _ = train.resolve(train.TrainConfig(profile="cpu"))
-    train.check_disk(config, profile, tmp_path / "run")
+    config, profile = train.resolve(train.TrainConfig(profile="cpu", output_dir=tmp_path))
+    train.format_plan(config, profile, None, "float32")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 50 * 2**20))
-    with pytest.raises(UsageError, match=r"needs up to \d+ MiB for checkpoints, .* 50 MiB are free there\. Free disk space"):
-        train.check_disk(config, profile, tmp_path / "run")
+    with pytest.raises(UsageError, match=r"needs up to \d+ MiB, and 50 MiB are free there\. Free disk space"):
+        train.format_plan(config, profile, None, "float32")
 
 
 # --- Runs that are ended -----------------------------------------------------------------------------------------
@@ -174,7 +171,7 @@ def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes
     process.send_signal(signal.SIGINT)
     assert process.wait() == 128 + signal.SIGINT
     said = (tmp_path / "words.txt").read_text()
-    assert "Interrupted. runs/train/tiny/checkpoint-1 of 4 steps is saved; run the same command" in said
+    assert "Stopping after this step." in said and "Interrupted. Run the same command again." in said
     assert "Traceback" not in said
     assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "samples", "checkpoint-1"}
     other = call_script("train.py", *trained.flags, "--r", "8", "--seed", "1", cwd=tmp_path)
@@ -189,14 +186,14 @@ def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     said = (tmp_path / "words.txt").read_text()
-    assert "resuming runs/train/tiny after step 1 of 4" in said and "Interrupted. runs/train/tiny/checkpoint-" in said
+    assert "resuming runs/train/tiny after step 1 of 4" in said and "Interrupted. Run the same command again." in said
 
     # The newest checkpoint is cut by something else: the one before it serves.
-    newest = train.list_checkpoints(folder)[0]
+    newest = faults.list_checkpoints(folder)[0]
     cut(newest / "optimizer.pt")
     finished = run_script("tests.tiny_train", *trained.flags, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert f"{newest.relative_to(tmp_path)} cannot be loaded (File is not a zip file); checkpoint-" in finished.stderr
+    assert f"{newest.relative_to(tmp_path)} cannot be loaded (File is not a zip file); the one before" in finished.stderr
     for path in trained.folder.rglob("*"):
         name = path.relative_to(trained.folder)
         if path.is_file() and path.name != "run.json":
@@ -340,23 +337,22 @@ def test_nothing_that_is_told_steers_the_terminal(tmp_path):
     assert ran.returncode == 2 and not set("\x1b\x07\x9b\u202e") & set(ran.stderr)
 
 
-def test_the_card_shows_answers_as_they_are_and_obeys_nothing_in_them():
+def test_the_card_shows_answers_as_they_are_and_obeys_nothing_in_them(tmp_path):
     sample = {
         "question": "q `a` | b\n# c",
         "text": "</pre><script>alert(1)</script>\n\n# heading\x1b[31m",
         "verdict": "sound",
         "finish_reason": "stop",
-        "decoding": dataclasses.asdict(infer.DECODINGS["kit"]),
-        "facts": {"named": [], "missing": ["x"], "wrong": []},
     }
-    config, profile, _ = train.resolve(train.TrainConfig(profile="cpu"))
+    config, profile = train.resolve(train.TrainConfig(profile="cpu", output_dir=tmp_path, name="x"))
+    (tmp_path / "x" / "samples").mkdir(parents=True)
+    (tmp_path / "x" / "samples" / "1.jsonl").write_text(json.dumps(sample) + "\n")
     evaluation = {"step": 1, "eval_loss": 1.0, "eval_sound": 1, "eval_answers": 1}
-    numbers = {"before": evaluation, "chosen": evaluation, "train_rows": 1, "train_tokens": 1, "eval_rows": 1}
-    record = {"numbers": {**numbers, "steps": 1, "planned_steps": 1}, "recipe": {"mix": "rows"}, "versions": {}, "commit": None}
+    record = {"numbers": {"before": evaluation, "chosen": evaluation}, "recipe": {"mix": "rows"}, "versions": {}}
     record["system_prompt"] = data.SYSTEM_PROMPT
-    card = train.make_card(config, profile, record, [sample])
+    card = train.make_card(config, profile, record)
     assert "<script" not in card and "\x1b" not in card and card.count("<pre>") == card.count("</pre>") == 1
-    assert "**q `a` | b # c** (sound; stop; points 0/1" in card and "\n# heading" not in card
+    assert "<pre>q `a` | b\n# c (sound; stop)\n\n&lt;/pre&gt;" in card
     assert card.startswith("---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n")
 
 

@@ -1,6 +1,7 @@
 """The t4 profile against Unsloth's GPU code, on a machine without a GPU."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT, run_script
@@ -65,7 +66,8 @@ def test_the_t4_recipe_runs_through_unsloths_gpu_code(workplace, gpu_run):
     log = (workplace / "libraries.txt").read_text()
     assert "Tesla T4" in log and "patched 2 layers with 2 QKV layers, 2 O layers and 2 MLP layers" in log
     assert "Padding-free enabled" in log
-    assert "adapter" in gpu_run.stdout and "as planned" in gpu_run.stdout
+    [planned] = set(re.findall(r"adapter file +([\d,]+ bytes)", gpu_run.stdout))
+    assert f"adapter   runs/train/gpu/adapter ({planned})" in gpu_run.stdout
     stopped, went_on = "Stopped by --max-hours after 1 of 2 steps", "resuming runs/train/gpu after step 1 of 2"
     assert gpu_run.stdout.index(stopped) < gpu_run.stdout.index(went_on)
     files = {path.name for path in (workplace / "runs" / "train" / "gpu").iterdir()}
@@ -98,9 +100,9 @@ def test_the_loss_of_a_step_is_a_mean_over_all_tokens_of_its_passes(workplace, g
 @pytest.mark.slow
 @pytest.mark.gpu_path
 def test_losses_and_gradients_agree_with_the_cpu_backend(workplace, gpu_run):
-    """With gate and stop here, without them there. The CPU backend's LoRA on a 4-bit base is bf16, half the planned bytes."""
+    """With gate and stop here, without them there."""
     cpu_run = finish(start_training("cpu", workplace, num_probes=0))
-    assert cpu_run.returncode == 0 and ", planned " in cpu_run.stdout, cpu_run.stderr
+    assert cpu_run.returncode == 0, cpu_run.stderr
     gpu, cpu = (read_metrics(backend, workplace) for backend in ("gpu", "cpu"))
     assert [line["step"] for line in gpu] == [line["step"] for line in cpu] == [0, 1, 1, 2, 2]
     compared = 0

@@ -188,22 +188,12 @@ def test_any_bytes_as_weights(tmp_path, content, header):
 
 @EXAMPLES
 @given(draw=st.data())
-def test_any_record_of_a_run(tmp_path, draw):
-    record = {"recipe": {"r": 16}, "numbers": {"chosen": {"step": 4}, "steps": 4}, "commit": None}
-    (tmp_path / "run.json").write_text(dumps(mutate(draw.draw, record)))
-    with read_or_refused():
-        train.check_recipe(tmp_path, train.read_record(tmp_path)["recipe"], {"r": 16})
-
-
-@EXAMPLES
-@given(draw=st.data())
 def test_any_state_of_a_checkpoint(tmp_path, draw):
     state = {"global_step": 1, "max_steps": 4, "stateful_callbacks": {"RunCallback": {"attributes": {"recipe": {}}}}}
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / "trainer_state.json").write_text(dumps(mutate(draw.draw, state)))
-    with pytest.raises(UsageError, match="no earlier one"):
-        train.find_checkpoint(tmp_path)  # its other files are missing
+    assert train.find_checkpoint(tmp_path)[0] is None  # its other files are missing
 
 
 def make_answer():

@@ -1,4 +1,4 @@
-"""Plan, model checks, order of rows and exports of train.py. Tests that train are marked slow."""
+"""Plan, model checks, order of rows and results of train.py. Tests that train are marked slow."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, call_script, load_llama_tokenizer, make_row, run_script
+from conftest import ROOT, call_script, load_llama_tokenizer
 
 import data
 import infer
@@ -17,7 +17,7 @@ from data import UsageError
 
 
 def resolve(**flags):
-    return train.resolve(train.TrainConfig(**{"profile": "t4", **flags}))[:2]
+    return train.resolve(train.TrainConfig(**{"profile": "t4", **flags}))
 
 
 # --- Flags
@@ -26,30 +26,15 @@ def resolve(**flags):
 def test_the_t4_values_are_the_storys():
     config, profile = resolve()
     assert (config.r, config.lora_alpha, config.learning_rate) == (16, 32, 2e-4)
-    assert (config.max_seq_length, config.rows_per_step) == (1024, 16)
+    assert (data.MAX_SEQ_LENGTH, train.ROWS_PER_STEP, config.per_device_train_batch_size) == (1024, 16, 16)
     assert (profile.optim, profile.use_gradient_checkpointing, config.pad) == ("adamw_8bit", "unsloth", "native")
     assert profile.padding_free and profile.load_in_4bit
 
 
-@pytest.mark.parametrize(("processes", "batch", "passes"), [(1, 16, 1), (2, 8, 1), (4, 4, 1), (8, 2, 1), (16, 1, 1)])
-def test_a_step_has_16_rows_on_any_number_of_gpus(monkeypatch, processes, batch, passes):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    config, _ = resolve()
-    assert (config.per_device_train_batch_size, config.passes) == (batch, passes)
-
-
-def test_gradient_accumulation_is_used_if_requested():
-    config, _ = resolve(per_device_train_batch_size=3, gradient_accumulation_steps=2)
-    assert (config.passes, config.rows_per_step) == (2, 6)
-    config, _ = resolve(per_device_train_batch_size=4)
-    assert (config.passes, config.rows_per_step) == (4, 16)
-
-
-@pytest.mark.parametrize(("processes", "batch", "message"), [("3", None, "1 x 3 processes"), ("2", 16, "a divisor of 16")])
-def test_processes_that_do_not_divide_16_are_refused(monkeypatch, processes, batch, message):
-    monkeypatch.setenv("WORLD_SIZE", processes)
-    with pytest.raises(ValueError, match=message):
-        train.TrainConfig(profile="t4", per_device_train_batch_size=batch)
+def test_several_processes_are_refused(tmp_path):
+    ran = call_script("train.py", "--profile", "cpu", cwd=tmp_path, env={"WORLD_SIZE": "2"})
+    assert ran.returncode == 2 and "Several processes are not supported. Use one" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -59,18 +44,12 @@ def test_processes_that_do_not_divide_16_are_refused(monkeypatch, processes, bat
         ({"epochs": 0}, "--epochs 0: expected a number above 0"),
         ({"learning_rate": float("inf")}, "--learning-rate inf: expected"),
         ({"r": 1025}, "--r 1025: expected 1 to 1024"),
-        ({"lora_dropout": 1.0}, "--lora-dropout 1.0: expected 0 or more"),
-        ({"max_seq_length": 16}, "--max-seq-length 16: expected 32 to 8192"),
-        ({"per_device_train_batch_size": 3}, "--per-device-train-batch-size 3 x 1 processes: expected a divisor of 16"),
-        ({"per_device_train_batch_size": 0}, "--per-device-train-batch-size 0 x 1 processes: expected a divisor of 16"),
-        ({"gradient_accumulation_steps": 0}, "--gradient-accumulation-steps 0: expected 1 or more"),
+        ({"per_device_train_batch_size": 3}, "--per-device-train-batch-size 3: expected a divisor of 16"),
+        ({"per_device_train_batch_size": 0}, "--per-device-train-batch-size 0: expected a number above 0"),
         ({"num_probes": 1000}, "--num-probes 1000: expected 0 to"),
         ({"eval_every": 1.0}, "--eval-every 1.0: expected a share"),
-        ({"early_stopping_patience": 0}, "--early-stopping-patience 0: expected 1 or more"),
-        ({"early_stopping_patience": 1, "num_probes": 0}, "--num-probes 0 asks for none"),
-        ({"metric_for_best_model": "rouge_l", "num_probes": 0}, "--metric-for-best-model rouge_l compares answers"),
-        ({"push_to_hub": "me"}, "--push-to-hub 'me': expected a hub repository"),
-        ({"load_in_4bit": True, "no_load_in_4bit": True}, "--load-in-4bit True: expected one of the two"),
+        ({"early_stopping_patience": 0}, "--early-stopping-patience 0: expected a number above 0"),
+        ({"metric_for_best_model": "rouge_l", "num_probes": 0}, "--num-probes 0: expected 1 or more for rouge_l"),
     ],
 )
 def test_each_flag_is_checked(flags, message):
@@ -78,10 +57,11 @@ def test_each_flag_is_checked(flags, message):
         train.TrainConfig(**flags)
 
 
-def test_4_bits_need_a_gpu():
-    with pytest.raises(UsageError, match="--load-in-4bit needs an NVIDIA GPU"):
-        resolve(profile="cpu", load_in_4bit=True)
-    assert not resolve(no_load_in_4bit=True)[1].load_in_4bit
+def test_4_bits_are_for_a_gpu_and_can_be_switched_off():
+    config, profile = resolve(profile="cpu", load_in_4bit=True)
+    assert not config.load_in_4bit and not profile.load_in_4bit
+    config, profile = resolve(load_in_4bit=False)
+    assert not config.load_in_4bit and not profile.load_in_4bit
 
 
 @pytest.mark.parametrize(
@@ -97,14 +77,21 @@ def test_4_bits_need_a_gpu():
     ],
 )
 def test_steps_are_counted_as_the_trainer_counts_them(rows, flags, steps):
-    assert resolve(**flags)[0].count_steps(rows) == steps
+    assert resolve(**flags)[0].count_steps(rows)[0] == steps
 
 
 @pytest.mark.parametrize(
     ("steps", "every", "evaluations"), [(18, 0.5, 3), (625, 0.2, 6), (4, 0.5, 3), (3, 0.5, 3), (1, 0.5, 2)]
 )
 def test_evaluations_are_counted_as_the_trainer_makes_them(steps, every, evaluations):
-    assert resolve(eval_every=every)[0].count_evaluations(steps) == evaluations
+    """Before the first step, after each interval, and after the last step."""
+    config, profile = resolve(eval_every=every, max_steps=steps)
+    assert f"up to {evaluations}, each with 26 probe answers" in train.format_plan(config, profile, None, "float16")
+
+
+def test_the_plan_compares_the_adapter_of_an_added_pad():
+    plan = train.format_plan(*resolve(pad="added", target_modules="attention"), None, "float16")
+    assert "1,612,752,472 bytes, 43.9 times the 36,730,224 bytes without --pad added" in plan
 
 
 # --- The plan
@@ -174,51 +161,6 @@ def test_the_small_models_architecture_is_that_of_its_file():
         assert getattr(config, name) == value, name
 
 
-def test_activations_are_counted_as_autograd_keeps_them_of_a_layer():
-    """A real layer of the 3B architecture in 16 bits, with PEFT's LoRA; its weights are not counted."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    arch, tokens = data.PROFILES["t4"].architecture, 192
-    sizes = dataclasses.asdict(arch) | {"num_hidden_layers": 1, "vocab_size": 8}
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
-        lora = LoraConfig(r=16, target_modules=train.TARGET_MODULES["all-linear"], task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
-    model = model.to_empty(device="cpu").get_base_model().model
-    weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        # LoRA's matrices in 16 bits are kept as well, and do not grow with the tokens.
-        if storage._cdata not in weights and not (tensor.ndim == 2 and 16 in tensor.shape and tokens not in tensor.shape):
-            kept[storage._cdata] = (storage.nbytes(), tensor)
-        return tensor
-
-    hidden = torch.zeros(1, tokens, arch.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-    rotary = model.rotary_emb(hidden, torch.arange(tokens)[None])
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        model.layers[0](hidden, position_embeddings=rotary, attention_mask=None)
-    counted = sum(size for size, _ in kept.values()) / tokens
-    assert counted == pytest.approx(26 * arch.hidden_size + 8 * arch.intermediate_size, rel=0.05)
-
-
-@pytest.mark.parametrize(("gib", "rows", "recompute"), [(15, 200, "unsloth"), (80, 1024, "unsloth"), (141, 1024, False), (80, 256, False)])
-def test_activations_are_recomputed_where_the_card_has_no_room_for_them(monkeypatch, gib, rows, recompute):
-    import types
-
-    import torch
-
-    card = types.SimpleNamespace(total_memory=gib * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
-    config, profile = resolve()
-    assert train.use_checkpointing(config, profile, rows) == recompute
-    assert train.use_checkpointing(dataclasses.replace(config, gradient_checkpointing=True), profile, rows) == "unsloth"
-    assert train.use_checkpointing(*resolve(profile="cpu"), rows) is False
-
-
 # --- The pad token
 
 
@@ -251,7 +193,7 @@ def test_an_added_pad_is_refused_unless_it_is_asked_for(tiny):
     tokenizer, model = load_llama_tokenizer(), tiny()
     infer.add_pad_token(model, tokenizer)
     assert tokenizer.pad_token_id == 128_256
-    with pytest.raises(UsageError, match=r"an embedding of 128,256 rows.* found 128,257 rows \(128,257 in the config\), 128,257 tokens"):
+    with pytest.raises(UsageError, match=r"Expected 128,256 embedding rows.* found 128,257 rows, 128,257 tokens"):
         train.check_model(model, tokenizer, *resolve())
     train.check_model(model, tokenizer, *resolve(pad="added"))
 
@@ -274,8 +216,8 @@ def test_the_row_of_an_added_pad_is_the_same_whatever_was_drawn_before(tiny):
 @pytest.mark.parametrize(
     ("lora", "pad", "message"),
     [
-        ({"modules_to_save": ["embed_tokens"]}, 128_004, r"\d other trainable tensors \['base_model.*embed_tokens"),
-        ({}, 128_009, "the pad token 128009, the stop token 128009"),
+        ({"modules_to_save": ["embed_tokens"]}, 128_004, r"other trainable tensors \['base_model.*embed_tokens"),
+        ({}, 128_009, "pad 128009, stop 128009"),
     ],
 )
 def test_weights_that_are_not_loras_are_refused_and_a_pad_that_is_the_stop_token(tiny, lora, pad, message):
@@ -301,20 +243,6 @@ def test_rows_of_similar_length_share_a_step_in_an_order_of_the_seed_alone():
     assert sum(max(step) - min(step) for step in steps) / len(steps) < 15
 
 
-# --- Out of the kit
-
-
-def test_the_modelfile_renders_the_prompt_that_was_trained_on():
-    tokenizer = load_llama_tokenizer()
-    modelfile = train.make_modelfile(tokenizer, data.SYSTEM_PROMPT)
-    template = modelfile.split('TEMPLATE """')[1].split('"""')[0]
-    rendered = template.replace("{{ .System }}", data.SYSTEM_PROMPT).replace("{{ .Prompt }}", "What is a stye?")
-    ids = tokenizer(rendered.replace("{{ .Response }}", "A bump."))["input_ids"]
-    row = data.encode_row(tokenizer, make_row("What is a stye?", "A bump.", "encyclopedic"))
-    assert ids == row["input_ids"]
-    assert 'PARAMETER stop "<|eot_id|>"' in modelfile and "PARAMETER repeat_penalty 1.1\n" in modelfile
-
-
 # --- The gate
 
 
@@ -329,11 +257,10 @@ def test_the_console_says_when_the_loss_improves_and_the_answers_get_worse():
     before, now = make_evaluation(10, 2.4, 11, 20), make_evaluation(20, 2.31, 9, 21)
     line, warning = train.describe_evaluation(now, before).split("\n")
     assert line == (
-        "step 20: eval_loss 2.3100 (better than 2.4) | sound 9/12 (worse than 11) | ended 9/12 | "
-        "points 21/40, wrong claims 1 | ROUGE-L 0.200"
+        "step 20: eval_loss 2.3100 | sound 9/12 | ended 9/12 | points 21/40, wrong claims 1 | ROUGE-L 0.200"
     )
     assert warning == "  the loss improved while the answers got worse: sound answers 11 -> 9"
-    assert "\n" not in train.describe_evaluation(before, None) and "(" not in train.describe_evaluation(before, None)
+    assert "\n" not in train.describe_evaluation(before, None)
     assert "\n" not in train.describe_evaluation(make_evaluation(20, 2.31, 11, 20), before)
     assert "\n" not in train.describe_evaluation(make_evaluation(20, 2.5, 9, 20), before)  # both worse
 
@@ -344,25 +271,20 @@ class Quality(dict):
     __getattr__ = dict.__getitem__
 
 
-def measure_quality_of(monkeypatch, tmp_path, sound, named, eval_loss):
+def measure_quality_of(monkeypatch, sound, named, eval_loss):
     found = {"num_answers": 12, "num_sound": sound, "num_ended": 9, "num_sound_and_ended": 8}
     found |= {"num_named": named, "num_points": 40, "num_wrong_claims": 1}
     monkeypatch.setattr(infer, "measure_quality", lambda judged: Quality(found))
     config, profile = resolve(profile="cpu", num_probes=0)
-    rows = [make_row("Croup?", "No", "conversational")]
-    loaded = infer.LoadedModel(None, data.load_tokenizer(profile), profile)
-    # One token of the answer's two bytes.
-    evaluation = train.AnswerEvaluation(config, loaded, Quality(eval=rows), [{"labels": [-100, 5]}], tmp_path, False)
-    return evaluation(1, eval_loss)
+    return train.evaluate_answers(config, infer.LoadedModel(None, None, profile), {}, 1, eval_loss)
 
 
-def test_evaluations_are_ordered_by_sound_answers_then_points_then_loss(monkeypatch, tmp_path):
+def test_evaluations_are_ordered_by_sound_answers_then_points_then_loss(monkeypatch):
     values = [
-        measure_quality_of(monkeypatch, tmp_path, *case)["eval_quality"]
+        measure_quality_of(monkeypatch, *case)["eval_quality"]
         for case in ((9, 40, 0.1), (10, 19, 2.0), (10, 20, float("nan")), (10, 20, 2.5), (10, 20, 2.4), (11, 0, 9.0))
     ]
     assert values == sorted(set(values))
-    assert measure_quality_of(monkeypatch, tmp_path, 1, 1, 2.0)["eval_loss_per_byte"] == 1.0
 
 
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
@@ -392,48 +314,24 @@ def read_metrics(folder):
     return [{name: line[name] for name in line.keys() & names} for line in lines]
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"recipe": {}}', '{"numbers": []}', '{"numbers": null, "recipe": 1}', "[" * 10_000]
-)
-def test_a_broken_record_of_a_run_is_one_message(tmp_path, content):
-    (tmp_path / "run.json").write_text(content)
-    with pytest.raises(UsageError, match=r"run\.json is broken .* --restart"):
-        train.read_record(tmp_path)
-
-
-@pytest.mark.parametrize(("last", "stop", "best"), [(float("nan"), True, 4), (float("nan"), False, 4), (None, True, None)])
-def test_a_run_whose_selected_weights_have_no_loss_is_an_error(tmp_path, last, stop, best):
+@pytest.mark.parametrize(("last", "best"), [(float("nan"), 4), (None, None)])
+def test_a_run_whose_selected_weights_have_no_loss_is_an_error(tmp_path, last, best):
     """A diverged run may be selected by `answers` or `rouge_l`, which are numbers without a loss."""
-    from transformers import TrainerState
-
     logs = [{"step": 0, "eval_loss": 3.0}, *([{"step": 4, "eval_loss": last, "eval_quality": 1.5}] if last else [])]
-    control = {"TrainerControl": {"args": {"should_training_stop": stop}}}
-    state = TrainerState(log_history=logs, best_global_step=best, stateful_callbacks=control)
-    rest = (None, infer.LoadedModel(None, None, None), None, {}, {}, tmp_path)
+    state = {"log_history": logs, "best_global_step": best}
+    config = resolve(name="x", output_dir=tmp_path)[0]
     with pytest.raises(UsageError, match="the eval loss is not a number"):
-        train.write_results(*rest, state)
+        train.write_results(config, infer.LoadedModel(None, None, None), {}, {}, state)
     assert list(tmp_path.iterdir()) == []
-    control["TrainerControl"]["args"]["should_training_stop"] = False
-    before_the_first = dataclasses.replace(state, log_history=logs[:1], best_global_step=None)
-    assert train.write_results(*rest, before_the_first) is None
-
-
-def test_a_run_stopped_between_evaluations_names_the_step_of_its_last_loss(tmp_path):
-    before, last = make_evaluation(0, 3.4), make_evaluation(9, 3.2)
-    numbers = {"before": before, "chosen": last, "last": last, "steps": 13, "planned_steps": 18, "stopped_early": False}
-    numbers |= {"training_seconds": 60, "peak_memory_bytes": 1, "adapter_bytes": 1, "planned_adapter_bytes": 1}
-    shown = train.describe_result(resolve()[0], tmp_path, {"numbers": numbers | {"selected": {"answers": 9}}})
-    assert "3.2000 after 9 steps" in shown and "Stopped by --max-hours after 13 of 18 steps" in shown
 
 
 def test_the_recipe_names_probes_by_their_content(tmp_path):
     recipes = []
     for name, question in (("a", "q?"), ("b", "q?"), ("c", "r?")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": question}) + "\n")
-        config, profile = resolve(profile="cpu", probes=str(tmp_path / f"{name}.jsonl"))
-        recipes.append(config.recipe(profile, None))
+        config, _ = resolve(profile="cpu", probes=str(tmp_path / f"{name}.jsonl"))
+        recipes.append(config.recipe())
     assert recipes[0] == recipes[1] != recipes[2]
-    assert train.TrainConfig.recipe(*resolve(profile="cpu"), None)["probes"] is None
 
 
 @pytest.mark.slow
@@ -448,7 +346,7 @@ def test_a_run_that_was_stopped_by_the_clock_and_asks_nothing_comes_to_the_same_
     stopped = call_script(*flags, "--max-hours", "0.0001", "--restart", cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stderr
     folder = tmp_path / "runs" / "train" / "tiny"
-    assert "Stopped by --max-hours before the first evaluation" in stopped.stdout
+    assert "Stopped by --max-hours after 1 of 4 steps; run the same command to resume." in stopped.stdout
     kept = tmp_path / "runs" / "train" / "tiny.old-1" / "adapter"
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == old
     assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "checkpoint-1"}
@@ -468,50 +366,16 @@ def test_a_run_that_was_stopped_by_the_clock_and_asks_nothing_comes_to_the_same_
 
 
 @pytest.mark.slow
-def test_an_adapter_is_trained_further(trained, tmp_path):
-    """From its weights, under its own r; early stopping ends it, since no metric can be better twice."""
-    flags = [*trained.flags, "--adapter", trained.folder / "adapter", "--num-probes", "0", "--learning-rate", "0.2"]
+def test_early_stopping_ends_a_run_that_gets_worse(trained, tmp_path):
+    flags = [*trained.flags, "--num-probes", "0", "--learning-rate", "0.2"]
     early = ["--metric-for-best-model", "eval_loss", "--early-stopping-patience", "1", "--eval-every", "0.25"]
     ran = call_script("train.py", *flags, *early, "--output-dir", "a b", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     folder = tmp_path / "a b" / "tiny"
-    first = read_metrics(folder)[0]["eval_loss"]
-    assert first == pytest.approx(read_metrics(trained.folder)[-1]["eval_loss"], abs=1e-3)
-    record = json.loads((folder / "run.json").read_text())
-    assert record["numbers"]["stopped_early"] and record["numbers"]["steps"] < 4
-    assert record["recipe"]["adapter"] == infer.check_adapter(trained.folder / "adapter").sha256
-    assert "Stopped by early stopping after " in ran.stdout
+    numbers = json.loads((folder / "run.json").read_text())["numbers"]
+    assert numbers["steps"] < numbers["planned_steps"] == 4
+    assert f"steps     {numbers['steps']} of 4 in " in ran.stdout
     assert "python infer.py --adapter 'a b/tiny/adapter' " in ran.stdout
-
-
-@pytest.mark.long
-def test_two_processes_train_as_one_does_with_twice_the_accumulation(trained, tmp_path):
-    """With a stop after the first step, from which both go on. On whole steps: where rows do not fill an epoch's last one,
-    accelerate repeats some for the processes to be even."""
-    gate = ["--num-probes", "1", "--metric-for-best-model", "answers", "--early-stopping-patience", "3"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    for stop in (["--max-hours", "0.0001"], []):
-        ran = subprocess.run(
-            [*torchrun, str(ROOT / "train.py"), *trained.flags, *gate, *stop],
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("resuming runs/train/tiny after step 1 of 4") == 1
-    # Rank 0 alone prints and writes.
-    assert ran.stdout.count("trainable parameters") == 1 and ran.stdout.count("\nloss  ") == 1
-    assert "4 rows x 2 forward passes x 2 processes" in ran.stdout
-    folder = tmp_path / "runs" / "train" / "tiny"
-    assert {path.name for path in folder.iterdir()} == {path.name for path in trained.folder.iterdir()}
-    for two, one in zip(read_metrics(folder), read_metrics(trained.folder), strict=True):
-        assert two["step"] == one["step"]
-        for name in two.keys() & {"loss", "eval_loss", "grad_norm", "learning_rate"}:
-            assert two[name] == pytest.approx(one[name], rel=2e-3), (two, one)
-    again = run_script("train.py", *trained.flags, *gate, cwd=tmp_path)
-    assert "already trained" in again.stdout
 
 
 @pytest.mark.slow
@@ -533,7 +397,6 @@ def test_the_storys_pad_makes_the_planned_huge_adapter_which_can_be_asked_and_me
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     merged = folder / "merged"
-    assert "FROM .\n" in (merged / "Modelfile").read_text()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(merged).eval(), AutoTokenizer.from_pretrained(merged)
     answer = json.loads(asked.stdout)
     prompt = data.encode_prompt(tokenizer, "What is croup?")
@@ -541,64 +404,3 @@ def test_the_storys_pad_makes_the_planned_huge_adapter_which_can_be_asked_and_me
         logits = model.float()(torch.tensor([prompt])).logits[0, -1]
     # In 16 bits, so the same first choice and not the same numbers.
     assert int(logits.argmax()) == answer["token_ids"][0]
-
-
-# --- Fast on a CPU
-
-
-def make_lora_pair(dtype):
-    """Two equal tiny models with the same nonzero LoRA; the second uses joined products."""
-    import copy
-
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).to(dtype)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=train.TARGET_MODULES["all-linear"], task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora)
-    for name, tensor in model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(tensor, std=0.02)
-    joined = copy.deepcopy(model)
-    train.join_lora(joined)
-    return model, joined
-
-
-def test_joined_products_are_pefts_with_the_same_gradients():
-    import torch
-
-    ids = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(0))
-    plain, joined = make_lora_pair(torch.float32)
-    losses = []
-    for model in (plain, joined):
-        losses.append(model(input_ids=ids, labels=ids).loss)
-        losses[-1].backward()
-    torch.testing.assert_close(*losses)
-    gradients = [
-        {name: tensor.grad for name, tensor in model.named_parameters() if tensor.requires_grad} for model in (plain, joined)
-    ]
-    assert len(gradients[0]) == 2 * 7 * 2
-    torch.testing.assert_close(*gradients)
-    with torch.no_grad(), plain.disable_adapter(), joined.disable_adapter():
-        torch.testing.assert_close(plain(input_ids=ids).logits, joined(input_ids=ids).logits)
-
-
-def test_joined_products_keep_what_a_sum_in_16_bits_loses():
-    """PEFT's sum in bfloat16 reported a decrease of 0.075 in eval loss instead of 0.112."""
-    import torch
-
-    torch.manual_seed(0)
-    rows = torch.randn(64, 64).bfloat16()
-    plain, joined = (dict(model.named_modules()) for model in make_lora_pair(torch.bfloat16))
-    name = "base_model.model.model.layers.0.mlp.up_proj"
-    layer = plain[name]
-    weights = (layer.base_layer.weight, layer.lora_A["default"].weight.bfloat16(), layer.lora_B["default"].weight.bfloat16())
-    base, a, b = (weight.double() for weight in weights)
-    change = 2 * rows.double() @ a.T @ b.T
-    exact = rows.double() @ base.T + change
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        errors = [(module(rows).double() - exact).abs().mean() for module in (layer, joined[name])]
-    assert errors[1] < 0.75 * errors[0]

@@ -45,7 +45,6 @@ ROWS, ROUNDS = (16, 48, 96), 3
 
 # The kit without one of its measures each: the fields of `data.Profile` that take it away.
 MEASURES = {
-    "joined LoRA": {"joined_lora": False},
     "eager attention": {"eager_attention_tokens": 0},
     "padding to 8, not 32": {"pad_to_multiple_of": 32},
 }
@@ -118,10 +117,11 @@ def make_kit_trainer(recipe, count, folder):
     datasets.disable_progress_bars()
     with infer.quiet_libraries():
         rows, profile = take_rows(tokenizer, count), data.PROFILES["cpu"]
-        model = train.add_lora(model, recipe)
-        longest = max(len(row["input_ids"]) for row in rows[0])
-        train.speed_up(model, recipe, profile, longest)
-        args = train.make_sft_config(recipe, profile, folder, recipe.eval_steps(recipe.count_steps(count)))
+        recipe = dataclasses.replace(recipe, output_dir=folder)
+        model = train.add_lora(model, recipe, profile)
+        if max(len(row["input_ids"]) for row in rows[0]) <= profile.eager_attention_tokens:
+            model.set_attn_implementation("eager")
+        args = train.make_sft_config(recipe, profile, recipe.count_steps(count)[1])
         args.save_strategy, args.metric_for_best_model = "no", None
         trainer = train.make_trainer(model, tokenizer, args, train.order_rows(rows[0], recipe.seed), rows[1])
     return trainer, *rows
@@ -153,7 +153,7 @@ def make_plain_trainer(recipe, count, folder, bf16):
             num_train_epochs=recipe.epochs,
             per_device_train_batch_size=recipe.per_device_train_batch_size,
             per_device_eval_batch_size=recipe.per_device_train_batch_size,
-            gradient_accumulation_steps=recipe.passes,
+            gradient_accumulation_steps=train.ROWS_PER_STEP // recipe.per_device_train_batch_size,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="linear",
             warmup_steps=0.03,
