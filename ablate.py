@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import subprocess
@@ -30,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import data
@@ -63,30 +63,31 @@ TRAINING_ARMS: dict[str, dict[str, Any]] = {
     "week4-all-linear": BRIEF | {"target_modules": "all-linear"},
     "week4-wide-attention": BRIEF | {"r": WIDE_R, "lora_alpha": 2 * WIDE_R},
 }
-# With --rows there is no mix: the first of these would equal `week4`, the second `fixed`.
-MIX_ARMS = ("week4-rebalanced", "week4-all-linear")
+# Arms that --rows leaves out, since it has no mix, and what the report compares instead.
+MIX_ARMS = {"week4-rebalanced": None, "week4-all-linear": "fixed"}
+TRAINED = list(TRAINING_ARMS)
 
 MAIN_DECODINGS = ["story-collapse", "story-fix", "kit"]
 # The other decodings are cut from the same generations.
 DISTINCT_DECODINGS = ["plain", *MAIN_DECODINGS]
-COLLAPSE, FIX = DECODINGS["story-collapse"], DECODINGS["story-fix"]
+CAPPED = {"collapse-cap-128": "story-collapse", "fix-cap-128": "story-fix"}
+CAPPED |= {"plain-cap-128": "plain"}
+COLLAPSE = DECODINGS["story-collapse"]
 DECODING_ARMS: dict[str, Decoding] = {
     **{name: DECODINGS[name] for name in DISTINCT_DECODINGS},
     "collapse-no-ban": dataclasses.replace(COLLAPSE, no_repeat_ngram_size=0, count_prompt=False),
     "collapse-stop": dataclasses.replace(COLLAPSE, stop="end-of-turn"),
     "collapse-cap-128": dataclasses.replace(COLLAPSE, max_new_tokens=128),
-    "fix-cap-128": dataclasses.replace(FIX, max_new_tokens=128),
-    "plain-cap-128": Decoding(max_new_tokens=128),
+    "fix-cap-128": dataclasses.replace(DECODINGS["story-fix"], max_new_tokens=128),
+    "plain-cap-128": dataclasses.replace(DECODINGS["plain"], max_new_tokens=128),
 }
 # The decodings of each arm: `base` is the base model, the others are training runs.
-ARMS = {"base": list(DECODING_ARMS)} | {
+ARMS: dict[str, list[str]] = {
     arm: MAIN_DECODINGS if arm.startswith("week4-") else list(DECODING_ARMS)
-    for arm in TRAINING_ARMS
+    for arm in ("base", *TRAINING_ARMS)
 }
 # Arms and decodings whose answers to the first question the report shows side by side.
 SIDE_BY_SIDE = (("week3", "plain"), ("week4", "story-collapse"), ("fixed", "story-fix"))
-# Tokens up to which the first question is answered again in another batch.
-REPEATED_TOKENS = 64
 
 
 # --- Flags and the study -------------------------------------------------------------------------
@@ -120,17 +121,16 @@ class AblateConfig(data.RowsFlags):
     """Only answer with this trained arm. Used by the study itself."""
 
     def __post_init__(self) -> None:
-        train.TrainConfig(name=self.name, **self.given)  # checks the flags that both have
         for name, most in (("num_probes", len(infer.read_probes(self.probes))), ("workers", 64)):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {value}: expected 1 to {most}.")
+                raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 to {most}.")
         shard = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.shard)
         if not shard or int(shard[1]) >= int(shard[2]):
             raise ValueError(f"--shard {self.shard}: expected I/N with I from 0 to N - 1.")
         if self.table and (self.dry_run or self.answer):
             raise ValueError("--table only writes the report. Remove it, or the other flag.")
+        train.TrainConfig(name=self.name, **self.given)  # checks the flags that both have
 
     @property
     def given(self) -> dict[str, Any]:
@@ -154,7 +154,6 @@ class Arm:
 
     name: str  # `base`, or one of `TRAINING_ARMS`
     decodings: Mapping[str, Decoding]
-    settings: Mapping[str, str]  # by decoding, a digest of everything that a cell depends on
     command: Sequence[str]  # Python's arguments to train it; none for the base model
 
 
@@ -167,59 +166,42 @@ class Study:
     arms: Sequence[Arm]
     probes: Sequence[infer.Probe]
     system_prompt: str | None  # None: an adapter's own, the story's for the base model
+    settings: str  # digest of everything that the answers and verdicts depend on
 
     def missing(self, arm: Arm) -> list[str]:
-        """The decodings whose cells are missing, broken or of other settings."""
-        missing = []
-        for decoding, settings in arm.settings.items():
-            try:
-                lines = read_cell(self.folder / "cells" / f"{arm.name}.{decoding}.jsonl")
-                is_done = lines[0]["settings"] == settings
-            except (OSError, ValueError, LookupError, TypeError):
-                is_done = False
-            missing += [] if is_done else [decoding]
-        return missing
-
-
-def training_flags(
-    arm: str, profile: Profile, num_rows: int, given: Mapping[str, Any]
-) -> tuple[str, ...]:
-    """The flags of train.py for an arm; `given` are those of ablate.py that it passes on."""
-    flags = {**given, **TRAINING_ARMS[arm], "profile": profile.name, "num_rows": num_rows}
-    if "rows" in given:
-        del flags["mix"]
-    words = ((f"--{name.replace('_', '-')}", str(value)) for name, value in flags.items())
-    return tuple(itertools.chain(*words))
+        """The decodings whose cells are not written yet."""
+        paths = {name: self.folder / "cells" / f"{arm.name}.{name}.jsonl" for name in arm.decodings}
+        return [name for name, path in paths.items() if not path.is_file()]
 
 
 def make_study(config: AblateConfig) -> Study:
     """The study that the flags describe. Raises UsageError as `data.resolve_profile` and
     `data.RowsConfig.load`."""
     profile, given = data.resolve_profile(config.profile, config.base_model), config.given
-    num_rows = config.num_rows or profile.ablation_rows
     probes = infer.read_probes(config.probes)[: config.num_probes or profile.ablation_probes]
-    given["num_probes"] = min(len(probes), 26)  # at each evaluation
-    system_prompt, names = config.system_prompt, ("conversational", "encyclopedic")
-    names = ("rows",) if config.rows else names
+    names = ("rows",) if config.rows else ("conversational", "encyclopedic")
+    system_prompt = config.system_prompt
     if given.keys() & set(names):
-        flags = {each.name: given.get(each.name) for each in dataclasses.fields(data.RowsFlags)}
-        flags["clean"] = config.clean
-        system_prompt = data.RowsConfig(**flags).load(profile).system_prompt
+        system_prompt = train.TrainConfig(**given).load(profile).system_prompt
     sources = [Path(given.get(name) or getattr(profile, name)) for name in names]
-    sources = [path.read_bytes() if path.is_file() else str(path) for path in sources]
-    checks = {name: check.threshold for name, check in infer.CHECKS.items()}
+    sources = [path.read_bytes() if path.is_file() else path for path in sources]
+    given |= {"profile": profile.name, "num_rows": config.num_rows or profile.ablation_rows}
+    given["num_probes"] = min(len(probes), 26)  # at each evaluation
     arms = []
     for arm, decodings in ARMS.items():
-        if not (config.rows and arm in MIX_ARMS):
-            flags = () if arm == "base" else training_flags(arm, profile, num_rows, given)
-            place = ("--output-dir", str(config.folder / "runs"), "--name", arm)
-            own, settings = {each: DECODING_ARMS[each] for each in decodings}, {}
-            for name, decoding in own.items():
-                values = (decoding, probes, checks, system_prompt, profile.base_model, flags)
-                text = repr((*values, sources if flags else profile.name))
-                settings[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
-            arms.append(Arm(arm, own, settings, ("train.py", *flags, *place) if flags else ()))
-    return Study(config.folder, profile, arms, probes, system_prompt)
+        if config.rows and arm in MIX_ARMS:
+            continue
+        flags = given | TRAINING_ARMS.get(arm, {})
+        flags |= {"output_dir": config.folder / "runs", "name": arm}
+        if config.rows:
+            flags.pop("mix", None)
+        words = ((f"--{name.replace('_', '-')}", str(value)) for name, value in flags.items())
+        command = [] if arm == "base" else ["train.py", *itertools.chain(*words)]
+        arms.append(Arm(arm, {name: DECODING_ARMS[name] for name in decodings}, command))
+    checks = {name: check.threshold for name, check in infer.CHECKS.items()}
+    settings = repr((arms, probes, system_prompt, sources, checks, profile.base_model))
+    digest = hashlib.sha256(settings.encode()).hexdigest()
+    return Study(config.folder, profile, arms, probes, system_prompt, digest)
 
 
 # --- Running -------------------------------------------------------------------------------------
@@ -239,24 +221,20 @@ def write_cells(study: Study, arm: Arm) -> None:
     with infer.quiet_libraries():
         loaded = infer.load_for_inference(profile, adapter, study.system_prompt)
     loaded.probes = study.probes
-    machine = platform.machine() if profile.name == "cpu" else torch.cuda.get_device_name()
+    machine = "CPU" if profile.name == "cpu" else torch.cuda.get_device_name()
     machine += f", {torch.get_num_threads()} threads, torch {torch.__version__}"
     decodings = {name: arm.decodings[name] for name in study.missing(arm)}
     questions = [probe.question for probe in study.probes]
     requests = [infer.Request(each, own) for own in decodings.values() for each in questions]
     with tqdm(total=infer.count_new_tokens(requests), unit="token", desc="answering") as bar:
         answers = infer.answer_requests(loaded, requests, bar.update)
-    again = []
-    for own in decodings.values():
-        cap = min(REPEATED_TOKENS, own.max_new_tokens)
-        again.append(infer.Request(questions[0], dataclasses.replace(own, max_new_tokens=cap)))
-    repeated, judged = infer.answer_requests(loaded, again), {}
+    # The first question again, in another batch.
+    repeated, judged = infer.answer_requests(loaded, requests[:: len(questions)]), {}
     for place, (name, own) in enumerate(decodings.items()):
         answered = answers[place * len(questions) : (place + 1) * len(questions)]
-        ids, again_ids = answered[0].token_ids, repeated[place].token_ids
-        cell = {"arm": arm.name, "decoding_arm": name, "settings": arm.settings[name]}
+        cell = {"arm": arm.name, "decoding_arm": name, "machine": machine}
         cell |= {"stop_ids": infer.stop_ids(own, loaded.model, loaded.tokenizer)}
-        cell |= {"repeats": ids[: len(again_ids)] == again_ids, "machine": machine}
+        cell |= {"repeats": answered[0].token_ids == repeated[place].token_ids}
         text = ""
         for each in tqdm(answered, unit="answer", desc=f"judging {name}"):
             key = (each.question, each.sha256, each.finish_reason)
@@ -271,18 +249,13 @@ def write_cells(study: Study, arm: Arm) -> None:
 RUNNING: list[subprocess.Popen] = []  # the processes that the study has started
 
 
-def run_logged(command: Sequence[str], log: Path) -> tuple[int, str]:
-    """Runs Python with these arguments; its output goes to the log. Returns the exit code, and a
-    description of the failure with the last line of the output."""
+def run_logged(command: Sequence[str], log: Path) -> int:
+    """Runs Python with these arguments; its output goes to the log. Returns the exit code."""
     with log.open("ab") as output:
         # In a session of its own, Ctrl-C reaches only this process, which passes it on.
         streams = {"stdout": output, "stderr": output, "start_new_session": True}
         RUNNING.append(process := subprocess.Popen([sys.executable, *command], **streams))
-        code = process.wait()
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "")[-600:]
-    how = "killed, often for lack of memory" if code == -9 else f"exit code {code}"
-    return code, f"failed ({how}; log: {log}). {data.escape_controls(last)}"
+        return process.wait()
 
 
 def run_arm(study: Study, arm: Arm) -> str | None:
@@ -290,18 +263,18 @@ def run_arm(study: Study, arm: Arm) -> str | None:
     Returns why it failed, or None."""
     log = study.folder / "logs" / f"{arm.name}.log"
     infer.report(f"{arm.name}: output in {log}")
+    code, step = 0, "training"
     if arm.command:
         command = [str(data.HERE / arm.command[0]), *arm.command[1:]]
-        code, reason = run_logged(command, log)
-        while code == train.BUSY:  # the study was killed, and this run continues
-            time.sleep(5)
-            code, reason = run_logged(command, log)
-        if code == train.OTHER_VALUES:
-            code, reason = run_logged([*command, "--restart"], log)
-        if code:
-            return f"train.py {reason}"
-    code, reason = run_logged([*sys.orig_argv[1:], "--answer", arm.name], log)
-    return f"answering {reason}" if code else None
+        while (code := run_logged(command, log)) == train.BUSY:
+            time.sleep(5)  # the study was killed, and this run continues
+        if code == train.OTHER_VALUES:  # of a study whose study.json was removed
+            code = run_logged([*command, "--restart"], log)
+    if code == 0:
+        step, code = "answering", run_logged([*sys.orig_argv[1:], "--answer", arm.name], log)
+    how = "killed, often for lack of memory" if code == -9 else f"exit code {code}"
+    last = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1][-600:]
+    return f"{step} failed ({how}; log: {log}). {data.escape_controls(last)}" if code else None
 
 
 def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
@@ -338,8 +311,7 @@ def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
 
 GOOD = "sound_and_ended"
 COUNTS = [GOOD, *"sound ended loops lists drift points max_points wrong_claims".split()]
-RUN_NUMBERS = """eval_loss_before eval_loss steps training_seconds adapter_bytes train_rows
-    train_tokens""".split()
+RUN_NUMBERS = "eval_loss_before eval_loss steps training_seconds adapter_bytes train_rows".split()
 
 
 def read_cell(path: Path) -> list[dict[str, Any]]:
@@ -375,60 +347,54 @@ def flatten_answer(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """`RUN_NUMBERS` of a training run; the step that each metric selected; and, by step, the sound
-    and ended answers of the evaluations that answered probes, without step 0."""
-    numbers = json.loads((folder / "run.json").read_text(encoding="utf-8"))["numbers"]
-    numbers["eval_loss_before"] = numbers["before"]["eval_loss"]
-    numbers["eval_loss"] = numbers["chosen"]["eval_loss"]
-    lines = read_cell(folder / "metrics.jsonl")
-    good = {int(e["step"]): int(e[f"eval_{GOOD}"]) for e in lines if e.get("eval_answers")}
-    good.pop(0, None)
-    run = {name: float(numbers[name]) for name in RUN_NUMBERS}
-    return run | {"selected": dict(numbers["selected"]), "good": good}
-
-
 @dataclass(frozen=True)
 class Records:
     """The records of a study."""
 
-    about: Mapping[str, Any]  # study.json: its command, questions, arms and the cells' settings
+    about: Mapping[str, Any]  # study.json: its command, questions and arms
     cells: Mapping[tuple[str, str], DataFrame]  # by arm and decoding: a row per question
-    runs: Mapping[str, Mapping[str, Any]]  # by arm, see `read_run`
+    runs: Mapping[str, Mapping[str, float]]  # `RUN_NUMBERS` by arm
+    evaluations: Mapping[str, tuple[dict[str, int], dict[int, int]]]  # see `read`
     failures: Mapping[str, str]  # why arms failed
 
     @classmethod
     def read(cls, folder: Path) -> Records:
-        """The study's records, without cells of other settings. Raises UsageError if there are
-        none, or one is corrupt."""
+        """The study's records; of the evaluations of an arm the step that each metric selected and,
+        by step, the sound and ended answers to probes, without step 0. Raises UsageError if there
+        are none, or one is corrupt."""
         from pandas import DataFrame
 
-        path, cells, runs, failures = folder / "study.json", {}, {}, {}
+        path, cells, runs, evaluations, failures = folder / "study.json", {}, {}, {}, {}
         if not path.is_file():
             raise UsageError(f"{path} does not exist. Run the study first: python ablate.py")
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
-            for arm, settings in about["arms"].items():
-                for decoding, digest in settings.items():
+            for arm in about["arms"]:
+                for decoding in DECODING_ARMS:
                     path = folder / "cells" / f"{arm}.{decoding}.jsonl"
-                    lines = read_cell(path) if path.is_file() else []
-                    if lines and lines[0]["settings"] == digest:
-                        cells[arm, decoding] = DataFrame(map(flatten_answer, lines))
+                    if path.is_file():
+                        cells[arm, decoding] = DataFrame(map(flatten_answer, read_cell(path)))
                 path = folder / "failures" / f"{arm}.txt"
                 if path.is_file():
                     failures[arm] = path.read_text(encoding="utf-8")
-                path = folder / "runs" / arm
-                if (path / "run.json").is_file() and any((arm, each) in cells for each in settings):
-                    runs[arm] = read_run(path)
+                path = folder / "runs" / arm / "run.json"
+                if path.is_file():
+                    numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
+                    numbers["eval_loss_before"] = numbers["before"]["eval_loss"]
+                    numbers["eval_loss"] = numbers["chosen"]["eval_loss"]
+                    runs[arm] = {name: float(numbers[name]) for name in RUN_NUMBERS}
+                    path = path.with_name("metrics.jsonl")
+                    lines = [line for line in read_cell(path) if line.get("eval_answers")]
+                    good = {int(line["step"]): int(line[f"eval_{GOOD}"]) for line in lines}
+                    evaluations[arm] = dict(numbers["selected"]), {n: good[n] for n in good if n}
         except Exception as error:  # whatever a corrupt file leads to
             message = (
-                f"{path} is a broken record ({error!r}). Remove it (with a run, also its arm's "
+                f"{path} is a broken record ({error!r}). Remove it (of a run, all of its folder)"
             )
-            message += "cells), and run the study's command again, without --table."
-            raise UsageError(message) from None
+            raise UsageError(f"{message}, and run the study's command, without --table.") from None
         if not cells:
             raise UsageError(f"{folder} has no finished cells. Run python ablate.py. {failures}")
-        return cls(about, cells, runs, failures)
+        return cls(about, cells, runs, evaluations, failures)
 
 
 # --- Statistics ----------------------------------------------------------------------------------
@@ -438,11 +404,6 @@ class Records:
 RELEVANT = 0.2
 Result = tuple[str, str]  # the verdict on a claim, and its numbers
 NOT_RUN: Result = ("not run", "the study has no such answers")
-CAPPED = {
-    "collapse-cap-128": "story-collapse",
-    "fix-cap-128": "story-fix",
-    "plain-cap-128": "plain",
-}
 
 
 def count_share(outcomes: Series) -> tuple[str, float, float]:
@@ -457,71 +418,66 @@ def count_share(outcomes: Series) -> tuple[str, float, float]:
 
 @dataclass(frozen=True)
 class Query:
-    """Do answers of `one` have more of an outcome than those of `other` (fewer, if sense is -1)?"""
-
-    one: str
-    other: str
-    outcome: str = GOOD  # a column of `flatten_answer`
-    sense: int = 1
-    by: str = "decoding"  # `arm`, `decoding` or `cap`, see `CAPPED`
-    within: Sequence[str] = ()  # arms, or decodings by which arms are compared; () is all
-    is_harm: bool = False  # whether the outcome counts against the claim
-
-    @property
-    def pairs(self) -> list[tuple[tuple[str, str], tuple[str, str]]]:
-        """The cells to compare, each an arm and a decoding."""
-        if self.by == "arm":
-            names = self.within or DISTINCT_DECODINGS
-            return [((self.one, each), (self.other, each)) for each in names]
-        names = CAPPED if self.by == "cap" else {self.one: self.other}
-        arms = self.within or ARMS
-        return [((arm, one), (arm, other)) for arm in arms for one, other in names.items()]
-
-
-class Comparison:
-    """The answer to a query, by pairs of cells.
+    """Do answers of `one` have more of an outcome than those of `other` (fewer, if sense is -1)?
 
     Answers of several cells to one question are not independent, so each question counts once, by
     the sum of its differences. The effect is the net share of questions: those with more of the
     outcome, less those with fewer.
     """
 
-    def __init__(self, records: Records, query: Query) -> None:
+    one: str  # an arm or a decoding, as `other`
+    other: str
+    outcome: str = GOOD  # a column of `flatten_answer`
+    sense: int = 1
+    within: Sequence[str] = ()  # decodings of the two arms, or arms of the two decodings; () is all
+    is_harm: bool = False  # whether the outcome counts against the claim
+
+    def run(self, records: Records) -> SimpleNamespace | None:
+        """The effect and its numbers, None if there are no such cells."""
         import numpy
         from scipy.stats import binomtest
 
-        cells, self.query = records.cells, query
-        if "week4-all-linear" not in records.about["arms"]:  # see `MIX_ARMS`
-            equal = {name: cell for (arm, name), cell in cells.items() if arm == "fixed"}
-            cells = cells | {("week4-all-linear", name): cell for name, cell in equal.items()}
-        self.pairs = [(cells[a], cells[b]) for a, b in query.pairs if a in cells and b in cells]
-        values = numpy.array([[cell[query.outcome] for cell in pair] for pair in self.pairs], float)
+        cells, one, names = records.cells, self.one, {self.one: self.other}
+        if {self.one, self.other} <= ARMS.keys():
+            one = one if one in records.about["arms"] else MIX_ARMS.get(one)
+            pairs = [
+                ((one, each), (self.other, each)) for each in self.within or DISTINCT_DECODINGS
+            ]
+        else:
+            names, arms = CAPPED if self.other == "larger limit" else names, self.within or ARMS
+            pairs = [((arm, a), (arm, b)) for arm in arms for a, b in names.items()]
+        pairs = [(cells[a], cells[b]) for a, b in pairs if a in cells and b in cells]
+        values = numpy.array([[cell[self.outcome] for cell in pair] for pair in pairs], float)
         # By pair, side and question, without questions that have no points.
-        values = values[:, :, ~numpy.isnan(values[0, 0])] if self.pairs else values
-        self.is_empty = not values.size
-        if self.is_empty:
-            return
+        values = values[:, :, ~numpy.isnan(values[0, 0])] if pairs else values
+        if not values.size:
+            return None
         change = (values[:, 0] - values[:, 1]).sum(axis=0)
         more, fewer = int((change > 0).sum()), int((change < 0).sum())
         # The two-sided sign test, ties left out (Dixon and Mood 1946).
-        self.p = float(binomtest(more, more + fewer).pvalue) if more + fewer else 1.0
+        p = float(binomtest(more, more + fewer).pvalue) if more + fewer else 1.0
         # The net share's 95% interval (Agresti and Min 2005): half an observation is added to each
         # cell of the table of pairs.
-        net, size, sense = more - fewer, len(change) + 2, query.sense
+        net, size = more - fewer, len(change) + 2
         spread = 1.96 * math.sqrt(more + fewer + 1 - net**2 / size)
-        self.net = net / len(change)
-        self.low, self.high = max(-1.0, (net - spread) / size), min(1.0, (net + spread) / size)
-        # 1 if the answer is yes, -1 if the reverse is true, 0 if neither is shown.
-        self.sign = 0 if self.p >= 0.05 else sense if net > 0 else -sense
-        self.is_absent = max(sense * self.low, sense * self.high) < RELEVANT
-        self.effect = f"{self.net:+.0%} [{self.low:+.0%}, {self.high:+.0%}], p = {self.p:.2g}"
-        style = ".3g" if query.outcome in ("points", "list items") else ".0%"
+        low, high = max(-1.0, (net - spread) / size), min(1.0, (net + spread) / size)
+        effect = f"{net / len(change):+.0%} [{low:+.0%}, {high:+.0%}], p = {p:.2g}"
+        style = ".3g" if self.outcome in ("points", "list items") else ".0%"
         first, second = (f"{mean:{style}}" for mean in values.mean(axis=(0, 2)))
-        self.text = (
-            f"{query.outcome.replace('_', ' ')}: {query.one} {first}, {query.other} {second}"
+        text = f"{self.outcome.replace('_', ' ')}: {one} {first}, {self.other} {second} (pairs of "
+        text += f"cells: {len(pairs)}; +{more} -{fewer} of {len(change)} questions, net {effect})"
+        return SimpleNamespace(
+            query=self,
+            pairs=pairs,
+            p=p,
+            net=net / len(change),
+            low=low,
+            high=high,
+            sign=(1 if net > 0 else -1) * self.sense if p < 0.05 else 0,  # 1: yes, -1: the reverse
+            is_absent=max(self.sense * low, self.sense * high) < RELEVANT,
+            change=f"{self.other} to {one} {effect}",
+            text=text,
         )
-        counts = f"{values.size // 2} pairs; +{more} -{fewer} of {len(change)} questions"
-        self.text += f" (means of {counts}, net {self.effect})"
 
 
 def compare(records: Records, *queries: Query) -> Result:
@@ -532,8 +488,8 @@ def compare(records: Records, *queries: Query) -> Result:
     significant in the other direction, or a harm is significant and no query. Otherwise `not shown`
     if a harm is significant, or a query's interval excludes `RELEVANT`; and `undecidable` if not.
     """
-    found = [Comparison(records, query) for query in queries]
-    if any(each.is_empty for each in found):
+    found = [query.run(records) for query in queries]
+    if None in found:
         return NOT_RUN
     effects = [each for each in found if not each.query.is_harm]
     harms = [each for each in found if each.query.is_harm]
@@ -563,33 +519,31 @@ def count_most(records: Records, arm: str, decoding: str, outcome: str) -> Resul
 
 def check_loss(records: Records) -> Result:
     """C1: the loss fell, and there are fewer sound and ended answers than of the base model."""
-    query = Query("week4", "base", GOOD, -1, by="arm", within=["story-collapse"])
-    verdict, text = compare(records, query)
+    verdict, text = compare(records, Query("week4", "base", GOOD, -1, ["story-collapse"]))
     if verdict == "not run" or "week4" not in records.runs:
         return NOT_RUN
-    before, after = (records.runs["week4"][name] for name in RUN_NUMBERS[:2])
-    if verdict == "shown" and not after < before:
-        verdict = "not shown"
-    return verdict, f"eval loss {before:.3f} to {after:.3f}; {text}"
+    before, after = (records.runs["week4"][name] for name in ("eval_loss_before", "eval_loss"))
+    is_shown = verdict != "shown" or after < before
+    return verdict if is_shown else "not shown", f"eval loss {before:.3f} to {after:.3f}; {text}"
 
 
 def check_stop(records: Records) -> Result:
     """C8: not run if the generation config already names the end-of-turn token."""
     query = Query("collapse-stop", "story-collapse")
-    for own, config in Comparison(records, query).pairs:
-        if own.stop_ids[0] <= config.stop_ids[0]:
-            return "not run", "the base model's generation config already names this token"
+    found = query.run(records)
+    if found and all(own.stop_ids[0] <= config.stop_ids[0] for own, config in found.pairs):
+        return "not run", "the base model's generation config already names this token"
     return compare(records, query)
 
 
 def check_cap(records: Records) -> Result:
     """C10: fewer unsound answers under a smaller cap; also counts what the cap cures or hides."""
-    query = Query("smaller cap", "larger cap", "unsound", -1, by="cap")
+    query = Query("smaller limit", "larger limit", "unsound", -1)
+    if not (found := query.run(records)):
+        return NOT_RUN
+    cured = sum((small[GOOD] & ~large[GOOD]).sum() for small, large in found.pairs)
+    hidden = sum((one.sound & ~one.ended & other.unsound).sum() for one, other in found.pairs)
     verdict, text = compare(records, query)
-    cured = hidden = 0
-    for small, large in Comparison(records, query).pairs:
-        cured += (small[GOOD] & ~large[GOOD]).sum()
-        hidden += (small.sound & ~small.ended & large.unsound).sum()
     return verdict, f"{text}; cured {cured} answers, cut {hidden} before they became unsound"
 
 
@@ -605,8 +559,9 @@ def check_bytes(records: Records) -> Result:
     """C13: greedy answers generated again in another batch have the same tokens."""
     names = DISTINCT_DECODINGS
     own = [bool(cell.repeats[0]) for (_, name), cell in records.cells.items() if name in names]
-    text = "the first question again in another batch has the same tokens, up to "
-    text += f"{REPEATED_TOKENS}, in {sum(own)} of {len(own)} cells"
+    text = (
+        f"the first question again in another batch: equal tokens in {sum(own)} of {len(own)} cells"
+    )
     return ("shown" if all(own) else "the opposite", text) if own else NOT_RUN
 
 
@@ -614,14 +569,13 @@ def check_decodings(records: Records) -> Result:
     """C15: two decodings of the same weights, and so of one eval loss, differ in sound answers.
     Reports the pair with the smallest p, with a Bonferroni correction for all pairs."""
     pairs = itertools.combinations(DISTINCT_DECODINGS, 2)
-    found = [Comparison(records, Query(*pair, within=list(TRAINING_ARMS))) for pair in pairs]
-    found = sorted((each for each in found if not each.is_empty), key=lambda each: each.p)
+    found = [each for pair in pairs if (each := Query(*pair, within=TRAINED).run(records))]
     if not found:
         return NOT_RUN
+    best = min(found, key=lambda each: each.p)
     is_absent = all(max(-each.low, each.high) < RELEVANT for each in found)
-    is_shown = found[0].p * len(found) < 0.05
-    verdict = "shown" if is_shown else "not shown" if is_absent else "undecidable"
-    return verdict, f"{found[0].text}; smallest p of {len(found)} pairs of decodings"
+    verdict = "shown" if best.p * len(found) < 0.05 else "not shown" if is_absent else "undecidable"
+    return verdict, f"{best.text}; smallest p of {len(found)} pairs of decodings"
 
 
 CLAIMS = {
@@ -642,18 +596,15 @@ CLAIMS = {
     "C15": "One eval loss goes with different answers.",
 }
 # Each claim is decided by queries, by the share of a cell, or by a function.
-RULES: dict[str, Sequence[Query] | tuple[str, str, str] | Callable[[Records], Result]] = {
+RULES: dict[str, Sequence[Query] | Callable[[Records], Result]] = {
     "C1": check_loss,
     "C2": lambda records: count_most(records, "week4", "story-collapse", "unsound"),
     "C3": [Query("story-collapse", "collapse-no-ban", "drift")],
-    "C4": [
-        Query("week4", "base", "list items", by="arm"),
-        Query("week4", "base", "ended", -1, by="arm"),
-    ],
-    "C5": [Query("week4-rebalanced", "week4", by="arm")],
+    "C4": [Query("week4", "base", "list items"), Query("week4", "base", "ended", -1)],
+    "C5": [Query("week4-rebalanced", "week4")],
     "C6": [
-        Query("week4-all-linear", "week4", "points", by="arm"),
-        Query("week4-all-linear", "week4-wide-attention", "points", by="arm"),
+        Query("week4-all-linear", "week4", "points"),
+        Query("week4-all-linear", "week4-wide-attention", "points"),
     ],
     "C7": [Query("collapse-no-ban", "story-collapse")],
     "C8": check_stop,
@@ -666,28 +617,19 @@ RULES: dict[str, Sequence[Query] | tuple[str, str, str] | Callable[[Records], Re
     "C11": check_pad,
     "C12": lambda records: count_most(records, "fixed", "story-fix", GOOD),
     "C13": check_bytes,
-    "C14": [Query("story-fix", "story-collapse", within=list(TRAINING_ARMS))],
+    "C14": [Query("story-fix", "story-collapse", within=TRAINED)],
     "C15": check_decodings,
 }
+# Single changes, whose effects the report orders.
+DECODING_CHANGES, TRAINING_CHANGES = ("collapse-no-ban", "story-fix", "kit"), TRAINED[4:7]
 
 
 def decide_claims(records: Records) -> dict[str, Result]:
     """Verdict and numbers of each claim."""
-    return {
-        claim: rule(records) if callable(rule) else compare(records, *rule)
-        for claim, rule in RULES.items()
-    }
-
-
-# Single changes, whose effects the report orders.
-CHANGES = [
-    Query("collapse-no-ban", "story-collapse", within=list(TRAINING_ARMS)),
-    Query("story-fix", "story-collapse", within=list(TRAINING_ARMS)),
-    Query("kit", "story-collapse", within=list(TRAINING_ARMS)),
-    Query("week4-rebalanced", "week4", by="arm"),
-    Query("week4-all-linear", "week4", by="arm"),
-    Query("week4-1-epoch", "week4", by="arm"),
-]
+    results = {}
+    for claim, rule in RULES.items():
+        results[claim] = rule(records) if callable(rule) else compare(records, *rule)
+    return results
 
 
 # --- The report ----------------------------------------------------------------------------------
@@ -695,27 +637,26 @@ CHANGES = [
 NOTES = """*Sound and ended*: the judge finds no defect of form, and the stop token ended the answer
 before the limit; in parentheses a 95% interval (Wilson). *Drift*: the answer surprises the base
 model, continues as another speaker, or invents a medicine. *Eval loss*: of the weights that were
-kept, on rows held out from the sources that the arm trains on, so only arms with equal sources
-compare. C2 and C12 are decided by whether the interval of a share is above or below one half, the
-other comparisons by sign tests over the questions, p < 0.05, two-sided: `+a -b` means that the
-first has more on *a* questions and less on *b*, and *net* is their difference as a share of the
-questions, with a 95% interval (Agresti and Min). None of this says that an answer is medically
-correct, and none of it is medical advice.""".replace("\n", " ")
+kept, on rows held out from the sources of the arm; only arms with equal sources compare. C2 and C12
+are decided by whether the interval of a share excludes one half, the other comparisons by two-sided
+sign tests over the questions, p < 0.05: with `+a -b`, the first has more on *a* questions and less
+on *b*, and *net* is their difference as a share of the questions, with a 95% interval (Agresti and
+Min). None of this says that an answer is medically correct, and none of it is medical advice."""
 SELECTION_NOTE = """The evaluation that each metric selects, and how many of its probe answers are
 sound and ended; they have a lower token limit. `answers` ranks by sound answers, then by points."""
 
 
 def escape_markdown(text: str) -> str:
     """The text as one line of markdown that shows it unchanged; newlines become `<br>`."""
-    special = r"[^\w\s.,;()'?!%/+-]|_"
     text = data.escape_controls(text.replace("\t", " ").strip())
-    return re.sub(special, lambda found: f"&#{ord(found[0])};", text).replace("\n", "<br>")
+    text = re.sub(r"[^\w\s.,;()'?!%/+-]|_", lambda found: f"&#{ord(found[0])};", text)
+    return text.replace("\n", "<br>")
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; the first row is its header."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def list_cells(records: Records) -> DataFrame:
@@ -737,16 +678,18 @@ def list_selections(records: Records) -> list[list[str]]:
     """For runs with several evaluations, the step each metric selects, with the sound and ended
     answers there. The last row counts how often each metric selected the most."""
     rows, hits = [], dict.fromkeys(train.METRICS, 0)
-    for arm, run in records.runs.items():
-        good, selected = run["good"], run["selected"]
+    for arm, (selected, good) in records.evaluations.items():
         if len(good) > 1 and all(selected.get(name) in good for name in hits):
             most = max(good, key=lambda step: (good[step], -step))
             steps = [*(selected[name] for name in hits), most]
             rows.append([arm, *(f"step {step}: {good[step]}" for step in steps)])
             for name in hits:
                 hits[name] += good[selected[name]] == good[most]
-    counts = [f"{count} of {len(rows)}" for count in hits.values()]
-    return [*rows, ["has the most", *counts, ""]] if rows else []
+    if rows:
+        rows.insert(0, ["arm", *(f"by {name}" for name in hits), "most"])
+        counts = (f"{count} of {len(rows) - 1}" for count in hits.values())
+        rows.append(["has the most", *counts, ""])
+    return rows
 
 
 def summarise(records: Records, results: Mapping[str, Result], cells: DataFrame) -> list[str]:
@@ -756,70 +699,69 @@ def summarise(records: Records, results: Mapping[str, Result], cells: DataFrame)
     headings["not shown"] = f"Not shown, an effect on {RELEVANT:.0%} of the questions is excluded"
     headings |= {"undecidable": "Undecidable with so few questions", "not run": "Not run"}
     for verdict, heading in headings.items():
-        own = [f'{claim} "{CLAIMS[claim]}"' for claim in CLAIMS if results[claim][0] == verdict]
+        own = [
+            f'{claim} "{text}"' for claim, text in CLAIMS.items() if results[claim][0] == verdict
+        ]
         if own:
             lines.append(f"- **{heading} ({len(own)} of {len(CLAIMS)}):** {' '.join(own)}")
-    # Decodings that all arms have.
     good = cells.pivot(index="arm", columns="decoding", values=GOOD)
-    good = good[good.columns.intersection(DISTINCT_DECODINGS)].dropna(axis=1)
+    # Decodings that all arms have.
+    good = good[[name for name in DISTINCT_DECODINGS if name in good]].dropna(axis=1)
     if good.size:
-        total = good.sum().sort_values(ascending=False, kind="stable").astype(int)
+        total = good.sum().sort_values(ascending=False, kind="stable")
         best = cells[cells.decoding == total.index[0]]
-        asked = best.answers.sum()
-        counts = ", ".join(f"{name} {count} of {asked}" for name, count in total.items())
-        top = best[best[GOOD] == best[GOOD].max()]
-        shares = best.set_index("arm").share
-        text = f"decoding {total.index[0]} (sound and ended answers: {counts}), and there "
-        text += f"{' or '.join(top.arm)}: {top.share.iloc[0]}"
-        text += f"; the base model has {shares['base']}" if "base" in shares else ""
+        top, asked = best[best[GOOD] == best[GOOD].max()], best.answers.sum()
+        counts = ", ".join(f"{name} {count:.0f} of {asked}" for name, count in total.items())
+        text = f"decoding {total.index[0]} (sound and ended answers: {counts}); under it, most are "
+        text += f"of {', '.join(top.arm)}: {top.share.iloc[0]}"
+        for share in best[best.arm == "base"].share:
+            text += f", and the base model has {share}"
         lines.append(f"- **Settings to use:** {text}.")
-        if best.eval_loss.notna().any():
-            low = best.loc[best.eval_loss.idxmin()]
-            lines.append(f"- **Lowest eval loss:** {low.eval_loss:.3f}, {low.arm}: {low.share}.")
-    found = [Comparison(records, query) for query in CHANGES]
-    found = sorted((each for each in found if not each.is_empty), key=lambda each: -abs(each.net))
-    effects = [f"{each.query.other} to {each.query.one} {each.effect}" for each in found]
-    return [*lines, f"- **Single changes, net share of questions:** {'; '.join(effects)}."]
+        for low in best.nsmallest(1, "eval_loss").dropna(subset="eval_loss").itertuples():
+            lines.append(f"- **Lowest eval loss:** {low.eval_loss:.3f}, of {low.arm}: {low.share}.")
+    queries = [Query(name, "story-collapse", within=TRAINED) for name in DECODING_CHANGES]
+    queries += [Query(name, "week4") for name in TRAINING_CHANGES]
+    found = [each for query in queries if (each := query.run(records))]
+    changes = "; ".join(each.change for each in sorted(found, key=lambda each: -abs(each.net)))
+    return [*lines, f"- **Single changes, net share of questions:** {changes}."]
 
 
 def make_report(records: Records, results: Mapping[str, Result]) -> str:
     """The study as markdown; `results` are those of the claims. Equal records give equal bytes."""
-    about, cells, asked = records.about, list_cells(records), records.about["questions"]
-    shares = cells.pivot(index="arm", columns="decoding", values="share")
-    shares = shares.reindex(index=list(about["arms"]), columns=MAIN_DECODINGS)
-    rows = []
-    for arm, row in shares.iterrows():
+    about, cells, questions = records.about, list_cells(records), records.about["questions"]
+    shares = {(row.arm, row.decoding): row.share for row in cells.itertuples()}
+    table = [["arm", "eval loss", *MAIN_DECODINGS]]
+    for arm in about["arms"]:
         loss = f"{records.runs[arm]['eval_loss']:.3f}" if arm in records.runs else ""
         missing = "failed" if arm in records.failures else "not run"
-        rows.append([arm, loss, *row.fillna(missing)])
-    counts = sorted({f"{run['train_rows']:.0f}" for run in records.runs.values()})
-    trained = f" Adapters were trained on {' or '.join(counts)} rows." if counts else ""
-    claims = []
-    for claim, (verdict, text) in results.items():
-        claims.append(f"- **{claim}: {verdict}.** {CLAIMS[claim]} {text[0].upper()}{text[1:]}.")
+        table.append([arm, loss, *(shares.get((arm, name), missing) for name in MAIN_DECODINGS)])
+    rows = sorted({f"{run['train_rows']:.0f}" for run in records.runs.values()})
+    trained = f" Adapters were trained on {' or '.join(rows)} rows." if rows else ""
     parts = [
         f"# Ablation of {escape_markdown(about['base_model'])}",
         f"C1 to C15 are claims of the story that README tells.{trained}",
         "\n".join(summarise(records, results, cells)),
         "![Verdicts, and eval loss against sound answers](ablation.png)",
-        f"Sound and ended answers to {len(asked)} questions:",
-        format_table(["arm", "eval loss", *MAIN_DECODINGS], rows),
+        f"Sound and ended answers to {len(questions)} questions:",
+        format_table(table),
         "\n".join(f"- {arm}: {escape_markdown(why)}" for arm, why in records.failures.items()),
         f"{NOTES}\n\n## Claims",
-        "\n".join(claims),
+        "\n".join(
+            f"- **{claim}: {verdict}.** {CLAIMS[claim]} {text[0].upper()}{text[1:]}."
+            for claim, (verdict, text) in results.items()
+        ),
     ]
-    if rows := list_selections(records):
-        header = ["arm", *(f"by {name}" for name in train.METRICS), "most"]
-        parts += [f"## Selections\n\n{SELECTION_NOTE}", format_table(header, rows)]
-    if answers := {key: records.cells[key].iloc[0] for key in SIDE_BY_SIDE if key in records.cells}:
-        header = [f"{arm}, {name}: {each.verdict}" for (arm, name), each in answers.items()]
-        row = [escape_markdown(each.text) or "(nothing)" for each in answers.values()]
-        table = format_table([escape_markdown(each) for each in header], [row])
-        parts += [f"## {escape_markdown(asked[0])}", table]
-    machines = " and ".join(dict.fromkeys(cell.machine[0] for cell in records.cells.values()))
-    end = f"- made on {escape_markdown(machines)}\n- `{about['command'].replace('`', ' ')}`\n"
-    parts.append(end + "- all numbers: [cells.csv](cells.csv); all answers: [cells](cells)\n")
-    return "\n\n".join(filter(None, parts))
+    if selections := list_selections(records):
+        parts += [f"## What each metric selects\n\n{SELECTION_NOTE}", format_table(selections)]
+    if found := {key: records.cells[key].iloc[0] for key in SIDE_BY_SIDE if key in records.cells}:
+        header = [f"{arm}, {name}: {each.verdict}" for (arm, name), each in found.items()]
+        rows = [header, [each.text or "(nothing)" for each in found.values()]]
+        parts.append(f"## {escape_markdown(questions[0])}")
+        parts.append(format_table([[escape_markdown(text) for text in row] for row in rows]))
+    machines = sorted({cell.machine[0] for cell in records.cells.values()})
+    end = [*map(escape_markdown, machines), f"`{about['command'].replace('`', ' ')}`"]
+    end.append("all numbers: [cells.csv](cells.csv); all answers: [cells](cells)\n")
+    return "\n\n".join(filter(None, [*parts, "\n".join(f"- {each}" for each in end)]))
 
 
 # Bar and text. Dark and light alternate, so that neighbours differ in grey.
@@ -880,47 +822,58 @@ def write_report(folder: Path) -> tuple[Records, dict[str, Result]]:
     UsageError as `Records.read`."""
     records = Records.read(folder)
     results, cells = decide_claims(records), list_cells(records)
-    with data.writing(folder):
-        data.write_atomic(folder / "cells.csv", cells.to_csv(index=False))
-        draw_picture(cells, list(records.about["arms"]), folder / "ablation.png")
-        data.write_atomic(folder / "ablation.md", make_report(records, results))
+    data.write_atomic(folder / "cells.csv", cells.to_csv(index=False))
+    draw_picture(cells, list(records.about["arms"]), folder / "ablation.png")
+    data.write_atomic(folder / "ablation.md", make_report(records, results))
     return records, results
+
+
+def run(config: AblateConfig) -> bool:
+    """Runs what is missing, or prints it with --dry-run. Returns whether there is a report."""
+    study = make_study(config)
+    if config.answer:
+        write_cells(study, next(arm for arm in study.arms if arm.name == config.answer))
+        return False
+    infer.handle_signals()
+    part, parts = map(int, config.shard.split("/"))
+    arms, left = study.arms[part::parts], 0
+    for arm in arms:
+        count, missing = len(arm.decodings), len(study.missing(arm))
+        left += missing
+        print(
+            f"{arm.name:<20}  {count - missing} of {count} cells done  {', '.join(arm.decodings)}"
+        )
+    if config.dry_run:
+        print(*(f"python {shlex.join(arm.command)}" for arm in arms if arm.command), sep="\n")
+    print(f"{left} cells of {len(study.probes)} questions to do, in {study.folder}", flush=True)
+    if config.dry_run or not arms:
+        return False
+    path = study.folder / "study.json"
+    if path.is_file() and json.loads(path.read_text()).get("settings") != study.settings:
+        problem = f"{study.folder} is a study with other flags, rows or probes."
+        raise UsageError(f"{problem} Choose another --name, or remove the folder.")
+    about = {
+        "settings": study.settings,
+        "command": shlex.join(["python", "ablate.py", *sys.argv[1:]]),
+        "base_model": study.profile.hub_id,
+        "questions": [probe.question for probe in study.probes],
+        "arms": [arm.name for arm in study.arms],
+    }
+    for name in ("cells", "failures", "logs"):
+        (study.folder / name).mkdir(parents=True, exist_ok=True)
+    data.write_atomic(path, json.dumps(about, indent=2) + "\n")
+    run_study(study, arms, config.workers or study.profile.workers)
+    return True
 
 
 def main(config: AblateConfig) -> int:
     """Runs what is missing, then writes the report. Returns 1 if an arm failed, else 0."""
-    folder = config.folder
-    if not config.table:
-        study = make_study(config)
-        if config.answer:
-            write_cells(study, next(arm for arm in study.arms if arm.name == config.answer))
-            return 0
-        part, parts = map(int, config.shard.split("/"))
-        arms = study.arms[part::parts]
-        left = 0
-        for arm in arms:
-            left += (missing := len(study.missing(arm)))
-            done = f"{len(arm.decodings) - missing} of {len(arm.decodings)} cells done"
-            print(f"{arm.name:<20}  {done}  {', '.join(arm.decodings)}")
-        for arm in arms if config.dry_run else ():
-            print(f"python {shlex.join(arm.command)}" if arm.command else "")
-        print(f"{left} cells of {len(study.probes)} questions to do, in {folder}", flush=True)
-        if config.dry_run or not arms:
-            return 0
-        about = {"command": shlex.join(["python", "ablate.py", *sys.argv[1:]])}
-        about |= {"base_model": study.profile.hub_id}
-        about |= {"questions": [probe.question for probe in study.probes]}
-        about |= {"arms": {arm.name: arm.settings for arm in study.arms}}
-        for name in ("cells", "failures", "logs", "runs"):
-            with data.writing(folder):
-                (folder / name).mkdir(parents=True, exist_ok=True)
-        data.write_atomic(folder / "study.json", json.dumps(about, indent=2) + "\n")
-        infer.handle_signals()
-        run_study(study, arms, config.workers or study.profile.workers)
-    records, results = write_report(folder)
+    if not config.table and not run(config):
+        return 0
+    records, results = write_report(config.folder)
     for claim, (verdict, _) in results.items():
         print(f"{claim:<4} {verdict:<13} {CLAIMS[claim]}")
-    print(f"\n{folder / 'ablation.md'}: report; ablation.png, cells.csv and cells beside it")
+    print(f"\n{config.folder}/ablation.md: report; ablation.png, cells.csv and cells beside it")
     for arm, reason in records.failures.items():
         infer.report(f"{arm} failed, and runs again with the study's command: {reason}")
     return 1 if records.failures else 0

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import tarfile
 
 import pandas
@@ -52,7 +53,7 @@ def test_each_decoding_between_collapse_and_fix_is_a_single_change():
 
 
 def test_arms_that_need_mixes_equal_another_arm_without_them():
-    for name, equal in zip(ablate.MIX_ARMS, ("week4", "fixed"), strict=True):
+    for name, equal in (ablate.MIX_ARMS | {"week4-rebalanced": "week4"}).items():
         assert changed(ablate.TRAINING_ARMS[equal], ablate.TRAINING_ARMS[name]) == {"mix"}
 
 
@@ -68,12 +69,13 @@ def test_wide_attention_has_as_many_parameters_as_all_linear(profile):
 def test_every_arm_is_a_command_that_train_understands():
     import tyro
 
-    for profile in data.PROFILES.values():
-        for name, arm in ablate.TRAINING_ARMS.items():
-            config = tyro.cli(train.TrainConfig, args=ablate.training_flags(name, profile, 32, {}))
-            assert all(getattr(config, field) == value for field, value in arm.items())
-            assert config.lora_alpha == 2 * config.r and config.num_rows == 32
-            assert (config.num_probes is None) == (not name.startswith("week4-"))
+    _, *arms = ablate.make_study(ablate.AblateConfig(profile="cpu", num_rows=32)).arms
+    for arm in arms:
+        script, *flags = arm.command
+        config = tyro.cli(train.TrainConfig, args=flags)
+        assert all(getattr(config, field) == value for field, value in ablate.TRAINING_ARMS[arm.name].items())
+        assert (script, config.name, config.profile, config.num_rows) == ("train.py", arm.name, "cpu", 32)
+        assert config.lora_alpha == 2 * config.r and config.num_probes == (0 if arm.name.startswith("week4-") else 10)
 
 
 @pytest.mark.parametrize("profile", data.PROFILES)
@@ -125,25 +127,22 @@ def test_arms_are_asked_under_the_prompt_that_their_rows_bring(tmp_path):
     assert STUDY.system_prompt is None
 
 
-def test_a_cell_is_valid_for_its_settings_only(tmp_path):
+def test_a_study_is_resumed_with_its_settings_only(tmp_path):
     path = tmp_path / "rows.jsonl"
 
     def settings(**flags):
-        study = ablate.make_study(ablate.AblateConfig(profile="cpu", **flags))
-        return {arm.name: arm.settings for arm in study.arms}
+        return ablate.make_study(ablate.AblateConfig(profile="cpu", name="a", **flags)).settings
 
-    own = settings()
-    assert own == settings() and len({each for arm in own.values() for each in arm.values()}) == 57
-    for flags in ({"system_prompt": "Be brief."}, {"num_probes": 3}):
-        assert not set(own["base"].values()) & set(settings(**flags)["base"].values())
-    for flags in ({"num_rows": 32}, {"eval_every": 0.25}):
-        changed = settings(**flags)
-        assert own["base"] == changed["base"] and own["kit"]["kit"] != changed["kit"]["kit"]
+    others = [{"system_prompt": "Be brief."}, {"num_probes": 3}, {"num_rows": 32}, {"eval_every": 0.25}]
+    assert settings() == settings(shard="1/2", workers=1) and len({settings(), *(settings(**each) for each in others)}) == 5
     write_chats(path, vet=40)
     before = settings(rows=str(path))
     write_chats(path, vet=41)
-    after = settings(rows=str(path))
-    assert before["base"] == after["base"] and before["week4"]["kit"] != after["week4"]["kit"]
+    assert before != settings(rows=str(path))
+    (tmp_path / "runs" / "ablate" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "ablate" / "a" / "study.json").write_text(json.dumps({"settings": "other"}))
+    ran = call_script("ablate.py", "--profile", "cpu", "--name", "a", cwd=tmp_path)
+    assert ran.returncode == 2 and "runs/ablate/a is a study with other flags, rows or probes. Choose another --name" in ran.stderr
 
 
 # --- Records made by hand ----------------------------------------------------------------------------------------
@@ -163,7 +162,7 @@ def make_lines(arm, decoding, answers):
             question, text, list(text.encode()), reason, 9, 2, 0, ablate.DECODING_ARMS[decoding], "model", None, 0.0
         )
         judged = dataclasses.replace(judge_once(question, text, reason), answer=answer)
-        cell = {"arm": arm, "decoding_arm": decoding, "settings": "x", "stop_ids": [2], "repeats": True}
+        cell = {"arm": arm, "decoding_arm": decoding, "stop_ids": [2], "repeats": True}
         lines.append(cell | {"machine": "a | machine"} | judged.to_record())
     return lines
 
@@ -179,14 +178,13 @@ def write_run(folder, losses, evaluations=()):
 
 def write_study(folder, texts, losses=(3.0, 2.0)):
     """Records of the cells `texts[arm, decoding]`: one text, or (text, finish reason), per question."""
-    arms = {}
     (folder / "cells").mkdir(parents=True)
     for (arm, decoding), answers in texts.items():
-        arms.setdefault(arm, {})[decoding] = "x"
         write_rows(folder / "cells" / f"{arm}.{decoding}.jsonl", make_lines(arm, decoding, answers))
         if arm != "base":
             write_run(folder / "runs" / arm, losses)
-    about = {"command": "python ablate.py", "base_model": "model", "questions": QUESTIONS[:2], "arms": arms}
+    about = {"command": "python ablate.py", "base_model": "model", "questions": QUESTIONS[:2]}
+    about["arms"] = list(dict.fromkeys(arm for arm, _ in texts))
     (folder / "study.json").write_text(json.dumps(about))
     return ablate.Records.read(folder)
 
@@ -204,8 +202,8 @@ def compare_pairs(larger, smaller, ties, sense=1):
     outcomes = [(1, 0)] * larger + [(0, 1)] * smaller + [(1, 1)] * ties
     cells = pandas.DataFrame(outcomes, columns=["one", "other"])
     cells = {("week4", name): cells[[name]].set_axis(["ended"], axis=1) for name in cells}
-    records, query = ablate.Records({"arms": {}}, cells, {}, {}), ablate.Query("one", "other", "ended", sense)
-    return ablate.Comparison(records, query), ablate.compare(records, query)[0]
+    records, query = ablate.Records({"arms": []}, cells, {}, {}, {}), ablate.Query("one", "other", "ended", sense)
+    return query.run(records), ablate.compare(records, query)[0]
 
 
 def test_intervals_and_p_by_hand():
@@ -224,7 +222,7 @@ def test_net_shares_by_hand():
     # Agresti and Min (2005): cells 8.5, 2.5, of 32.
     found, spread = compare_pairs(8, 2, 20)[0], 1.96 * math.sqrt(8.5 + 2.5 - 6 * 6 / 32)
     assert (found.net, found.low, found.high) == pytest.approx((0.2, (6 - spread) / 32, (6 + spread) / 32))
-    assert "one 93%, other 73% (means of 30 pairs; +8 -2 of 30 questions, net +20% [" in found.text
+    assert "ended: one 93%, other 73% (pairs of cells: 1; +8 -2 of 30 questions, net +20% [" in found.text
     # No question differs: the interval does not shrink to nothing.
     found = compare_pairs(0, 0, 10)[0]
     assert (found.net, found.low, found.high) == pytest.approx((0, -1.96 / 12, 1.96 / 12))
@@ -288,9 +286,9 @@ def test_feed_forward_modules_must_beat_attention_of_as_many_parameters_too(tmp_
     own = {("fixed", "kit"): good, ("week4", "kit"): ["Nothing."] * 8, ("week4-wide-attention", "kit"): ["Nothing."] * 8}
     records = write_study(tmp_path / "d", own)
     assert verdict(records, "C6") == "shown" and verdict(records, "C5") == "not run"
-    assert "week4 to week4-all-linear" in make_report(records)
+    assert "week4 to fixed" in make_report(records)
     about = json.loads((tmp_path / "d" / "study.json").read_text())
-    about["arms"]["week4-all-linear"] = {"kit": "not run yet"}
+    about["arms"].append("week4-all-linear")  # not run yet
     (tmp_path / "d" / "study.json").write_text(json.dumps(about))
     records = ablate.Records.read(tmp_path / "d")
     assert verdict(records, "C6") == "not run"
@@ -329,8 +327,8 @@ def test_a_question_counts_once_however_many_arms_answer_it(tmp_path):
     texts = {(arm, "collapse-no-ban"): [SOUND] * 8 for arm in arms}
     texts |= {(arm, "story-collapse"): [DRIFT] + [SOUND] * 7 for arm in arms}
     records = write_study(tmp_path, texts)
-    compared = ablate.Comparison(records, ablate.Query("story-collapse", "collapse-no-ban", "drift"))
-    assert "means of 64 pairs; +1 -0 of 8 questions" in compared.text
+    compared = ablate.Query("story-collapse", "collapse-no-ban", "drift").run(records)
+    assert "pairs of cells: 8; +1 -0 of 8 questions" in compared.text
     assert verdict(records, "C3") == "undecidable"
 
 
@@ -338,8 +336,9 @@ def test_decodings_cut_from_one_generation_count_once(tmp_path):
     names = ("story-collapse", "collapse-stop", "collapse-cap-128", "kit")
     texts = {(arm, name): [SOUND] * 3 for arm in ("base", "week4") for name in names}
     records = write_study(tmp_path, texts)
-    compared = ablate.Comparison(records, ablate.Query("week4", "base", by="arm"))
-    assert "means of 6 pairs" in compared.text
+    assert len(ablate.Query("week4", "base").run(records).pairs) == 2
+    # `kit` is an arm and a decoding.
+    assert [len(ablate.Query(*names).run(records).pairs) for names in (("kit", "story-collapse"), ("story-collapse", "kit"))] == [2, 2]
 
 
 def test_the_report_names_the_step_that_each_metric_selects(tmp_path):
@@ -456,44 +455,42 @@ def test_a_study_has_a_report_of_little_and_of_much(tmp_path):
         ablate.draw_picture(ablate.list_cells(records), list(records.about["arms"]), tmp_path / "picture.png")
 
 
-def test_a_failed_arm_is_a_row_with_its_reason_and_older_answers_stay(tmp_path):
-    write_study(tmp_path, {("base", "kit"): [SOUND] * 2, ("week4", "kit"): [SOUND] * 2})
-    about = json.loads((tmp_path / "study.json").read_text())
-    about["arms"]["week4"]["kit"] = "other settings"
-    (tmp_path / "study.json").write_text(json.dumps(about))
+def test_a_failed_arm_is_a_row_with_its_reason(tmp_path):
+    write_study(tmp_path, {("base", "kit"): [SOUND] * 2, ("week4", "plain"): [SOUND] * 2})
     (tmp_path / "failures").mkdir()
     (tmp_path / "failures" / "week4.txt").write_text("train.py failed (exit code 2). out of `memory`")
     report = make_report(ablate.Records.read(tmp_path))
-    assert re.search(r"\| week4 \|  \| failed \| failed \| failed \|", report)
+    assert re.search(r"\| week4 \| 2\.000 \| failed \| failed \| failed \|", report)
     assert "- week4: train.py failed (exit code 2). out of &#96;memory&#96;" in report
-    assert (tmp_path / "cells" / "week4.kit.jsonl").is_file()
 
 
 @pytest.mark.parametrize("content", ["[" * 10_000, "[]", "{}", '{"command": 1}', '{"arms": 3}', ""])
 def test_a_corrupt_record_is_named_with_the_way_out(content, tmp_path):
     (tmp_path / "study.json").write_text(content)
-    with pytest.raises(data.UsageError, match=r"study\.json is a broken record .*Remove it .*, and run the study's command again"):
+    with pytest.raises(data.UsageError, match=r"study\.json is a broken record .*Remove it .*, and run the study's command"):
         ablate.Records.read(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "named"),
-    [("cells/week4.kit.jsonl", "cells/week4.kit.jsonl"), ("runs/week4/run.json", "runs/week4"), ("runs/week4/metrics.jsonl", "runs/week4")],
-)
-def test_a_broken_file_is_named_with_what_to_do_about_it(tmp_path, name, named):
+@pytest.mark.parametrize("name", ["cells/week4.kit.jsonl", "runs/week4/run.json", "runs/week4/metrics.jsonl"])
+def test_a_broken_file_is_named_with_what_to_do_about_it(tmp_path, name):
     write_study(tmp_path, {("week4", "kit"): [SOUND], ("week4-1-epoch", "kit"): [SOUND]})
     (tmp_path / name).write_text('{"a": ')
-    with pytest.raises(data.UsageError, match=rf"/{re.escape(named)} is a broken record .*Remove it \(with a run, also its arm's"):
+    with pytest.raises(data.UsageError, match=rf"/{re.escape(name)} is a broken record .*Remove it \(of a run, all of its folder\)"):
         ablate.Records.read(tmp_path)
 
 
-def test_a_reason_is_the_last_line_of_the_process(tmp_path):
-    log, words = tmp_path / "log", "a bar 1%\ra bar 2%\rwarning\nerror: The disk is full.\n"
-    code, reason = ablate.run_logged(["-c", f"import sys; print('out'); sys.stderr.write({words!r}); sys.exit(2)"], log)
-    assert (code, reason) == (2, f"failed (exit code 2; log: {log}). error: The disk is full.")
-    assert sorted(log.read_bytes()) == sorted(("out\n" + words).encode())
-    code, reason = ablate.run_logged(["-c", "import os; os.kill(os.getpid(), 9)"], log)
-    assert code == -9 and reason.startswith(f"failed (killed, often for lack of memory; log: {log})")
+def test_a_reason_is_the_last_line_of_the_process(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    log, study = tmp_path / "logs" / "base.log", dataclasses.replace(STUDY, folder=tmp_path)
+    words = "a bar 1%\ra bar 2%\rwarning\nerror: The disk is full.\n"
+    for last, reason in (
+        ("sys.exit(2)", f"answering failed (exit code 2; log: {log}). error: The disk is full."),
+        ("os.kill(os.getpid(), 9)", f"answering failed (killed, often for lack of memory; log: {log}). error: The disk is full."),
+    ):
+        code = f"import os, sys; print('out', flush=True); sys.stderr.write({words!r}); sys.stderr.flush(); {last}"
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-c", code])
+        assert ablate.run_arm(study, study.arms[0]) == reason
+    assert log.read_bytes() == 2 * ("out\n" + words).encode()
 
 
 def test_probes_of_a_user_need_only_questions(tmp_path):
@@ -548,26 +545,24 @@ def test_a_finished_study_runs_nothing_and_writes_the_same_report(ablated):
 
 
 @pytest.mark.slow
-def test_a_broken_cell_is_made_again_and_an_arm_that_fails_is_recorded_while_the_others_run(ablated, tmp_path):
+def test_a_removed_cell_is_made_again_and_an_arm_that_fails_is_recorded_while_the_others_run(ablated, tmp_path):
     shutil.copytree(ablated[0].parents[2], tmp_path, dirs_exist_ok=True)
     study = tmp_path / "runs" / "ablate" / "story"
-    cell = study / "cells" / "base.kit.jsonl"
-    before = cell.read_bytes()
-    cell.write_bytes(before[:-40])
-    code, said = run_study(tmp_path, "--table")
-    assert code == 2 and "base.kit.jsonl is a broken record (JSONDecodeError(" in said
-    assert "Remove it" in said
-    # In another folder the rows are other files, so the trained arm is asked again; its run is kept.
+    (study / "study.json").unlink()  # its rows were in another folder
+    cells = [study / "cells" / f"{arm}.kit.jsonl" for arm in ("base", tiny_study.ARM)]
+    before = cells[0].read_bytes()
+    for cell in cells:
+        cell.unlink()
     older = (study / "cells" / f"{tiny_study.ARM}.plain.jsonl").read_bytes()
     weights = study / "runs" / tiny_study.ARM / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     code, said = run_study(tmp_path)
     assert code == 1, said
     report = (study / "ablation.md").read_text(encoding="utf-8")
-    assert f"- {tiny_study.ARM}: train.py failed (exit code 2" in report
+    assert f"- {tiny_study.ARM}: training failed (exit code 2" in report
     assert "adapter&#95;model.safetensors is truncated or corrupt" in report
     assert (study / "cells" / f"{tiny_study.ARM}.plain.jsonl").read_bytes() == older
-    assert cell.read_bytes() == before
+    assert cells[0].read_bytes() == before and not cells[1].exists()
 
 
 def test_blind_readings_are_collected_and_counted_by_question(tmp_path):
