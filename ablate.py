@@ -14,6 +14,7 @@ command resumes an interrupted study.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -369,6 +370,8 @@ class Records:
             raise UsageError(f"{path} does not exist. Run the study first: python ablate.py")
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
+            about |= {name: str(about[name]) for name in ("command", "base_model")}
+            about |= {name: list(map(str, about[name])) for name in ("questions", "arms")}
             for arm in about["arms"]:
                 for decoding in DECODING_ARMS:
                     path = folder / "cells" / f"{arm}.{decoding}.jsonl"
@@ -388,13 +391,27 @@ class Records:
                     good = {int(line["step"]): int(line[f"eval_{GOOD}"]) for line in lines}
                     evaluations[arm] = dict(numbers["selected"]), {n: good[n] for n in good if n}
         except Exception as error:  # whatever a corrupt file leads to
-            message = (
-                f"{path} is a broken record ({error!r}). Remove it (of a run, all of its folder)"
-            )
-            raise UsageError(f"{message}, and run the study's command, without --table.") from None
+            problem = f"{path} is a broken record ({error!r}). Remove it (of a run, its folder and "
+            problem += "the arm's cells), and run the study's command, without --table."
+            raise UsageError(problem) from None
         if not cells:
             raise UsageError(f"{folder} has no finished cells. Run python ablate.py. {failures}")
         return cls(about, cells, runs, evaluations, failures)
+
+    @functools.cached_property
+    def table(self) -> DataFrame:
+        """One row per arm and decoding: cells.csv."""
+        from pandas import DataFrame
+
+        rows = []
+        for (arm, decoding), own in self.cells.items():
+            row = {"arm": arm, "decoding": decoding, "answers": len(own)}
+            row |= own[COUNTS].sum().astype(int)
+            row["share"], row["interval_low"], row["interval_high"] = count_share(own[GOOD])
+            row |= {"mean_tokens": own.tokens.mean(), "repeats": own.repeats[0]}
+            row["overruled_per_100_tokens"] = 100 * own.overruled.sum() / own.tokens.sum()
+            rows.append(row | {name: self.runs.get(arm, {}).get(name) for name in RUN_NUMBERS})
+        return DataFrame(rows).round(4).astype(dict.fromkeys(RUN_NUMBERS, float))
 
 
 # --- Statistics ----------------------------------------------------------------------------------
@@ -557,11 +574,9 @@ def check_pad(records: Records) -> Result:
 
 def check_bytes(records: Records) -> Result:
     """C13: greedy answers generated again in another batch have the same tokens."""
-    names = DISTINCT_DECODINGS
-    own = [bool(cell.repeats[0]) for (_, name), cell in records.cells.items() if name in names]
-    text = (
-        f"the first question again in another batch: equal tokens in {sum(own)} of {len(own)} cells"
-    )
+    names, cells = DISTINCT_DECODINGS, records.cells
+    own = [bool(cells[key].repeats[0]) for key in cells if key[1] in names]
+    text = f"the first question in another batch: equal tokens in {sum(own)} of {len(own)} cells"
     return ("shown" if all(own) else "the opposite", text) if own else NOT_RUN
 
 
@@ -621,7 +636,13 @@ RULES: dict[str, Sequence[Query] | Callable[[Records], Result]] = {
     "C15": check_decodings,
 }
 # Single changes, whose effects the report orders.
-DECODING_CHANGES, TRAINING_CHANGES = ("collapse-no-ban", "story-fix", "kit"), TRAINED[4:7]
+CHANGES = [
+    *(
+        Query(name, "story-collapse", within=TRAINED)
+        for name in ("collapse-no-ban", "story-fix", "kit")
+    ),
+    *(Query(f"week4-{name}", "week4") for name in ("rebalanced", "all-linear", "1-epoch")),
+]
 
 
 def decide_claims(records: Records) -> dict[str, Result]:
@@ -659,21 +680,6 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def list_cells(records: Records) -> DataFrame:
-    """One row per arm and decoding: the table of cells.csv."""
-    from pandas import DataFrame
-
-    rows = []
-    for (arm, decoding), own in records.cells.items():
-        row = {"arm": arm, "decoding": decoding, "answers": len(own)}
-        row |= own[COUNTS].sum().astype(int)
-        row["share"], row["interval_low"], row["interval_high"] = count_share(own[GOOD])
-        row |= {"mean_tokens": own.tokens.mean(), "repeats": own.repeats[0]}
-        row["overruled_per_100_tokens"] = 100 * own.overruled.sum() / own.tokens.sum()
-        rows.append(row | {name: records.runs.get(arm, {}).get(name) for name in RUN_NUMBERS})
-    return DataFrame(rows).round(4).astype(dict.fromkeys(RUN_NUMBERS, float))
-
-
 def list_selections(records: Records) -> list[list[str]]:
     """For runs with several evaluations, the step each metric selects, with the sound and ended
     answers there. The last row counts how often each metric selected the most."""
@@ -692,9 +698,9 @@ def list_selections(records: Records) -> list[list[str]]:
     return rows
 
 
-def summarise(records: Records, results: Mapping[str, Result], cells: DataFrame) -> list[str]:
+def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     """What the story got right and wrong, and which settings to use, as list items."""
-    lines = []
+    lines, cells = [], records.table
     headings = {"shown": "Right", "the opposite": "Wrong, the opposite is shown"}
     headings["not shown"] = f"Not shown, an effect on {RELEVANT:.0%} of the questions is excluded"
     headings |= {"undecidable": "Undecidable with so few questions", "not run": "Not run"}
@@ -719,17 +725,15 @@ def summarise(records: Records, results: Mapping[str, Result], cells: DataFrame)
         lines.append(f"- **Settings to use:** {text}.")
         for low in best.nsmallest(1, "eval_loss").dropna(subset="eval_loss").itertuples():
             lines.append(f"- **Lowest eval loss:** {low.eval_loss:.3f}, of {low.arm}: {low.share}.")
-    queries = [Query(name, "story-collapse", within=TRAINED) for name in DECODING_CHANGES]
-    queries += [Query(name, "week4") for name in TRAINING_CHANGES]
-    found = [each for query in queries if (each := query.run(records))]
+    found = [each for query in CHANGES if (each := query.run(records))]
     changes = "; ".join(each.change for each in sorted(found, key=lambda each: -abs(each.net)))
     return [*lines, f"- **Single changes, net share of questions:** {changes}."]
 
 
 def make_report(records: Records, results: Mapping[str, Result]) -> str:
     """The study as markdown; `results` are those of the claims. Equal records give equal bytes."""
-    about, cells, questions = records.about, list_cells(records), records.about["questions"]
-    shares = {(row.arm, row.decoding): row.share for row in cells.itertuples()}
+    about, questions = records.about, records.about["questions"]
+    shares = {(row.arm, row.decoding): row.share for row in records.table.itertuples()}
     table = [["arm", "eval loss", *MAIN_DECODINGS]]
     for arm in about["arms"]:
         loss = f"{records.runs[arm]['eval_loss']:.3f}" if arm in records.runs else ""
@@ -740,7 +744,7 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
     parts = [
         f"# Ablation of {escape_markdown(about['base_model'])}",
         f"C1 to C15 are claims of the story that README tells.{trained}",
-        "\n".join(summarise(records, results, cells)),
+        "\n".join(summarise(records, results)),
         "![Verdicts, and eval loss against sound answers](ablation.png)",
         f"Sound and ended answers to {len(questions)} questions:",
         format_table(table),
@@ -756,7 +760,7 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
     if found := {key: records.cells[key].iloc[0] for key in SIDE_BY_SIDE if key in records.cells}:
         header = [f"{arm}, {name}: {each.verdict}" for (arm, name), each in found.items()]
         rows = [header, [each.text or "(nothing)" for each in found.values()]]
-        parts.append(f"## {escape_markdown(questions[0])}")
+        parts.append(f"## {escape_markdown(' '.join(questions[:1]))}")
         parts.append(format_table([[escape_markdown(text) for text in row] for row in rows]))
     machines = sorted({cell.machine[0] for cell in records.cells.values()})
     end = [*map(escape_markdown, machines), f"`{about['command'].replace('`', ' ')}`"]
@@ -773,10 +777,11 @@ COLOURS = {
 }
 
 
-def draw_picture(cells: DataFrame, arms: Sequence[str], path: Path) -> None:
+def draw_picture(records: Records, path: Path) -> None:
     """Draws shares of verdicts under the main decodings, and eval loss against sound answers."""
     from matplotlib.figure import Figure
 
+    cells, arms = records.table, records.about["arms"]
     figure = Figure(figsize=(6.4, 0.32 * len(arms) + 5), layout="constrained")
     grid, losses = figure.subplots(2, height_ratios=[0.32 * len(arms), 3.2])
     for place, decoding in enumerate(MAIN_DECODINGS):
@@ -810,7 +815,7 @@ def draw_picture(cells: DataFrame, arms: Sequence[str], path: Path) -> None:
     losses.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     losses.spines[["top", "right"]].set_visible(False)
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150, metadata={"Software": None})
+    figure.savefig(image, format="png", dpi=125, metadata={"Software": None})
     data.write_atomic(path, image.getvalue())
 
 
@@ -821,9 +826,9 @@ def write_report(folder: Path) -> tuple[Records, dict[str, Result]]:
     """Writes report, picture and cells.csv; returns the records and the claims' results. Raises
     UsageError as `Records.read`."""
     records = Records.read(folder)
-    results, cells = decide_claims(records), list_cells(records)
-    data.write_atomic(folder / "cells.csv", cells.to_csv(index=False))
-    draw_picture(cells, list(records.about["arms"]), folder / "ablation.png")
+    results = decide_claims(records)
+    data.write_atomic(folder / "cells.csv", records.table.to_csv(index=False))
+    draw_picture(records, folder / "ablation.png")
     data.write_atomic(folder / "ablation.md", make_report(records, results))
     return records, results
 

@@ -452,7 +452,7 @@ def test_a_study_has_a_report_of_little_and_of_much(tmp_path):
         report = make_report(records)
         assert report.startswith("# Ablation") and len(report.encode()) < 30_000
         assert all(line.count("|") <= 7 for line in report.splitlines())
-        ablate.draw_picture(ablate.list_cells(records), list(records.about["arms"]), tmp_path / "picture.png")
+        ablate.draw_picture(records, tmp_path / "picture.png")
 
 
 def test_a_failed_arm_is_a_row_with_its_reason(tmp_path):
@@ -475,7 +475,7 @@ def test_a_corrupt_record_is_named_with_the_way_out(content, tmp_path):
 def test_a_broken_file_is_named_with_what_to_do_about_it(tmp_path, name):
     write_study(tmp_path, {("week4", "kit"): [SOUND], ("week4-1-epoch", "kit"): [SOUND]})
     (tmp_path / name).write_text('{"a": ')
-    with pytest.raises(data.UsageError, match=rf"/{re.escape(name)} is a broken record .*Remove it \(of a run, all of its folder\)"):
+    with pytest.raises(data.UsageError, match=rf"/{re.escape(name)} is a broken record .*Remove it \(of a run, its folder and the arm's cells\)"):
         ablate.Records.read(tmp_path)
 
 
