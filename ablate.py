@@ -457,9 +457,8 @@ class Query:
         cells, one, names = records.cells, self.one, {self.one: self.other}
         if {self.one, self.other} <= ARMS.keys():
             one = one if one in records.about["arms"] else MIX_ARMS.get(one)
-            pairs = [
-                ((one, each), (self.other, each)) for each in self.within or DISTINCT_DECODINGS
-            ]
+            names = self.within or DISTINCT_DECODINGS
+            pairs = [((one, name), (self.other, name)) for name in names]
         else:
             names, arms = CAPPED if self.other == "larger limit" else names, self.within or ARMS
             pairs = [((arm, a), (arm, b)) for arm in arms for a, b in names.items()]
@@ -705,9 +704,7 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     headings["not shown"] = f"Not shown, an effect on {RELEVANT:.0%} of the questions is excluded"
     headings |= {"undecidable": "Undecidable with so few questions", "not run": "Not run"}
     for verdict, heading in headings.items():
-        own = [
-            f'{claim} "{text}"' for claim, text in CLAIMS.items() if results[claim][0] == verdict
-        ]
+        own = [f'{n} "{text}"' for n, text in CLAIMS.items() if results[n][0] == verdict]
         if own:
             lines.append(f"- **{heading} ({len(own)} of {len(CLAIMS)}):** {' '.join(own)}")
     good = cells.pivot(index="arm", columns="decoding", values=GOOD)
@@ -741,6 +738,9 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
         table.append([arm, loss, *(shares.get((arm, name), missing) for name in MAIN_DECODINGS)])
     rows = sorted({f"{run['train_rows']:.0f}" for run in records.runs.values()})
     trained = f" Adapters were trained on {' or '.join(rows)} rows." if rows else ""
+    claims = []
+    for claim, (verdict, text) in results.items():
+        claims.append(f"- **{claim}: {verdict}.** {CLAIMS[claim]} {text[0].upper()}{text[1:]}.")
     parts = [
         f"# Ablation of {escape_markdown(about['base_model'])}",
         f"C1 to C15 are claims of the story that README tells.{trained}",
@@ -750,10 +750,7 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
         format_table(table),
         "\n".join(f"- {arm}: {escape_markdown(why)}" for arm, why in records.failures.items()),
         f"{NOTES}\n\n## Claims",
-        "\n".join(
-            f"- **{claim}: {verdict}.** {CLAIMS[claim]} {text[0].upper()}{text[1:]}."
-            for claim, (verdict, text) in results.items()
-        ),
+        "\n".join(claims),
     ]
     if selections := list_selections(records):
         parts += [f"## What each metric selects\n\n{SELECTION_NOTE}", format_table(selections)]
@@ -809,10 +806,8 @@ def draw_picture(records: Records, path: Path) -> None:
         losses.annotate(
             point.arm, at, end, textcoords="axes fraction", va="center", arrowprops=line
         )
-    losses.set(
-        ylim=(0, 1.02), xlabel="eval loss (nats per token)", ylabel="sound and ended, decoding kit"
-    )
-    losses.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    losses.set(xlabel="eval loss (nats per token)", ylabel="sound and ended, decoding kit")
+    losses.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     losses.spines[["top", "right"]].set_visible(False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=125, metadata={"Software": None})
