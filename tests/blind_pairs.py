@@ -2,6 +2,7 @@
 
     python -m tests.blind_pairs sheet STUDY              writes STUDY/blind/sheet.jsonl, for readers, and key.jsonl
     python -m tests.blind_pairs collect STUDY VOTES ...  readings.csv from the readers' files
+    python -m tests.blind_pairs count STUDY              how often readers preferred the answers' step, by metric
 
 A line of the sheet has an id, a question and two answers, A and B, in an order drawn by a digest; neither arm, step nor
 metric. A reader's file holds lines of id and vote: A, B, or "neither" where none is better.
@@ -13,6 +14,9 @@ import json
 import sys
 from pathlib import Path
 
+import pandas
+
+import ablate
 import data
 
 
@@ -63,8 +67,22 @@ def collect(study, files):
         writer.writerows([["reader", "arm", "metric", "question", "vote"], *rows])
 
 
+def count(study):
+    """By metric, how often readers preferred the step that answers select; a question of a run counts once, by its votes."""
+    counts = {}
+    for metric, own in pandas.read_csv(study / "readings.csv").groupby("metric"):
+        votes = own.groupby(["arm", "question"]).vote.sum().to_numpy()
+        cells = {("run", name): pandas.DataFrame({"sound": votes * sign > 0}) for name, sign in (("answers", 1), (metric, -1))}
+        found = ablate.Query("answers", metric, "sound", within=["run"]).run(ablate.Records({"arms": []}, cells, {}, {}, {}))
+        better, worse, equal = (votes > 0).sum(), (votes < 0).sum(), (votes == 0).sum()
+        counts[metric] = f"{', '.join(own.arm.unique())}: {better} better, {worse} worse, {equal} equal, net {found.text.partition('net ')[2][:-1]}"
+    return counts
+
+
 def main(action, study, *files):
     study = Path(study)
+    if action == "count":
+        return print("\n".join(f"{metric} in {text}" for metric, text in count(study).items()))
     if action == "collect":
         return collect(study, files)
     sheet, key = make_sheet(study)

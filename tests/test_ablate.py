@@ -6,12 +6,11 @@ import json
 import math
 import re
 import shutil
+import sys
 import tarfile
 
-import numpy
 import pandas
 import pytest
-import scipy.stats
 from conftest import ROOT, call_script, read_lines, run_study, write_rows
 from markdown_it import MarkdownIt
 
@@ -19,7 +18,7 @@ import ablate
 import data
 import infer
 import train
-from tests import tiny_study
+from tests import blind_pairs, tiny_study
 
 STUDY = ablate.make_study(ablate.AblateConfig(profile="cpu"))
 PROBES = {probe.question: probe for probe in ablate.make_study(ablate.AblateConfig(profile="t4")).probes}
@@ -34,14 +33,15 @@ DRIFT = "Eye yawning, Eye yawns, Eye years, Eye yolks, Eye yells, Eye yields, Ey
 
 
 def changed(one, other):
-    return {name for name in one if one[name] != other[name]}
+    return {name for name in one if one[name] != other.get(name)}
 
 
 def test_each_arm_beside_week4_is_a_single_change_of_it():
     arms = {name: arm for name, arm in ablate.TRAINING_ARMS.items() if name.startswith("week4-")}
     changes = [changed(arm, ablate.TRAINING_ARMS["week4"]) for arm in arms.values()]
-    assert [len(change) for change in changes] == [1] * 4
-    assert {change.pop() for change in changes} == {"epochs", "mix", "target_modules", "r"}
+    # Evaluations select weights, and the scale of the update follows its rank.
+    changes = [frozenset(change - {"eval_every", "num_probes", "lora_alpha"}) for change in changes]
+    assert sorted(changes, key=str) == sorted(map(frozenset, (["epochs"], ["mix"], ["target_modules"], ["r"])), key=str)
 
 
 def test_each_decoding_between_collapse_and_fix_is_a_single_change():
@@ -53,7 +53,7 @@ def test_each_decoding_between_collapse_and_fix_is_a_single_change():
 
 
 def test_arms_that_need_mixes_equal_another_arm_without_them():
-    for name, equal in ablate.MIX_ARMS.items():
+    for name, equal in (ablate.MIX_ARMS | {"week4-rebalanced": "week4"}).items():
         assert changed(ablate.TRAINING_ARMS[equal], ablate.TRAINING_ARMS[name]) == {"mix"}
 
 
@@ -69,12 +69,13 @@ def test_wide_attention_has_as_many_parameters_as_all_linear(profile):
 def test_every_arm_is_a_command_that_train_understands():
     import tyro
 
-    for profile in data.PROFILES.values():
-        for name, arm in ablate.TRAINING_ARMS.items():
-            config = tyro.cli(train.TrainConfig, args=ablate.training_flags(name, profile, 2, 32, {}))
-            assert all(getattr(config, field) == value for field, value in arm.items())
-            assert config.lora_alpha == 2 * arm["r"] and config.seed == train.TrainConfig.seed + 2 and config.num_rows == 32
-            assert (config.num_probes is None) == (name in ablate.EVALUATED_BY_ANSWERS)
+    _, *arms = ablate.make_study(ablate.AblateConfig(profile="cpu", num_rows=32)).arms
+    for arm in arms:
+        script, *flags = arm.command
+        config = tyro.cli(train.TrainConfig, args=flags)
+        assert all(getattr(config, field) == value for field, value in ablate.TRAINING_ARMS[arm.name].items())
+        assert (script, config.name, config.profile, config.num_rows) == ("train.py", arm.name, "cpu", 32)
+        assert config.lora_alpha == 2 * config.r and config.num_probes == (0 if arm.name.startswith("week4-") else 10)
 
 
 @pytest.mark.parametrize("profile", data.PROFILES)
@@ -82,10 +83,10 @@ def test_a_dry_run_prints_arms_and_commands_and_writes_nothing(tmp_path, profile
     ran = call_script("ablate.py", "--dry-run", "--profile", profile, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     for arm, decodings in ablate.ARMS.items():
-        assert re.search(rf"(?m)^{arm} +0 of +{len(decodings)} cells done  {', '.join(decodings)}$", ran.stdout)
+        assert re.search(rf"(?m)^{arm} +0 of {len(decodings)} cells done  {', '.join(decodings)}$", ran.stdout)
     commands = re.findall(r"(?m)^python train\.py .*$", ran.stdout)
     assert len(commands) == 8 and all(f"--profile {profile} " in command for command in commands)
-    assert "net share that" in ran.stdout and "57 cells of " in ran.stdout and list(tmp_path.iterdir()) == []
+    assert "57 cells of " in ran.stdout and list(tmp_path.iterdir()) == []
 
 
 def test_shards_are_disjoint_and_together_all_arms(tmp_path):
@@ -96,16 +97,14 @@ def test_shards_are_disjoint_and_together_all_arms(tmp_path):
     assert sorted(arm for arms in found for arm in arms) == sorted(ablate.ARMS)
     assert all(len(arms) == 3 for arms in found)
     ran = call_script("ablate.py", "--profile", "cpu", "--shard", "9/10", cwd=tmp_path)
-    assert (ran.returncode, ran.stdout) == (0, "--shard 9/10 has none of the 9 arms.\n") and list(tmp_path.iterdir()) == []
+    assert ran.returncode == 0 and ran.stdout.startswith("0 cells of ") and list(tmp_path.iterdir()) == []
 
 
-def test_mixes_of_different_sizes_are_reported_before_they_are_trained_on(tmp_path):
-    ran = call_script("ablate.py", "--dry-run", "--profile", "cpu", "--num-rows", "300", cwd=tmp_path)
-    assert ran.stderr == "The mixes differ in size: chatdoctor 243, week4 300, rebalanced 285. Lower --num-rows.\n"
+def test_training_runs_of_different_sizes_are_reported(tmp_path):
     records = write_study(tmp_path, {("week3", "kit"): [SOUND], ("week4", "kit"): [SOUND]})
-    assert "2 adapters, trained on 64 rows each, answered 2 questions" in make_report(records)
-    runs = records.runs.assign(train_rows=[300.0, 243.0])
-    assert "2 adapters, trained on 243 to 300 rows, answered" in make_report(dataclasses.replace(records, runs=runs))
+    assert "trained on 64 rows" in make_report(records)
+    records.runs["week3"]["train_rows"] = 63.0
+    assert "trained on 63 or 64 rows" in make_report(records)
 
 
 def write_chats(path, **counts):
@@ -119,32 +118,31 @@ def write_chats(path, **counts):
 
 
 def test_arms_are_asked_under_the_prompt_that_their_rows_bring(tmp_path):
-    vets, nurses = write_chats(tmp_path / "vets.jsonl", vet=40), write_chats(tmp_path / "nurses.jsonl", nurse=40)
-    given = {"profile": "cpu", "conversational": vets}
-    for encyclopedic in (vets.replace("vets", "more"), nurses):
-        write_chats(tmp_path / "more.jsonl", vet=60)
-        study = ablate.make_study(ablate.AblateConfig(**given, encyclopedic=encyclopedic))
-        assert study.system_prompt == "You are a vet."
-    # Of one source most are vets, of both most are nurses.
-    given["conversational"] = write_chats(tmp_path / "mixed.jsonl", vet=18, nurse=12)
-    with pytest.raises(data.UsageError, match=r"The mixes \S+ and \S+ have different system prompts\. Give one .*--system-prompt"):
-        ablate.make_study(ablate.AblateConfig(**given, encyclopedic=nurses))
-    study = ablate.make_study(ablate.AblateConfig(**given, encyclopedic=nurses, system_prompt="Be brief."))
+    given = {"profile": "cpu", "conversational": write_chats(tmp_path / "vets.jsonl", vet=40)}
+    given["encyclopedic"] = write_chats(tmp_path / "more.jsonl", vet=60)
+    assert ablate.make_study(ablate.AblateConfig(**given)).system_prompt == "You are a vet."
+    study = ablate.make_study(ablate.AblateConfig(**given, system_prompt="Be brief."))
     assert study.system_prompt == "Be brief."
-    assert STUDY.system_prompt == data.SYSTEM_PROMPT and set(STUDY.train_rows.values()) == {64}
+    # Without rows of the user: an adapter's own prompt and, for the base model, the story's.
+    assert STUDY.system_prompt is None
 
 
-def test_a_cell_is_valid_for_its_settings_only(tmp_path):
-    arm = next(arm for arm in STUDY.arms if arm.flags)
-    digest = STUDY.settings(arm, "kit")
-    others = [
-        dataclasses.replace(STUDY, system_prompt="Be brief."),
-        dataclasses.replace(STUDY, probes=STUDY.probes[:3]),
-        dataclasses.replace(STUDY, sources={"conversational": "other rows"}),
-    ]
-    assert digest not in [study.settings(arm, "kit") for study in others]
-    assert digest != STUDY.settings(dataclasses.replace(arm, flags=(*arm.flags, "--r", "8")), "kit")
-    assert digest != STUDY.settings(arm, "plain")
+def test_a_study_is_resumed_with_its_settings_only(tmp_path):
+    path = tmp_path / "rows.jsonl"
+
+    def settings(**flags):
+        return ablate.make_study(ablate.AblateConfig(profile="cpu", name="a", **flags)).settings
+
+    others = [{"system_prompt": "Be brief."}, {"num_probes": 3}, {"num_rows": 32}, {"eval_every": 0.25}]
+    assert settings() == settings(shard="1/2", workers=1) and len({settings(), *(settings(**each) for each in others)}) == 5
+    write_chats(path, vet=40)
+    before = settings(rows=str(path))
+    write_chats(path, vet=41)
+    assert before != settings(rows=str(path))
+    (tmp_path / "runs" / "ablate" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "ablate" / "a" / "study.json").write_text(json.dumps({"settings": "other"}))
+    ran = call_script("ablate.py", "--profile", "cpu", "--name", "a", cwd=tmp_path)
+    assert ran.returncode == 2 and "runs/ablate/a is a study with other flags, rows or probes. Choose another --name" in ran.stderr
 
 
 # --- Records made by hand ----------------------------------------------------------------------------------------
@@ -156,7 +154,7 @@ def judge_once(question, text, reason):
     return infer.judge(text, question, reason, surprisal, probe=PROBES[question])
 
 
-def make_lines(arm, seed, decoding, answers):
+def make_lines(arm, decoding, answers):
     lines = []
     for question, given in zip(QUESTIONS, answers, strict=False):
         text, reason = (given, "stop") if isinstance(given, str) else given
@@ -164,7 +162,7 @@ def make_lines(arm, seed, decoding, answers):
             question, text, list(text.encode()), reason, 9, 2, 0, ablate.DECODING_ARMS[decoding], "model", None, 0.0
         )
         judged = dataclasses.replace(judge_once(question, text, reason), answer=answer)
-        cell = {"arm": arm, "seed": seed, "decoding_arm": decoding, "settings": "x", "stop_ids": [2], "repeats": True}
+        cell = {"arm": arm, "decoding_arm": decoding, "stop_ids": [2], "repeats": True}
         lines.append(cell | {"machine": "a | machine"} | judged.to_record())
     return lines
 
@@ -179,28 +177,33 @@ def write_run(folder, losses, evaluations=()):
 
 
 def write_study(folder, texts, losses=(3.0, 2.0)):
-    """Records of the cells `texts[arm, decoding]`, or `texts[arm, decoding, seed]`: one text, or (text, finish reason),
-    per question."""
-    arms = {}
+    """Records of the cells `texts[arm, decoding]`: one text, or (text, finish reason), per question."""
     (folder / "cells").mkdir(parents=True)
-    for (arm, decoding, *seeds), answers in texts.items():
-        seed = seeds[0] if seeds else 0
-        arm_id = f"{arm}-seed{seed}" if seed else arm
-        arms.setdefault(arm_id, [arm, seed, {}])[2][decoding] = "x"
-        write_rows(folder / "cells" / f"{arm_id}.{decoding}.jsonl", make_lines(arm, seed, decoding, answers))
+    for (arm, decoding), answers in texts.items():
+        write_rows(folder / "cells" / f"{arm}.{decoding}.jsonl", make_lines(arm, decoding, answers))
         if arm != "base":
-            write_run(folder / "runs" / arm_id, losses)
-    about = {"command": "python ablate.py", "base_model": "model", "questions": QUESTIONS[:2], "arms": arms}
+            write_run(folder / "runs" / arm, losses)
+    about = {"command": "python ablate.py", "base_model": "model", "questions": QUESTIONS[:2]}
+    about["arms"] = list(dict.fromkeys(arm for arm, _ in texts))
     (folder / "study.json").write_text(json.dumps(about))
     return ablate.Records.read(folder)
 
 
 def make_report(records):
-    return ablate.make_report(records, {claim.id: claim.decide(records) for claim in ablate.CLAIMS})
+    return ablate.make_report(records, ablate.decide_claims(records))
 
 
-def verdict(records, claim_id):
-    return next(claim for claim in ablate.CLAIMS if claim.id == claim_id).decide(records)[0]
+def verdict(records, claim):
+    return ablate.decide_claims(records)[claim][0]
+
+
+def compare_pairs(larger, smaller, ties, sense=1):
+    """The comparison of two cells with these differences, and its verdict."""
+    outcomes = [(1, 0)] * larger + [(0, 1)] * smaller + [(1, 1)] * ties
+    cells = pandas.DataFrame(outcomes, columns=["one", "other"])
+    cells = {("week4", name): cells[[name]].set_axis(["ended"], axis=1) for name in cells}
+    records, query = ablate.Records({"arms": []}, cells, {}, {}, {}), ablate.Query("one", "other", "ended", sense)
+    return query.run(records), ablate.compare(records, query)[0]
 
 
 def test_intervals_and_p_by_hand():
@@ -209,34 +212,20 @@ def test_intervals_and_p_by_hand():
         z, share = 1.959964, count / total
         centre, half = share + z * z / 2 / total, z * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4)
         expected = [max(0, (centre - half) / (1 + z * z / total)), min(1, (centre + half) / (1 + z * z / total))]
-        answers = pandas.DataFrame({"x": [True] * count + [False] * (total - count), "question": range(total)})
-        assert ablate.interval(answers, "x") == pytest.approx((count, total, *expected), abs=1e-6)
-        # The same answers under two more seeds are no more questions.
-        assert ablate.interval(pandas.concat([answers] * 3), "x") == ablate.interval(answers, "x")
+        text, *limits = ablate.count_share(pandas.Series([True] * count + [False] * (total - count)))
+        assert limits == pytest.approx(expected, abs=1e-6) and text.startswith(f"{count} of {total} (")
     for larger, smaller, p in ((0, 0, 1), (3, 0, 0.25), (8, 1, 20 / 512), (5, 5, 1), (0, 7, 2 / 128)):
-        outcomes = [(1, 0)] * larger + [(0, 1)] * smaller + [(1, 1)]
-        pairs = pandas.DataFrame(outcomes, columns=["x", "x_other"]).assign(question=range(len(outcomes)))
-        assert ablate.Comparison(pairs, "x").p == pytest.approx(p)
+        assert compare_pairs(larger, smaller, 1)[0].p == pytest.approx(p)
 
 
-def compare_pairs(larger, smaller, ties):
-    outcomes = [(1, 0)] * larger + [(0, 1)] * smaller + [(1, 1)] * ties
-    pairs = pandas.DataFrame(outcomes, columns=["x", "x_other"]).assign(question=range(len(outcomes)))
-    return ablate.Comparison(pairs, "x")
-
-
-def test_net_shares_and_power_by_hand():
+def test_net_shares_by_hand():
     # Agresti and Min (2005): cells 8.5, 2.5, of 32.
-    spread = 1.96 * math.sqrt(8.5 + 2.5 - 6 * 6 / 32)
-    assert compare_pairs(8, 2, 20).net == pytest.approx((0.2, (6 - spread) / 32, (6 + spread) / 32))
+    found, spread = compare_pairs(8, 2, 20)[0], 1.96 * math.sqrt(8.5 + 2.5 - 6 * 6 / 32)
+    assert (found.net, found.low, found.high) == pytest.approx((0.2, (6 - spread) / 32, (6 + spread) / 32))
+    assert "ended: one 93%, other 73% (pairs of cells: 1; +8 -2 of 30 questions, net +20% [" in found.text
     # No question differs: the interval does not shrink to nothing.
-    assert compare_pairs(0, 0, 10).net == pytest.approx((0, -1.96 / 12, 1.96 / 12))
-    # Ten of ten questions change: the sign test needs nine, and of ten draws at 0.917 nine or more have 80%.
-    assert ablate.Comparison.detectable_net(10, 1.0) == pytest.approx(0.834, abs=0.002)
-    assert ablate.Comparison.detectable_net(10, 0.5) == math.inf  # five of five is p 0.0625
-    draws = numpy.random.default_rng(0).binomial(38, 0.5 + ablate.Comparison.detectable_net(76, 0.5), 20_000)
-    found = [scipy.stats.binomtest(int(k), 38).pvalue < 0.05 for k in range(39)]
-    assert numpy.mean([found[k] for k in draws]) == pytest.approx(0.8, abs=0.01)
+    found = compare_pairs(0, 0, 10)[0]
+    assert (found.net, found.low, found.high) == pytest.approx((0, -1.96 / 12, 1.96 / 12))
 
 
 @pytest.mark.parametrize(
@@ -244,11 +233,9 @@ def test_net_shares_and_power_by_hand():
     [((8, 1, 20), "shown"), ((1, 8, 20), "the opposite"), ((3, 3, 70), "not shown"), ((5, 2, 3), "undecidable")],
 )
 def test_too_few_questions_are_not_evidence_of_no_effect(pairs, verdict):
-    query = ablate.Query("decoding", "one", "other", "x")
-    assert ablate.decide([(query, compare_pairs(*pairs))]) == verdict
-    fewer = dataclasses.replace(query, direction="fewer")
+    assert compare_pairs(*pairs)[1] == verdict
     larger, smaller, ties = pairs
-    assert ablate.decide([(fewer, compare_pairs(smaller, larger, ties))]) == verdict
+    assert compare_pairs(smaller, larger, ties, sense=-1)[1] == verdict
 
 
 def test_a_claim_is_decided_by_its_rule_and_may_come_out_either_way(tmp_path):
@@ -272,11 +259,8 @@ def test_the_loss_that_fell_shows_nothing_unless_the_answers_got_worse(tmp_path)
     assert verdict(write_study(tmp_path / "c", {base: [SOUND] * 8, week4: [SOUND] * 8}), "C1") == "not shown"
     records = write_study(tmp_path / "d", {base: [DRIFT] * 8, week4: [SOUND] * 8})
     assert verdict(records, "C1") == "the opposite"
-    records = dataclasses.replace(records, runs=records.runs[:0])
-    assert ablate.check_loss(records) == ("not run", "no run.json of week4")
-    assert make_report(records).splitlines()[2].startswith("The base model and 1 adapter answered 2 questions under")
-    alone = dataclasses.replace(records, answers=ablate.select(records.answers, arm="base"))
-    assert make_report(alone).splitlines()[2].startswith("The base model answered 2 questions under up to 1 decodings")
+    records = dataclasses.replace(records, runs={})
+    assert ablate.check_loss(records) == ablate.NOT_RUN
 
 
 def test_a_penalty_is_judged_by_its_loops_and_by_its_harm(tmp_path):
@@ -286,17 +270,10 @@ def test_a_penalty_is_judged_by_its_loops_and_by_its_harm(tmp_path):
     harmed = [(SOUND, "length")] * 8 + [DRIFT] * 8
     assert verdict(write_study(tmp_path / "b", {plain: mixed, fix: harmed}), "C9") == "not shown"
     assert verdict(write_study(tmp_path / "c", {plain: [SOUND] * 8, fix: [DRIFT] * 8}), "C9") == "the opposite"
-    reversed_ = write_study(tmp_path / "d", {plain: [SOUND] * 8, fix: [LOOP] * 8})
-    assert verdict(reversed_, "C9") == "the opposite"
+    assert verdict(write_study(tmp_path / "d", {plain: [SOUND] * 8, fix: [LOOP] * 8}), "C9") == "the opposite"
     # Four more drifts are not significant, and ten questions cannot exclude a harm of 20%.
     few = write_study(tmp_path / "e", {plain: [LOOP] * 6 + [SOUND] * 4, fix: [SOUND] * 6 + [DRIFT] * 4})
     assert verdict(few, "C9") == "undecidable"
-    # The evidence is of the comparison that decides: here the harm, since there are no loops.
-    harm = write_study(tmp_path / "f", {plain: [SOUND] * 8, fix: [DRIFT] * 7 + [LOOP]})
-    for records, shown in ((reversed_, "loop, repetition"), (harm, "surprisal")):
-        results = {claim.id: claim.decide(records) for claim in ablate.CLAIMS}
-        rows = [row for row in ablate.list_examples(records, results) if row[0] == "C9"]
-        assert [row[1:3] for row in rows] == [["week4, story-fix", shown]] * 3
 
 
 def test_feed_forward_modules_must_beat_attention_of_as_many_parameters_too(tmp_path):
@@ -309,14 +286,15 @@ def test_feed_forward_modules_must_beat_attention_of_as_many_parameters_too(tmp_
     own = {("fixed", "kit"): good, ("week4", "kit"): ["Nothing."] * 8, ("week4-wide-attention", "kit"): ["Nothing."] * 8}
     records = write_study(tmp_path / "d", own)
     assert verdict(records, "C6") == "shown" and verdict(records, "C5") == "not run"
-    assert [row[0] for row in ablate.list_changes(records)] == ["change", "week4 to fixed"]
+    assert "week4 to fixed" in make_report(records)
     about = json.loads((tmp_path / "d" / "study.json").read_text())
-    about["arms"]["week4-all-linear"] = ["week4-all-linear", 0, {"kit": "not run yet"}]
+    about["arms"].append("week4-all-linear")  # not run yet
     (tmp_path / "d" / "study.json").write_text(json.dumps(about))
-    assert verdict(ablate.Records.read(tmp_path / "d"), "C6") == "not run"
-    answers = records.answers.assign(points=0, max_points=0)
-    claim = next(claim for claim in ablate.CLAIMS if claim.id == "C6")
-    assert claim.decide(dataclasses.replace(records, answers=answers)) == ("not run", "no probe has points")
+    records = ablate.Records.read(tmp_path / "d")
+    assert verdict(records, "C6") == "not run"
+    for cell in records.cells.values():
+        cell["points"] = math.nan
+    assert verdict(records, "C6") == "not run"
 
 
 def test_shares_are_decided_by_their_interval(tmp_path):
@@ -324,8 +302,6 @@ def test_shares_are_decided_by_their_interval(tmp_path):
     assert verdict(write_study(tmp_path / "a", {cell: [DRIFT] * 10}), "C2") == "shown"
     assert verdict(write_study(tmp_path / "b", {cell: [SOUND] * 10}), "C2") == "the opposite"
     assert verdict(write_study(tmp_path / "c", {cell: [SOUND] * 4 + [DRIFT] * 6}), "C2") == "undecidable"
-    seeds = {(*cell, seed): [SOUND] * 3 + [DRIFT] * 7 for seed in range(5)}
-    assert verdict(write_study(tmp_path / "d", seeds), "C2") == "undecidable"
 
 
 @pytest.mark.parametrize(("own", "found"), [((2,), "not run"), ((1, 2, 3), "not run"), ((1, 3), "undecidable")])
@@ -333,15 +309,15 @@ def test_an_explicit_stop_token_is_no_change_if_the_generation_config_has_it(tmp
     cells = {("week4", name): [SOUND] * 5 for name in ("story-collapse", "collapse-stop")}
     records = write_study(tmp_path, cells)
     assert verdict(records, "C8") == "not run"
-    records.answers["stop_ids"] = records.answers.decoding.map({"story-collapse": own, "collapse-stop": (2,)})
+    for (_, name), cell in records.cells.items():
+        cell["stop_ids"] = [set(own if name == "story-collapse" else (2,))] * 5
     assert verdict(records, "C8") == found
 
 
 def test_a_cap_is_judged_by_what_it_cuts(tmp_path):
     short = [(SOUND, "length")] * 8
     records = write_study(tmp_path, {("week4", "plain-cap-128"): short, ("week4", "plain"): [LOOP] * 8})
-    claim = next(claim for claim in ablate.CLAIMS if claim.id == "C10")
-    found, text = claim.decide(records)
+    found, text = ablate.decide_claims(records)["C10"]
     assert found == "shown" and text.endswith("cured 0 answers, cut 8 before they became unsound")
 
 
@@ -351,36 +327,18 @@ def test_a_question_counts_once_however_many_arms_answer_it(tmp_path):
     texts = {(arm, "collapse-no-ban"): [SOUND] * 8 for arm in arms}
     texts |= {(arm, "story-collapse"): [DRIFT] + [SOUND] * 7 for arm in arms}
     records = write_study(tmp_path, texts)
-    pairs = ablate.pair(records.answers, {"decoding": "story-collapse"}, {"decoding": "collapse-no-ban"})
-    compared = ablate.Comparison(pairs, "drift")
-    assert (len(pairs), compared.questions, compared.larger, compared.smaller) == (64, 8, 1, 0)
+    compared = ablate.Query("story-collapse", "collapse-no-ban", "drift").run(records)
+    assert "pairs of cells: 8; +1 -0 of 8 questions" in compared.text
     assert verdict(records, "C3") == "undecidable"
-
-
-def test_seeds_are_pooled_and_one_that_is_missing_takes_nothing_with_it(tmp_path):
-    texts = {
-        ("base", "story-collapse"): [SOUND] * 2,
-        ("week4", "story-collapse", 1): [DRIFT] * 2,
-        ("week4", "story-collapse", 2): [SOUND] * 2,
-        ("week3", "plain", 1): [SOUND] * 2,
-        ("fixed", "story-fix", 1): [SOUND] * 2,
-        ("week4-rebalanced", "story-collapse"): [SOUND] * 2,
-    }
-    records = write_study(tmp_path, texts)
-    assert len(ablate.select(records.answers, arm="week4", decoding="story-collapse")) == 4
-    # The base model stands for every seed; another training does not.
-    assert len(ablate.pair(records.answers, {"arm": "week4"}, {"arm": "base"})) == 4
-    assert len(ablate.pair(records.answers, {"arm": "week4"}, {"arm": "week4-rebalanced"})) == 0
-    report = make_report(records)
-    # A question counts once, and one that half of the seeds answer soundly is not sound.
-    assert "| 0 of 2 (0% to 66%) |" in report and "⟦ ⟧ mark what" in report
 
 
 def test_decodings_cut_from_one_generation_count_once(tmp_path):
     names = ("story-collapse", "collapse-stop", "collapse-cap-128", "kit")
     texts = {(arm, name): [SOUND] * 3 for arm in ("base", "week4") for name in names}
     records = write_study(tmp_path, texts)
-    assert len(ablate.pair(records.answers, {"arm": "week4"}, {"arm": "base"})) == 2 * 3
+    assert len(ablate.Query("week4", "base").run(records).pairs) == 2
+    # `kit` is an arm and a decoding.
+    assert [len(ablate.Query(*names).run(records).pairs) for names in (("kit", "story-collapse"), ("story-collapse", "kit"))] == [2, 2]
 
 
 def test_the_report_names_the_step_that_each_metric_selects(tmp_path):
@@ -394,7 +352,7 @@ def test_the_report_names_the_step_that_each_metric_selects(tmp_path):
     run["numbers"]["selected"] = {"answers": 2, "eval_loss": 4, "rouge_l": 4}
     (tmp_path / "runs" / "week4" / "run.json").write_text(json.dumps(run))
     report = make_report(ablate.Records.read(tmp_path))
-    assert "| week4 | step 2: 6 of 8 | step 4: 3 of 8 | step 4: 3 of 8 | step 2: 6 |" in report
+    assert "| week4 | step 2: 6 | step 4: 3 | step 4: 3 | step 2: 6 |" in report
     assert "| has the most | 1 of 1 | 0 of 1 | 0 of 1 |  |" in report
 
 
@@ -439,16 +397,8 @@ def test_a_cell_reads_as_the_answer_was_written(text):
     cells = [tokens[at + 1] for at, token in enumerate(tokens) if token.type == "td_open"]
     assert len(cells) == 2
     shown = "".join("\n" if child.type in ("html_inline", "softbreak") else child.content for child in cells[0].children)
-    expected = data.escape_controls(text.replace("\r\n", "\n").replace("\t", " "))
+    expected = data.escape_controls(text.replace("\t", " "))
     assert shown.split() == expected.split()
-
-
-def test_what_a_finding_is_about_is_marked_in_the_answer(tmp_path):
-    texts = ["Drink water. " + LOOP, SOUND, (SOUND, "length")]
-    records = write_study(tmp_path, {("week4", "kit"): texts})
-    marked, *others = [ablate.mark_findings(answer) for answer in records.answers.itertuples()]
-    assert re.fullmatch(r"(Drink water\. )?⟦.*The pain is in the chest\..*⟧.*", marked) and marked.count("⟦") == 1
-    assert "⟦" not in "".join(others)
 
 
 def test_report_and_picture_made_twice_are_the_same_bytes(tmp_path):
@@ -463,7 +413,7 @@ def test_report_and_picture_made_twice_are_the_same_bytes(tmp_path):
     (study / "failures").mkdir()
     (study / "failures" / "week4.txt").write_text("out of memory")
     ran = call_script("ablate.py", "--table", cwd=tmp_path)
-    assert (ran.returncode, ran.stderr) == (1, "week4 failed, and runs again without --table: out of memory\n")
+    assert (ran.returncode, ran.stderr) == (1, "week4 failed, and runs again with the study's command: out of memory\n")
     assert made[0] == made[1] and made[0][1].startswith(b"\x89PNG")
     assert len(made[0][0]) < 30_000 and made[0][2].count(b"\n") == 10
 
@@ -487,77 +437,60 @@ def test_every_number_of_the_results_is_in_the_report(published):
     results = (ROOT / "docs" / "story.md").read_text(encoding="utf-8").partition("## Results")[2]
     numbers = re.compile(r"(?<![\w.])\d[\d,.]*\d%?|(?<![\w.])\d%?")
     made = [(published / name).read_text(encoding="utf-8") for name in ("ablation.md", "cells.csv")]
+    made[0] += "\n".join(blind_pairs.count(published).values())
     known = set(numbers.findall("\n".join(made).replace(",", " ")) + numbers.findall(made[0]))
     assert len(results) > 1000 and set(numbers.findall(results)) - known == set()
 
 
 def test_a_study_has_a_report_of_little_and_of_much(tmp_path):
-    """With one cell alone, and with all cells of 26 questions and two seeds: under 30 KB, at most six columns."""
+    """With one cell alone, and with all cells of 26 questions: under 30 KB, at most six columns."""
     little = write_study(tmp_path / "a", {("week4", "kit"): [SOUND]})
-    assert "# Ablation" in make_report(little)
-    texts = {
-        (arm, name, seed): ([SOUND, DRIFT, LOOP, (SOUND * 8, "length")] * 7)[:26]
-        for arm, names in ablate.ARMS.items()
-        for name in names
-        for seed in range(2)
-    }
-    records = write_study(tmp_path / "b", texts)
-    report = make_report(records)
-    assert len(report.encode()) < 30_000
-    assert all(line.count("|") <= 7 for line in report.splitlines())
-    ablate.draw_picture(records, tmp_path / "picture.png")
+    base = write_study(tmp_path / "b", {("base", "plain"): [SOUND]})
+    much = ([SOUND, DRIFT, LOOP, (SOUND * 8, "length")] * 7)[:26]
+    much = write_study(tmp_path / "c", {(arm, name): much for arm, names in ablate.ARMS.items() for name in names})
+    for records in (little, base, much):
+        report = make_report(records)
+        assert report.startswith("# Ablation") and len(report.encode()) < 30_000
+        assert all(line.count("|") <= 7 for line in report.splitlines())
+        ablate.draw_picture(records, tmp_path / "picture.png")
 
 
-def test_a_failed_arm_is_a_row_with_its_reason_and_older_answers_stay(tmp_path):
-    write_study(tmp_path, {("base", "kit"): [SOUND] * 2, ("week4", "kit"): [SOUND] * 2})
-    about = json.loads((tmp_path / "study.json").read_text())
-    about["arms"]["week4"][2]["kit"] = "other settings"
-    (tmp_path / "study.json").write_text(json.dumps(about))
+def test_a_failed_arm_is_a_row_with_its_reason(tmp_path):
+    write_study(tmp_path, {("base", "kit"): [SOUND] * 2, ("week4", "plain"): [SOUND] * 2})
     (tmp_path / "failures").mkdir()
     (tmp_path / "failures" / "week4.txt").write_text("train.py failed (exit code 2). out of `memory`")
     report = make_report(ablate.Records.read(tmp_path))
-    assert re.search(r"\| week4 \|  \| failed \| failed \| failed \|", report)
-    assert "- week4 failed: train.py failed (exit code 2). out of &#96;memory&#96;" in report
-    assert (tmp_path / "cells" / "week4.kit.jsonl").is_file()
+    assert re.search(r"\| week4 \| 2\.000 \| failed \| failed \| failed \|", report)
+    assert "- week4: train.py failed (exit code 2). out of &#96;memory&#96;" in report
 
 
 @pytest.mark.parametrize("content", ["[" * 10_000, "[]", "{}", '{"command": 1}', '{"arms": 3}', ""])
 def test_a_corrupt_record_is_named_with_the_way_out(content, tmp_path):
     (tmp_path / "study.json").write_text(content)
-    with pytest.raises(data.UsageError, match=r"study\.json is a broken record .*Remove it; the same command"):
+    with pytest.raises(data.UsageError, match=r"study\.json is a broken record .*Remove it .*, and run the study's command"):
         ablate.Records.read(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "advice"),
-    [
-        ("cells/week4.kit.jsonl", r"Remove it; the same command \(without --table\)"),
-        ("runs/week4/run.json", r"Remove \S+/runs/week4 and \S+/cells/week4\.\*; the same command"),
-        ("runs/week4/metrics.jsonl", r"Remove \S+/runs/week4 and \S+/cells/week4\.\*; the same command"),
-        ("readings.csv", r"Restore it, or repeat tests\.blind_pairs"),
-    ],
-)
-def test_a_broken_file_is_named_with_what_to_do_about_it(tmp_path, name, advice):
+@pytest.mark.parametrize("name", ["cells/week4.kit.jsonl", "runs/week4/run.json", "runs/week4/metrics.jsonl"])
+def test_a_broken_file_is_named_with_what_to_do_about_it(tmp_path, name):
     write_study(tmp_path, {("week4", "kit"): [SOUND], ("week4-1-epoch", "kit"): [SOUND]})
     (tmp_path / name).write_text('{"a": ')
-    with pytest.raises(data.UsageError, match=rf"/{re.escape(name)} is a broken record .*{advice}"):
+    with pytest.raises(data.UsageError, match=rf"/{re.escape(name)} is a broken record .*Remove it \(of a run, its folder and the arm's cells\)"):
         ablate.Records.read(tmp_path)
 
 
-def test_an_arm_of_a_study_is_not_told_to_pass_a_flag_that_ablate_lacks(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate, "run_logged", lambda *given: (2, "failed (exit code 2). error: Start over with --restart."))
-    study = dataclasses.replace(STUDY, folder=tmp_path)
-    reason = ablate.run_arm(study, next(arm for arm in study.arms if arm.flags))
-    assert reason.endswith(f"Start over with --restart. In a study, remove {tmp_path}/runs/week3 instead.")
-
-
-def test_a_reason_is_the_last_message_of_the_process(tmp_path):
-    words = "a bar 1%\ra bar 2%\rwarning\nerror: The disk is full.\nFree some space.\n"
-    code, reason = ablate.run_logged(["-c", f"import sys; print('out'); sys.stderr.write({words!r}); sys.exit(2)"], tmp_path / "log")
-    assert (code, reason) == (2, "failed (exit code 2). error: The disk is full. Free some space.")
-    assert sorted((tmp_path / "log").read_bytes()) == sorted(("out\n" + words).encode())
-    code, reason = ablate.run_logged(["-c", "import os; os.kill(os.getpid(), 9)"], tmp_path / "log")
-    assert (code, reason) == (-9, "failed (SIGKILL, possibly for lack of memory). ")
+def test_a_reason_is_the_last_line_of_the_process(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    log, study = tmp_path / "logs" / "base.log", dataclasses.replace(STUDY, folder=tmp_path)
+    words = "a bar 1%\ra bar 2%\rwarning\nerror: The disk is full.\n"
+    for last, reason in (
+        ("sys.exit(2)", f"answering failed (exit code 2; log: {log}). error: The disk is full."),
+        ("os.kill(os.getpid(), 9)", f"answering failed (killed, often for lack of memory; log: {log}). error: The disk is full."),
+    ):
+        code = f"import os, sys; print('out', flush=True); sys.stderr.write({words!r}); sys.stderr.flush(); {last}"
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-c", code])
+        assert ablate.run_arm(study, study.arms[0]) == reason
+    assert log.read_bytes() == 2 * ("out\n" + words).encode()
 
 
 def test_probes_of_a_user_need_only_questions(tmp_path):
@@ -571,7 +504,7 @@ def test_probes_of_a_user_need_only_questions(tmp_path):
     twice = write_rows(tmp_path / "twice.jsonl", [rows[0], rows[0]])
     with pytest.raises(data.UsageError, match=r"twice\.jsonl:2: not a probe \(an earlier line has the same question"):
         infer.read_probes(str(twice))
-    assert "57 cells of 2 questions, 57 to do, in runs/ablate/story-mine" in plan.stdout
+    assert "57 cells of 2 questions to do, in runs/ablate/story-mine" in plan.stdout
     assert plan.stdout.count(f"--probes {path}") == 8 and plan.stdout.count("--num-probes 2 ") == 4
 
 
@@ -606,36 +539,33 @@ def test_a_finished_study_runs_nothing_and_writes_the_same_report(ablated):
     study, _ = ablated
     first, cells = (study / "ablation.md").read_bytes(), [path.stat().st_mtime_ns for path in sorted(study.glob("cells/*"))]
     code, said = run_study(study.parents[2])
-    assert code == 0 and "to do" not in said
+    assert code == 0 and "0 cells of 2 questions to do" in said
     assert (study / "ablation.md").read_bytes() == first
     assert [path.stat().st_mtime_ns for path in sorted(study.glob("cells/*"))] == cells
 
 
 @pytest.mark.slow
-def test_a_broken_cell_is_made_again_and_an_arm_that_fails_is_recorded_while_the_others_run(ablated, tmp_path):
+def test_a_removed_cell_is_made_again_and_an_arm_that_fails_is_recorded_while_the_others_run(ablated, tmp_path):
     shutil.copytree(ablated[0].parents[2], tmp_path, dirs_exist_ok=True)
     study = tmp_path / "runs" / "ablate" / "story"
-    cell = study / "cells" / "base.kit.jsonl"
-    before = cell.read_bytes()
-    cell.write_bytes(before[:-40])
-    code, said = run_study(tmp_path, "--table")
-    assert code == 2 and "base.kit.jsonl is a broken record (JSONDecodeError(" in said
-    assert "Remove it" in said
-    # In another folder the rows are other files, so the trained arm is asked again; its run is kept.
+    (study / "study.json").unlink()  # its rows were in another folder
+    cells = [study / "cells" / f"{arm}.kit.jsonl" for arm in ("base", tiny_study.ARM)]
+    before = cells[0].read_bytes()
+    for cell in cells:
+        cell.unlink()
     older = (study / "cells" / f"{tiny_study.ARM}.plain.jsonl").read_bytes()
     weights = study / "runs" / tiny_study.ARM / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     code, said = run_study(tmp_path)
     assert code == 1, said
     report = (study / "ablation.md").read_text(encoding="utf-8")
-    assert "failed: train.py failed (exit code 2)" in report and "adapter&#95;model.safetensors is truncated or corrupt" in report
+    assert f"- {tiny_study.ARM}: training failed (exit code 2" in report
+    assert "adapter&#95;model.safetensors is truncated or corrupt" in report
     assert (study / "cells" / f"{tiny_study.ARM}.plain.jsonl").read_bytes() == older
-    assert cell.read_bytes() == before
+    assert cells[0].read_bytes() == before and not cells[1].exists()
 
 
 def test_blind_readings_are_collected_and_counted_by_question(tmp_path):
-    from tests import blind_pairs
-
     write_study(tmp_path, {("week4", "kit"): [SOUND] * 2})
     run = tmp_path / "runs" / "week4"
     numbers = json.loads((run / "run.json").read_text())
@@ -653,19 +583,9 @@ def test_blind_readings_are_collected_and_counted_by_question(tmp_path):
     votes.append([{"id": each, "vote": "neither"} for each in prefer])
     files = [str(write_rows(tmp_path / f"{n}.jsonl", lines)) for n, lines in enumerate(votes)]
     blind_pairs.main("collect", tmp_path, *files)
-    report = make_report(ablate.Records.read(tmp_path))
-    assert "| eval_loss (week4) | 8 | 0 | 0 |" in report
+    assert blind_pairs.count(tmp_path)["eval_loss"].startswith("week4: 8 better, 0 worse, 0 equal")
     # Two readers against one decide a question, and a tie is equal.
     votes[1] = [{"id": each, "vote": "B" if vote == "A" else "A"} for each, vote in prefer.items()]
     write_rows(tmp_path / "1.jsonl", votes[1])
     blind_pairs.main("collect", tmp_path, *files)
-    assert "| eval_loss (week4) | 0 | 0 | 8 |" in make_report(ablate.Records.read(tmp_path))
-
-
-def test_claims_that_are_shown_or_reversed_come_with_three_answers(tmp_path):
-    with_ban, without = ("week4", "story-collapse"), ("week4", "collapse-no-ban")
-    report = make_report(write_study(tmp_path / "a", {with_ban: [DRIFT] * 8, without: [SOUND] * 8}))
-    evidence = report.partition("## Evidence")[2]
-    assert evidence.count("| C3 | week4, story-collapse | surprisal |") == 3
-    reversed_ = make_report(write_study(tmp_path / "b", {with_ban: [SOUND] * 8, without: [DRIFT] * 8}))
-    assert reversed_.partition("## Evidence")[2].count("| C3 | week4, story-collapse | sound |") == 3
+    assert blind_pairs.count(tmp_path)["eval_loss"].startswith("week4: 0 better, 0 worse, 8 equal")

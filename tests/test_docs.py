@@ -40,7 +40,7 @@ MOST = {
     "data.py": (1410, 55),
     "infer.py": (1786, 70),
     "train.py": (860, 27),
-    "ablate.py": (1475, 45),
+    "ablate.py": (884, 31),
 }
 
 

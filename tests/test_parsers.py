@@ -223,17 +223,17 @@ def test_any_answers_of_an_earlier_start(tmp_path, draw):
 
 
 def make_report(records):
-    return ablate.make_report(records, {claim.id: claim.decide(records) for claim in ablate.CLAIMS})
+    return ablate.make_report(records, ablate.decide_claims(records))
 
 
 @EXAMPLES
 @given(draw=st.data())
 def test_any_cell_of_a_study_makes_a_report_or_is_refused(tmp_path, draw):
-    cell = {"arm": "kit", "seed": 0, "decoding_arm": "kit", "settings": "x", "stop_ids": [2], "repeats": True, "machine": "a"}
+    cell = {"arm": "kit", "decoding_arm": "kit", "stop_ids": [2], "repeats": True, "machine": "a"}
     numbers = {"before": {"eval_loss": 3.0}, "chosen": {"eval_loss": 2.0}, "selected": {"answers": 4}, "steps": 4}
     numbers |= {"training_seconds": 60.0, "adapter_bytes": 4_000_000, "train_rows": 64, "train_tokens": 9000}
     about = {"command": "python ablate.py", "base_model": "model", "questions": [ANSWER["question"]]}
-    about |= {"arms": {"kit": ["kit", 0, {"kit": "x"}]}}
+    about["arms"] = ["kit"]
     run = tmp_path / "runs" / "kit"
     for folder in (tmp_path / "cells", run):
         folder.mkdir(parents=True, exist_ok=True)

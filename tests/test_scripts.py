@@ -174,8 +174,6 @@ REFUSED = {
     "no evaluations": (["train.py", "--eval-every", "0"], "--eval-every 0.0: expected a share between 0 and 1"),
     "no probes": (["ablate.py", "--num-probes", "0"], "--num-probes 0: expected 1 to 76"),
     "too many probes": (["ablate.py", "--num-probes", "77"], "--num-probes 77: expected 1 to 76"),
-    "no seeds": (["ablate.py", "--seeds", "0"], "--seeds 0: expected 1 to 100"),
-    "too many seeds": (["ablate.py", "--seeds", "101"], "--seeds 101: expected 1 to 100"),
     "no workers": (["ablate.py", "--workers", "0"], "--workers 0: expected 1 to 64"),
     "no rows of a study": (["ablate.py", "--num-rows", "-9"], "--num-rows -9: expected 1 or more"),
     "shard without parts": (["ablate.py", "--shard", "1"], "--shard 1: expected I/N"),

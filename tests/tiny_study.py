@@ -20,10 +20,8 @@ def use_tiny_tables(conversational, encyclopedic):
     ablate.DECODING_ARMS = {
         name: dataclasses.replace(infer.DECODINGS[name], max_new_tokens=12) for name in DECODINGS
     }
-    training_flags = ablate.training_flags
-    sources = ("--conversational", conversational, "--encyclopedic", encyclopedic)
-    steps = ("--max-steps", "2", "--save-minutes", "0")
-    ablate.training_flags = lambda *given: (*training_flags(*given), *sources, *steps)
+    rows = {"conversational": conversational, "encyclopedic": encyclopedic}
+    ablate.TRAINING_ARMS = {ARM: ablate.TRAINING_ARMS[ARM] | rows | {"max_steps": 2, "save_minutes": 0}}
 
 
 if __name__ == "__main__":
