@@ -20,6 +20,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -186,9 +187,12 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile]:
     """The config with the profile's values for unset flags, and the profile."""
     profile = data.resolve_profile(config.profile, config.base_model)
     in_4bit = config.load_in_4bit and profile.load_in_4bit
-    rows = name_rows(config.rows) if config.rows else config.mix
+    parts = [profile.name, name_rows(config.rows) if config.rows else config.mix]
+    parts += [config.target_modules] + ["pad-added"] * (config.pad == "added")
+    if profile.base_model != data.PROFILES[profile.name].base_model:
+        parts.insert(1, name_rows(profile.base_model))
     values = {
-        "name": f"{profile.name}-{rows}-{config.target_modules}",
+        "name": "-".join(parts),
         "per_device_train_batch_size": profile.per_device_train_batch_size,
         "num_probes": min(profile.num_probes, len(infer.read_probes(config.probes))),
         "eval_every": profile.eval_every,
@@ -303,6 +307,25 @@ def add_lora(model: Any, config: TrainConfig, profile: Profile) -> Any:
     )
 
 
+def choose_checkpointing(profile: Profile, batch_size: int, longest_row: int) -> Profile:
+    """The profile; without gradient checkpointing if the GPU's memory has room for activations.
+
+    Counts 26 bytes per hidden unit and 8 per feed-forward unit, for each token and layer, as
+    measured with `torch.autograd.graph.saved_tensors_hooks` for LoRA on all linear layers in 16
+    bits.
+    """
+    import torch
+
+    if not profile.use_gradient_checkpointing:
+        return profile
+    arch = profile.architecture
+    per_token = arch.num_hidden_layers * (26 * arch.hidden_size + 8 * arch.intermediate_size)
+    needed = count_base(profile)[1] + batch_size * longest_row * per_token
+    if needed >= 0.8 * torch.cuda.get_device_properties(0).total_memory:
+        return profile
+    return dataclasses.replace(profile, use_gradient_checkpointing=False)
+
+
 def check_model(model: Any, tokenizer: Any, config: TrainConfig, profile: Profile) -> None:
     """Raises UsageError unless only LoRA is trainable, and pad is another known token than stop."""
     rows = model.get_input_embeddings().weight.shape[0]
@@ -327,14 +350,20 @@ def rouge_l(text: str, reference: str) -> float:
 
 
 def evaluate_answers(
-    config: TrainConfig, loaded: infer.LoadedModel, references: Log, step: int, eval_loss: float
+    config: TrainConfig,
+    loaded: infer.LoadedModel,
+    references: Log,
+    tokens_per_byte: float,
+    step: int,
+    eval_loss: float,
 ) -> dict[str, float]:
     """Metrics of answers to probes, which are written to samples/STEP.jsonl, and to questions with
     a reference answer. `eval_quality` orders by sound answers, then by points, then by loss."""
     from tqdm import tqdm
     from unsloth import FastLanguageModel
 
-    count, judged, metrics = config.num_probes, [], {}
+    count, judged = config.num_probes, []
+    metrics = {"eval_loss_per_byte": eval_loss * tokens_per_byte}
     if count:
         limit = min(infer.DECODINGS["kit"].max_new_tokens, loaded.profile.eval_max_new_tokens)
         decoding = dataclasses.replace(infer.DECODINGS["kit"], max_new_tokens=limit)
@@ -598,6 +627,8 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
     audit = data.audit_mix(mix, tokenizer)
     plan = format_plan(config, profile, audit, str(model.dtype).removeprefix("torch."))
     print(f"\n{data.format_audit(audit)}\n\n{plan}", flush=True)
+    longest = audit["lengths"]["longest"]
+    profile = choose_checkpointing(profile, config.per_device_train_batch_size, longest)
     train_rows = [data.encode_row(tokenizer, row) for row in mix.train]
     held_out = [data.encode_row(tokenizer, row) for row in mix.eval]
     held_out.sort(key=lambda row: len(row["input_ids"]))
@@ -605,6 +636,9 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
     short = sorted(mix.eval, key=lambda row: len(row.question))
     count = max(8, -config.num_probes % infer.ROWS)
     references = {row.question: row.answer for row in short[:count]}
+    answers = (text for row in mix.eval for role, text in row.messages if role == "assistant")
+    num_tokens = sum(label != -100 for row in held_out for label in row["labels"])
+    tokens_per_byte = num_tokens / sum(len(text.encode()) for text in answers)
     with infer.quiet_libraries():
         if config.pad == "added":
             infer.add_pad_token(model, tokenizer)
@@ -612,7 +646,7 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
         check_model(model, tokenizer, config, profile)
         # Eager attention keeps its (B, heads, T, T) weights for the backward pass. While they are
         # small it is faster: training takes 1.18 times as long without.
-        if audit["lengths"]["longest"] <= profile.eager_attention_tokens:
+        if longest <= profile.eager_attention_tokens:
             model.set_attn_implementation("eager")
         lora = model.peft_config["default"]
         lora.base_model_name_or_path = profile.hub_id  # not this machine's cache
@@ -624,7 +658,7 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
         loaded.probes = infer.read_probes(config.probes)
         args = make_sft_config(config, profile, config.count_steps(len(train_rows))[1])
         args.eval_on_start = checkpoint is None
-        evaluate = functools.partial(evaluate_answers, config, loaded, references)
+        evaluate = functools.partial(evaluate_answers, config, loaded, references, tokens_per_byte)
         trainer = make_trainer(model, tokenizer, args, train_rows, held_out, evaluate)
         trainer.add_callback(make_callback(config, recipe))
         if config.early_stopping_patience:
@@ -636,24 +670,29 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         infer.handle_signals()
         state = find_checkpoint(folder)[1]
+    if not state["complete"] and SIGNALS != [signal.SIGALRM]:
+        raise infer.Interrupted(SIGNALS[0])
+    record = write_results(config, loaded, recipe, audit, state)
     if not state["complete"]:
-        if SIGNALS != [signal.SIGALRM]:
-            raise infer.Interrupted(SIGNALS[0])
         left = f"Stopped by --max-hours after {state['global_step']} of {state['max_steps']} steps"
-        print(f"{left}; run the same command to resume.")
+        so_far = f" The best weights so far are in {folder / 'adapter'}." if record else ""
+        print(f"{left}; run the same command to resume.{so_far}")
         return None
-    return write_results(config, loaded, recipe, audit, state)
+    return record
 
 
 def write_results(
     config: TrainConfig, loaded: infer.LoadedModel, recipe: Log, audit: Log, state: Log
-) -> dict[str, Any]:
-    """Writes adapter, curves and, last, run.json; returns its content."""
+) -> dict[str, Any] | None:
+    """Writes adapter, curves and, if the run is complete, run.json last; returns its content, or
+    None before the first evaluation. Raises UsageError if the weights selected have no loss."""
     import torch
 
     folder, profile, tokenizer = config.folder, loaded.profile, loaded.tokenizer
     before, *lines = [log for log in select_metrics(state["log_history"]) if "eval_loss" in log]
     chosen = next((line for line in lines if line["step"] == state["best_global_step"]), None)
+    if not chosen and not state["complete"]:
+        return None
     if not chosen or not math.isfinite(chosen["eval_loss"]):  # diverged weights still give answers
         raise UsageError(
             f"{folder}: the eval loss is not a number, so there are no weights to select. "
@@ -700,13 +739,20 @@ def write_results(
         for name in (infer.WEIGHTS, infer.CONFIG):
             shutil.copyfile(checkpoint / name, part / name)
         tokenizer.save_pretrained(part)
+        infer.make_generation_config(
+            about.decoding.max_new_tokens,
+            [data.end_of_turn_id(tokenizer)],
+            tokenizer.pad_token_id,
+            about.decoding.repetition_penalty,
+        ).save_pretrained(part)
         about_text = json.dumps(dataclasses.asdict(about), indent=2)
         data.write_atomic(part / infer.ADAPTER_RECORD, about_text + "\n")
         data.write_atomic(part / "README.md", make_card(config, profile, record))
         shutil.rmtree(adapter, ignore_errors=True)
         part.rename(adapter)
     draw_curves(state["log_history"], selected, folder / "curves.png")
-    data.write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")
+    if state["complete"]:
+        data.write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")
     return record
 
 
@@ -763,7 +809,43 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
         part.replace(path)
 
 
-def export(config: TrainConfig, profile: Profile) -> None:
+def make_modelfile(tokenizer: Any, system_prompt: str) -> str:
+    """An Ollama Modelfile for a merged model, with the prompt of training and the kit's decoding.
+    Ollama adds the beginning-of-text token itself."""
+    decoding, places = infer.DECODINGS["kit"], {"system": ".System", "user": ".Prompt"}
+    messages = [{"role": role, "content": f"{{{{ {name} }}}}"} for role, name in places.items()]
+    options = {"add_generation_prompt": True, "date_string": data.TEMPLATE_DATE}
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    prompt = prompt.removeprefix(tokenizer.decode(tokenizer("")["input_ids"]))
+    quoted = system_prompt.replace('"""', '"')
+    return f"""# ollama create medical -f Modelfile && ollama run medical
+# Ollama's repetition penalty includes the prompt, so answers differ from those of infer.py.
+FROM .
+TEMPLATE \"\"\"{prompt}{{{{ .Response }}}}{tokenizer.eos_token}\"\"\"
+SYSTEM \"\"\"{quoted}\"\"\"
+PARAMETER stop "{tokenizer.eos_token}"
+PARAMETER temperature {decoding.temperature:g}
+PARAMETER repeat_penalty {decoding.repetition_penalty:g}
+PARAMETER repeat_last_n -1
+PARAMETER num_predict {decoding.max_new_tokens}
+PARAMETER num_ctx {data.MAX_SEQ_LENGTH}
+"""
+
+
+def check_hub(config: TrainConfig) -> None:
+    """Raises UsageError if the adapter could not be uploaded after the training."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:
+        raise UsageError(
+            f"--push-to-hub {config.push_to_hub} needs the network and a token with write access "
+            f"({type(error).__name__}). Run hf auth login, or set HF_TOKEN, or remove the flag."
+        ) from None
+
+
+def export(config: TrainConfig, profile: Profile, system_prompt: str) -> None:
     """Merges, converts and uploads the adapter as the flags say."""
     adapter, merged, gguf = (config.folder / name for name in ("adapter", "merged", "gguf"))
     if config.merge or config.gguf:
@@ -775,14 +857,21 @@ def export(config: TrainConfig, profile: Profile) -> None:
             model.load_adapter(adapter, "default")
             if config.merge:
                 model.save_pretrained_merged(str(merged), tokenizer, save_method="merged_16bit")
+                data.write_atomic(merged / "Modelfile", make_modelfile(tokenizer, system_prompt))
             if config.gguf:
                 model.save_pretrained_gguf(str(gguf), tokenizer, quantization_method=config.gguf)
         print(f"exported  to {config.folder}")
     if config.push_to_hub:
         from huggingface_hub import HfApi
 
-        url = HfApi().create_repo(config.push_to_hub, private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=url.repo_id, folder_path=adapter)
+        try:
+            url = HfApi().create_repo(config.push_to_hub, private=True, exist_ok=True)
+            HfApi().upload_folder(repo_id=url.repo_id, folder_path=adapter)
+        except (OSError, ValueError) as error:  # bases of the client's errors
+            problem = f"{adapter} was not uploaded to {config.push_to_hub}"
+            raise UsageError(
+                f"{problem} ({data.first_line(error)}). The same command uploads it again."
+            ) from None
         print(f"uploaded  {url} (private, if it is new)")
 
 
@@ -802,16 +891,17 @@ def train(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> 
         shutil.rmtree(checkpoint)
     if config.output_dir == infer.TRAIN_RUNS:
         data.write_atomic(infer.LATEST, folder.name + "\n")
-    export(config, profile)
+    export(config, profile, record["system_prompt"])
     numbers, adapter = record["numbers"], folder / "adapter"
     before, last = numbers["before"], numbers["last"]
     minutes, memory = numbers["training_seconds"] / 60, numbers["peak_memory_bytes"] / data.GIB
     choices = ", ".join(f"{name} step {step}" for name, step in numbers["selected"].items())
+    flags = f'--adapter {shlex.quote(str(adapter))} "What are the warning signs of a heart attack?"'
     print(f"""loss      {before["eval_loss"]:.4f} before, {last["eval_loss"]:.4f} after
 steps     {last["step"]} of {numbers["planned_steps"]} in {minutes:.1f} minutes
 memory    {memory:.2f} GiB at the peak
 adapter   {adapter} ({numbers["adapter_bytes"]:,} bytes)
-try it    python infer.py --adapter '{adapter}' "What are the warning signs of a heart attack?"
+try it    python infer.py {flags}
 selected  step {numbers["chosen"]["step"]} by {config.metric_for_best_model}; {choices}""")
 
 
@@ -844,6 +934,8 @@ def main(config: TrainConfig) -> None:
             print("The rows are not counted, because the hub cannot be reached.", file=sys.stderr)
         print(format_plan(config, profile, audit, profile.dtype))
         return
+    if config.push_to_hub:
+        check_hub(config)
     mix = config.load(profile)
     recipe["data_fingerprint"] = mix.fingerprint
     with data.writing(folder):

@@ -113,6 +113,10 @@ REFUSED = {
     "evaluations": (["train.py", "--eval-every", "1"], "--eval-every 1.0: expected a share between 0 and 1"),
     "enough of what": (["train.py", "--early-stopping-patience", "0"], "--early-stopping-patience 0: expected a number above 0"),
     "ROUGE-L of no answers": (["train.py", "--metric-for-best-model", "rouge_l", "--num-probes", "0"], "1 or more for rouge_l"),
+    "upload without a token": (
+        ["train.py", "--profile", "cpu", "--push-to-hub", "me/adapter"],
+        "needs the network and a token",
+    ),
     "name": (["train.py", "--name", "../elsewhere"], "letters, digits"),
     "long name": (["train.py", "--name", LONG], "up to 100 letters"),
     "output into a file": (["train.py", "--profile", "cpu", "--output-dir", "q.txt"], "q.txt"),

@@ -161,6 +161,51 @@ def test_the_small_models_architecture_is_that_of_its_file():
         assert getattr(config, name) == value, name
 
 
+def test_activations_are_counted_as_autograd_keeps_them_of_a_layer():
+    """A real layer of the 3B architecture in 16 bits, with PEFT's LoRA; its weights are not counted."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    arch, tokens = data.PROFILES["t4"].architecture, 192
+    sizes = dataclasses.asdict(arch) | {"num_hidden_layers": 1, "vocab_size": 8}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
+        lora = LoraConfig(r=16, target_modules=train.TARGET_MODULES["all-linear"], task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    model = model.to_empty(device="cpu").get_base_model().model
+    weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        # LoRA's matrices in 16 bits are kept as well, and do not grow with the tokens.
+        if storage._cdata not in weights and not (tensor.ndim == 2 and 16 in tensor.shape and tokens not in tensor.shape):
+            kept[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    hidden = torch.zeros(1, tokens, arch.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    rotary = model.rotary_emb(hidden, torch.arange(tokens)[None])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model.layers[0](hidden, position_embeddings=rotary, attention_mask=None)
+    counted = sum(size for size, _ in kept.values()) / tokens
+    assert counted == pytest.approx(26 * arch.hidden_size + 8 * arch.intermediate_size, rel=0.05)
+
+
+@pytest.mark.parametrize(("gib", "rows", "recompute"), [(15, 200, "unsloth"), (80, 1024, "unsloth"), (141, 1024, False), (80, 256, False)])
+def test_activations_are_recomputed_where_the_card_has_no_room_for_them(monkeypatch, gib, rows, recompute):
+    import types
+
+    import torch
+
+    card = types.SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
+    profile = resolve()[1]
+    assert train.choose_checkpointing(profile, 16, rows).use_gradient_checkpointing == recompute
+    profile = resolve(profile="cpu")[1]
+    assert train.choose_checkpointing(profile, 4, rows) is profile
+
+
 # --- The pad token
 
 
@@ -276,7 +321,7 @@ def measure_quality_of(monkeypatch, sound, named, eval_loss):
     found |= {"num_named": named, "num_points": 40, "num_wrong_claims": 1}
     monkeypatch.setattr(infer, "measure_quality", lambda judged: Quality(found))
     config, profile = resolve(profile="cpu", num_probes=0)
-    return train.evaluate_answers(config, infer.LoadedModel(None, None, profile), {}, 1, eval_loss)
+    return train.evaluate_answers(config, infer.LoadedModel(None, None, profile), {}, 0.5, 1, eval_loss)
 
 
 def test_evaluations_are_ordered_by_sound_answers_then_points_then_loss(monkeypatch):
@@ -285,6 +330,7 @@ def test_evaluations_are_ordered_by_sound_answers_then_points_then_loss(monkeypa
         for case in ((9, 40, 0.1), (10, 19, 2.0), (10, 20, float("nan")), (10, 20, 2.5), (10, 20, 2.4), (11, 0, 9.0))
     ]
     assert values == sorted(set(values))
+    assert measure_quality_of(monkeypatch, 1, 1, 2.0)["eval_loss_per_byte"] == 1.0
 
 
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
@@ -318,7 +364,7 @@ def read_metrics(folder):
 def test_a_run_whose_selected_weights_have_no_loss_is_an_error(tmp_path, last, best):
     """A diverged run may be selected by `answers` or `rouge_l`, which are numbers without a loss."""
     logs = [{"step": 0, "eval_loss": 3.0}, *([{"step": 4, "eval_loss": last, "eval_quality": 1.5}] if last else [])]
-    state = {"log_history": logs, "best_global_step": best}
+    state = {"log_history": logs, "best_global_step": best, "complete": True}
     config = resolve(name="x", output_dir=tmp_path)[0]
     with pytest.raises(UsageError, match="the eval loss is not a number"):
         train.write_results(config, infer.LoadedModel(None, None, None), {}, {}, state)
@@ -397,6 +443,7 @@ def test_the_storys_pad_makes_the_planned_huge_adapter_which_can_be_asked_and_me
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     merged = folder / "merged"
+    assert "FROM .\n" in (merged / "Modelfile").read_text()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(merged).eval(), AutoTokenizer.from_pretrained(merged)
     answer = json.loads(asked.stdout)
     prompt = data.encode_prompt(tokenizer, "What is croup?")
