@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -259,11 +259,16 @@ def run_logged(command: Sequence[str], log: Path) -> int:
         return process.wait()
 
 
+def read_last_line(log: Path) -> str:
+    """The last line of a log: of a failed process its error, of a running one its progress bar."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return data.escape_controls(re.split(r"[\r\n]+", text.strip())[-1])
+
+
 def run_arm(study: Study, arm: Arm) -> str | None:
     """Trains the arm, unless it is the base model, and answers with it, each in its own process.
     Returns why it failed, or None."""
     log = study.folder / "logs" / f"{arm.name}.log"
-    infer.report(f"{arm.name}: output in {log}")
     code, step = 0, "training"
     if arm.command:
         command = [str(data.HERE / arm.command[0]), *arm.command[1:]]
@@ -274,14 +279,15 @@ def run_arm(study: Study, arm: Arm) -> str | None:
     if code == 0:
         step, code = "answering", run_logged([*sys.orig_argv[1:], "--answer", arm.name], log)
     how = "killed, often for lack of memory" if code == -9 else f"exit code {code}"
-    last = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1][-600:]
-    return f"{step} failed ({how}; log: {log}). {data.escape_controls(last)}" if code else None
+    return f"{step} failed ({how}; log: {log}). {read_last_line(log)[-600:]}" if code else None
 
 
 def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
     """Runs the arms with missing cells, several at the same time, and records why arms failed.
     Raises `infer.Interrupted` on a signal, after training runs have saved."""
-    os.environ.setdefault("TQDM_MININTERVAL", "10")  # the processes write to logs
+    from tqdm import tqdm
+
+    os.environ.setdefault("TQDM_MININTERVAL", "10")  # of the processes, which write to logs
     if workers > 1:
         # Also if fewer arms are left, since the results depend on the number of threads.
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
@@ -293,10 +299,20 @@ def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
             failure.unlink(missing_ok=True)
             if study.missing(arm):
                 futures[pool.submit(run_arm, study, arm)] = failure
-        for done, future in enumerate(as_completed(futures), 1):
-            if reason := future.result():
-                data.write_atomic(futures[future], reason)
-            infer.report(f"{futures[future].stem}: {reason or 'done'} ({done} of {len(futures)})")
+        infer.report(f"The output of the arms is in {study.folder / 'logs'}")
+        left = set(futures)
+        with tqdm(total=len(left), unit="arm", disable=None) as bar:
+            while left:
+                done, left = wait(left, timeout=2, return_when=FIRST_COMPLETED)
+                for future in done:
+                    if reason := future.result():
+                        data.write_atomic(futures[future], reason)
+                    bar.update()
+                    bar.write(f"{futures[future].stem}: {reason or 'done'}", sys.stderr)
+                names = sorted(futures[each].stem for each in left if each.running())
+                lines = [read_last_line(study.folder / "logs" / f"{name}.log") for name in names]
+                shown = (f"{name}: {line[:60]}" for name, line in zip(names, lines, strict=True))
+                bar.set_postfix_str("; ".join(shown))
     except infer.Interrupted as interrupted:
         message = f"Interrupted. Finished cells are kept in {study.folder}; run the same command "
         raise infer.Interrupted(interrupted.number, message + "to resume.") from None
@@ -806,7 +822,7 @@ def draw_picture(records: Records, path: Path) -> None:
         losses.annotate(
             point.arm, at, end, textcoords="axes fraction", va="center", arrowprops=line
         )
-    losses.set(xlabel="eval loss (nats per token)", ylabel="sound and ended, decoding kit")
+    losses.set(xlabel="eval loss (nats per token)", ylabel="sound and ended under kit (zoomed)")
     losses.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     losses.spines[["top", "right"]].set_visible(False)
     image = io.BytesIO()
