@@ -1774,7 +1774,8 @@ def main(config: InferConfig) -> int:
     elif config.compare:
         print_comparison(loaded, *asked, config)
     else:
-        for request in asked:
+        for place, request in enumerate(asked):
+            print("\n" * (place > 0 and not config.json), end="")
             print_answer(loaded, request, as_json=config.json)
     if skipped:
         report(f"{skipped} of {len(rows)} questions were skipped, see above")

@@ -190,7 +190,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile]:
     parts = [profile.name, name_rows(config.rows) if config.rows else config.mix]
     parts += [config.target_modules] + ["pad-added"] * (config.pad == "added")
     if profile.base_model != data.PROFILES[profile.name].base_model:
-        parts.insert(1, name_rows(profile.base_model))
+        parts.insert(1, re.sub(r"[^\w.-]+", "-", Path(profile.base_model).name)[:50])
     values = {
         "name": "-".join(parts),
         "per_device_train_batch_size": profile.per_device_train_batch_size,
@@ -884,6 +884,7 @@ def train(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> 
     if path.is_file():
         record = json.loads(path.read_text(encoding="utf-8"))
         check_recipe(folder, record["recipe"], recipe)
+        infer.check_adapter(folder / "adapter")
         print(f"{folder} is already trained with these values (--restart trains it again).")
     elif (record := run(config, profile, mix, recipe)) is None:
         return
@@ -905,6 +906,18 @@ try it    python infer.py {flags}
 selected  step {numbers["chosen"]["step"]} by {config.metric_for_best_model}; {choices}""")
 
 
+def count_rows(config: TrainConfig, profile: Profile) -> dict[str, Any] | None:
+    """The audit of the rows; None if the tokenizer is on the hub and it cannot be reached."""
+    mix = config.load(profile)
+    try:
+        tokenizer = data.load_tokenizer(profile)
+    except UsageError:
+        if Path(profile.base_model).is_dir() or data.reaches_hub():
+            raise
+        return None
+    return data.audit_mix(data.fit_mix(mix, tokenizer), tokenizer)
+
+
 def main(config: TrainConfig) -> None:
     """Resolves the values, prints them and the plan, and trains unless it is a dry run."""
     from filelock import FileLock, Timeout
@@ -920,15 +933,14 @@ def main(config: TrainConfig) -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     config, profile = resolve(config)
     folder, recipe, sources = config.folder, config.recipe(), config.sources(profile)
-    files = (*sources.values(), profile.base_model)
-    is_local = all(each == data.SMALL_MODEL or Path(each).exists() for each in files)
-    infer.prepare_environment(profile, offline=(is_local and not config.push_to_hub) or None)
+    has_files = all(Path(each).suffix in data.FILE_SUFFIXES for each in sources.values())
+    is_local = profile.base_model == data.SMALL_MODEL or Path(profile.base_model).is_dir()
+    is_offline = is_local and has_files and not config.push_to_hub
+    infer.prepare_environment(profile, offline=is_offline or None)
     print(format_values({**recipe, **sources, "run folder": folder}))
     if config.dry_run:
-        audit = None
-        if config.rows or is_local or data.reaches_hub():
-            tokenizer = data.load_tokenizer(profile)
-            audit = data.audit_mix(data.fit_mix(config.load(profile), tokenizer), tokenizer)
+        audit = count_rows(config, profile) if has_files or data.reaches_hub() else None
+        if audit:
             print(f"\n{data.format_audit(audit)}\n")
         else:
             print("The rows are not counted, because the hub cannot be reached.", file=sys.stderr)

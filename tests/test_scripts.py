@@ -95,6 +95,14 @@ REFUSED = {
     ),
     "hub id offline": (["data.py", "--profile", "cpu", "--encyclopedic", "nobody/nothing"], "or use another file: --rows FILE"),
     "rows of the hub offline": (["train.py", "--profile", "cpu", "--rows", "nobody/nothing@main"], "cannot be read"),
+    "plan of no file": (
+        ["train.py", "--profile", "t4", "--dry-run", "--conversational", "none.jsonl", "--mix", "chatdoctor"],
+        "does not exist",
+    ),
+    "plan of rows that are lost": (
+        ["train.py", "--profile", "t4", "--dry-run", "--conversational", "columns.jsonl", "--mix", "chatdoctor"],
+        "unknown columns",
+    ),
     # train.py
     "epochs": (["train.py", "--epochs", "0"], "--epochs 0.0: expected a number above 0"),
     "endless epochs": (["train.py", "--epochs", "inf"], "--epochs inf: expected a number above 0"),

@@ -21,7 +21,7 @@ def use_tiny_tables(conversational, encyclopedic):
         name: dataclasses.replace(infer.DECODINGS[name], max_new_tokens=12) for name in DECODINGS
     }
     rows = {"conversational": conversational, "encyclopedic": encyclopedic}
-    ablate.TRAINING_ARMS = {ARM: ablate.TRAINING_ARMS[ARM] | rows | {"max_steps": 2, "save_minutes": 0}}
+    ablate.TRAINING_ARMS = {ARM: ablate.TRAINING_ARMS[ARM] | rows | {"max_steps": 3, "save_minutes": 0}}
 
 
 if __name__ == "__main__":
