@@ -559,8 +559,8 @@ def test_a_removed_cell_is_made_again_and_an_arm_that_fails_is_recorded_while_th
     code, said = run_study(tmp_path)
     assert code == 1, said
     report = (study / "ablation.md").read_text(encoding="utf-8")
-    assert f"- {tiny_study.ARM}: training failed (exit code 2" in report
-    assert "adapter&#95;model.safetensors is truncated or corrupt" in report
+    assert f"- {tiny_study.ARM}: training failed (exit code 2" in report, said
+    assert "adapter&#95;model.safetensors of an adapter cannot be read" in report
     assert (study / "cells" / f"{tiny_study.ARM}.plain.jsonl").read_bytes() == older
     assert cells[0].read_bytes() == before and not cells[1].exists()
 
