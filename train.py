@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -305,6 +306,62 @@ def add_lora(model: Any, config: TrainConfig, profile: Profile) -> Any:
         use_gradient_checkpointing=profile.use_gradient_checkpointing,
         random_state=config.seed,
     )
+
+
+def join_lora(model: Any) -> None:
+    """Computes base and LoRA in one product: [x, x A'] [W, s B]' instead of x W' + s (x A') B'.
+
+    Training takes 1.08 times as long without (`tests.bench train --measures`), and in bfloat16, the
+    sum of two products loses what is below half a unit in the last place of the larger one. The
+    frozen weight W (out, in) becomes a view of the joined matrix (out, in + r).
+    """
+    import torch
+    from peft.tuners.lora import Linear
+
+    class JoinedProduct(torch.autograd.Function):
+        """x (..., in), joined (out, in + r), A (r, in), B (out, r) -> (..., out)."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Any, joined: Any, a: Any, b: Any, scaling: float) -> Any:
+            num_in = a.shape[1]
+            a = a.to(joined.dtype)
+            rows = x.to(joined.dtype).reshape(-1, num_in)
+            low = rows @ a.T
+            joined[:, num_in:] = b * scaling
+            ctx.save_for_backward(rows, low, a)
+            ctx.joined, ctx.scaling, ctx.x_shape, ctx.x_dtype = joined, scaling, x.shape, x.dtype
+            return (torch.cat([rows, low], dim=1) @ joined.T).view(*x.shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx: Any, d_out: Any) -> Any:
+            rows, low, a = ctx.saved_tensors
+            num_in = a.shape[1]
+            d_out = d_out.reshape(-1, d_out.shape[-1])
+            d_x = None
+            if ctx.needs_input_grad[0]:
+                d_joined = d_out @ ctx.joined
+                d_low = d_joined[:, num_in:].contiguous()
+                d_x = torch.addmm(d_joined[:, :num_in], d_low, a)
+                d_x = d_x.view(ctx.x_shape).to(ctx.x_dtype)
+            else:
+                d_low = d_out @ ctx.joined[:, num_in:]
+            d_a = (d_low.T @ rows).float()
+            d_b = (d_out.T @ low).float() * ctx.scaling
+            return d_x, None, d_a, d_b, None
+
+    def forward(layer: Linear, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if layer.disable_adapters:
+            return layer.base_layer(x)
+        a, b = (matrices["default"].weight for matrices in (layer.lora_A, layer.lora_B))
+        return JoinedProduct.apply(x, layer.joined, a, b, layer.scaling["default"])
+
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            weight = layer.base_layer.weight
+            zeros = weight.new_zeros(len(weight), layer.r["default"])
+            layer.joined = torch.cat([weight.data, zeros], dim=1)
+            weight.data = layer.joined[:, : weight.shape[1]]
+            layer.forward = types.MethodType(forward, layer)
 
 
 def choose_checkpointing(profile: Profile, batch_size: int, longest_row: int) -> Profile:
@@ -644,6 +701,8 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
             infer.add_pad_token(model, tokenizer)
         model = add_lora(model, config, profile)
         check_model(model, tokenizer, config, profile)
+        if profile.joined_lora:
+            join_lora(model)
         # Eager attention keeps its (B, heads, T, T) weights for the backward pass. While they are
         # small it is faster: training takes 1.18 times as long without.
         if longest <= profile.eager_attention_tokens:
@@ -796,12 +855,15 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
     losses.plot(logs.eval_loss.dropna(), "o--", color="black", label="eval")
     answers.plot((logs.eval_sound / logs.eval_answers).dropna(), "o-", color="black", label="sound")
     answers.plot((logs.eval_ended / logs.eval_answers).dropna(), "s:", color="0.5", label="ended")
+    points = (logs.eval_points / logs.eval_max_points).dropna()
+    answers.plot(points, "^-.", color="black", label="points")
     losses.set_ylabel("loss (nats per token)")
     answers.set(ylabel="share of answers", xlabel="step", ylim=(-0.02, 1.02))
     for axes in (losses, answers):
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         for step in selected.values():
             axes.axvline(step, color="0.8", linewidth=4, zorder=0)
+    answers.xaxis.get_major_locator().set_params(integer=True)
     losses.set_title(", ".join(f"{name} selects step {step}" for name, step in selected.items()))
     part = path.with_suffix(".part")
     with data.writing(path, part):

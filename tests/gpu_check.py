@@ -159,7 +159,10 @@ def make_kit_trainer(method, base_model, profile_name, folder):
     rows, held_out = take_rows(tokenizer, NUM_STEPS * train.ROWS_PER_STEP)
     longest = max(len(row["input_ids"]) for row in rows)
     with infer.quiet_libraries():
+        profile = train.choose_checkpointing(profile, config.per_device_train_batch_size, longest)
         model = train.add_lora(model, config, profile)
+        if profile.joined_lora:
+            train.join_lora(model)
         if longest <= profile.eager_attention_tokens:
             model.set_attn_implementation("eager")
         args = train.make_sft_config(config, profile, NUM_STEPS)

@@ -45,6 +45,7 @@ ROWS, ROUNDS = (16, 48, 96), 3
 
 # The kit without one of its measures each: the fields of `data.Profile` that take it away.
 MEASURES = {
+    "joined LoRA": {"joined_lora": False},
     "eager attention": {"eager_attention_tokens": 0},
     "padding to 8, not 32": {"pad_to_multiple_of": 32},
 }
@@ -119,6 +120,8 @@ def make_kit_trainer(recipe, count, folder):
         rows, profile = take_rows(tokenizer, count), data.PROFILES["cpu"]
         recipe = dataclasses.replace(recipe, output_dir=folder)
         model = train.add_lora(model, recipe, profile)
+        if profile.joined_lora:
+            train.join_lora(model)
         if max(len(row["input_ids"]) for row in rows[0]) <= profile.eager_attention_tokens:
             model.set_attn_implementation("eager")
         args = train.make_sft_config(recipe, profile, recipe.count_steps(count)[1])
