@@ -393,7 +393,8 @@ _MEDICINE_ENDINGS = tuple(
 @functools.cache
 def load_medicines() -> frozenset[str]:
     """Words, in lower case, of the names that drug-named-entity-recognition knows."""
-    # Its file rather than the library, which keeps several hundred MiB of indices.
+    # Its file rather than the library, which keeps several hundred MiB of indices. As any code of
+    # an installed package, it is trusted, pickle or not.
     package = importlib.util.find_spec("drug_named_entity_recognition")
     with bz2.open(Path(package.origin).with_name("drug_ner_dictionary.pkl.bz2")) as file:
         names = " ".join(pickle.load(file)["drug_variant_to_canonical"])
