@@ -318,10 +318,16 @@ def run_study(study: Study, arms: Sequence[Arm], workers: int) -> None:
         raise infer.Interrupted(interrupted.number, message + "to resume.") from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        while not all(future.done() for future in futures):
-            while RUNNING:  # one signal each: at a second one train.py does not save
-                RUNNING.pop().terminate()
-            time.sleep(0.2)
+        stopped: list[subprocess.Popen] = []
+        try:
+            while not all(future.done() for future in futures):
+                while RUNNING:  # one signal each: at a second one train.py does not save
+                    stopped.append(RUNNING.pop())
+                    stopped[-1].terminate()
+                time.sleep(0.2)
+        finally:
+            for process in stopped:
+                process.kill()  # only after a second signal are any left
 
 
 # --- Records -------------------------------------------------------------------------------------
@@ -392,7 +398,11 @@ class Records:
                 for decoding in DECODING_ARMS:
                     path = folder / "cells" / f"{arm}.{decoding}.jsonl"
                     if path.is_file():
-                        cells[arm, decoding] = DataFrame(map(flatten_answer, read_cell(path)))
+                        lines = read_cell(path)
+                        others = next(iter(cells.values()), lines)
+                        if not lines or len(lines) != len(others):
+                            raise ValueError(f"{len(lines)} answers, and {len(others)} in others")
+                        cells[arm, decoding] = DataFrame(map(flatten_answer, lines))
                 path = folder / "failures" / f"{arm}.txt"
                 if path.is_file():
                     failures[arm] = path.read_text(encoding="utf-8")
@@ -717,7 +727,8 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     """What the story got right and wrong, and which settings to use, as list items."""
     lines, cells = [], records.table
     headings = {"shown": "Right", "the opposite": "Wrong, the opposite is shown"}
-    headings["not shown"] = f"Not shown, an effect on {RELEVANT:.0%} of the questions is excluded"
+    excluded = f"an effect on {RELEVANT:.0%} of the questions is excluded"
+    headings["not shown"] = f"Not shown, {excluded}, or a condition of the claim fails"
     headings |= {"undecidable": "Undecidable with so few questions", "not run": "Not run"}
     for verdict, heading in headings.items():
         own = [f'{n} "{text}"' for n, text in CLAIMS.items() if results[n][0] == verdict]
@@ -865,8 +876,12 @@ def run(config: AblateConfig) -> bool:
     if config.dry_run or not arms:
         return False
     path = study.folder / "study.json"
-    if path.is_file() and json.loads(path.read_text()).get("settings") != study.settings:
-        problem = f"{study.folder} is a study with other flags, rows or probes."
+    try:
+        is_same = not path.is_file() or json.loads(path.read_text())["settings"] == study.settings
+    except infer.BAD_CONTENT:
+        is_same = False
+    if not is_same:
+        problem = f"{study.folder} is a study with other flags, rows or probes, or a broken one."
         raise UsageError(f"{problem} Choose another --name, or remove the folder.")
     about = {
         "settings": study.settings,

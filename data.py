@@ -298,6 +298,18 @@ CONTROLS = re.compile(
 )
 
 
+def storage_error(error: BaseException, path: Path) -> UsageError | None:
+    """The error to report if `path` could not be written; None for any other error."""
+    # safetensors and tokenizers give the error number as text, and torch's writer gives none.
+    found = re.search(r"\(os error (\d+)", str(error))
+    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+    is_torch = re.search(r"PytorchStreamWriter failed|inline_container\.cc", str(error))
+    if isinstance(error, UsageError) or not (is_torch or number in _STORAGE_ERRORS):
+        return None
+    problem = f"{path} could not be written ({first_line(error)}). Earlier content is kept"
+    return UsageError(f"{problem}. Free disk space, or fix the permissions, and rerun.")
+
+
 @contextlib.contextmanager
 def writing(path: Path, part: Path | None = None) -> Iterator[None]:
     """Raises UsageError if `path` cannot be written; on failure, removes the temporary `part`."""
@@ -307,16 +319,11 @@ def writing(path: Path, part: Path | None = None) -> Iterator[None]:
         if part and part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         elif part:
-            part.unlink(missing_ok=True)
-        # safetensors and tokenizers give the error number as text, and torch's writer gives none.
-        found = re.search(r"(?:\[Errno |\(os error )(\d+)", str(error))
-        is_torch = re.search(r"PytorchStreamWriter failed|inline_container\.cc", str(error))
-        if not is_torch and not (found and int(found[1]) in _STORAGE_ERRORS):
-            raise
-        problem = f"{path} could not be written ({first_line(error)}). Earlier content is kept"
-        raise UsageError(
-            f"{problem}. Free disk space, or fix the permissions, and rerun."
-        ) from error
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+        if problem := storage_error(error, path):
+            raise problem from error
+        raise
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -393,10 +400,13 @@ def decode_text(content: bytes, name: str) -> str:
     """The text of a file in UTF-8, or in UTF-16 with its byte order mark. Raises UsageError."""
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{name}:{line}: not UTF-8 text. Save the file as UTF-8.") from None
+    if "\0" in text:
+        raise UsageError(f"{name}: not UTF-8 text, since it contains a null. Save it as UTF-8.")
+    return text
 
 
 def read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
@@ -421,8 +431,9 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
     lines = _LINE.findall(text)
     place, names = f"{source}:1", None
+    header = [line for line in lines if line.strip()][:1]
     try:
-        widths = {each: len(next(csv.reader(lines[:1], delimiter=each), ())) for each in ",;\t|"}
+        widths = {each: len(next(csv.reader(header, delimiter=each), ())) for each in ",;\t|"}
         delimiter = max(widths, key=widths.__getitem__)
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         for fields in reader:
@@ -487,7 +498,7 @@ def _read_turns(turns: Any) -> tuple[list[Message], set[str]]:
         is_late = role == "system" and any(known != "system" for known, _ in messages)
         if not role or is_late or turn.get("tool_calls") or turn.get("weight") == 0:
             raise BadRecord(f"turn {number} cannot be trained on: {turn!r:.80}")
-        content = turn.get("content") or turn.get("value")
+        content = turn.get("value") if turn.get("content") is None else turn["content"]
         texts = []
         for part in content if isinstance(content, list) else [content]:
             if isinstance(part, dict) and part.get("type") in (None, "text"):
@@ -973,10 +984,12 @@ def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH
                 reports[row.source].log(rule, row.place, text, action)
     for report in reports.values():
         check_losses(report)
-    num_left, num_drawn = sum(map(len, splits)), len(mix.train) + len(mix.eval)
-    if not all(splits) or 2 * num_left < num_drawn:
-        problem = f"{num_left:,} of {num_drawn:,} rows have at most {max_seq_length:,} tokens"
-        raise UsageError(f"Only {problem}, too few to train and evaluate. Give shorter rows.")
+    for name in reports:
+        num_drawn = sum(row.source == name for row in (*mix.train, *mix.eval))
+        num_left = sum(row.source == name for rows in splits for row in rows)
+        if not all(splits) or 2 * num_left < num_drawn:
+            problem = f"{num_left:,} of {num_drawn:,} {name} have at most {max_seq_length:,} tokens"
+            raise UsageError(f"Only {problem}, too few to train and evaluate. Give shorter rows.")
     return Mix(*splits, mix.not_drawn, reports)
 
 
@@ -1098,7 +1111,8 @@ def is_same_base(one: str, other: str) -> bool:
         owner, _, model = name.lower().rpartition("/")
         if owner in ("meta-llama", "unsloth", "huggingfacetb"):
             return model.removesuffix("-bnb-4bit").removesuffix("-unsloth")
-        return str(Path(name).resolve()) if Path(name).is_dir() else name.lower()
+        # `Path.exists` raises OSError if the name is too long.
+        return str(Path(name).resolve()) if os.access(name, os.F_OK) else name.lower()
 
     return canonical(one) == canonical(other)
 
@@ -1127,8 +1141,9 @@ def read_architecture(base_model: str) -> Architecture:
         sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
         names = [each.name for each in dataclasses.fields(Architecture)]
         return Architecture(**{name: sizes[name] for name in names})
-    except KeyError as missing:
-        raise UsageError(f"{base_model}: its config.json has no {missing}.") from None
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        problem = f"its config.json has no valid sizes ({error!r})"
+        raise UsageError(f"{base_model}: {problem}.") from None
 
 
 def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Profile:
@@ -1381,12 +1396,11 @@ def run_command(
         sys.stdout.reconfigure(errors="backslashreplace")
     code, message = None, ""
     try:
-        with writing(Path("stdout")):
-            try:
-                code = run(tyro.cli(config_type, description=description))
-            except SystemExit as ended:  # tyro has printed the help, or what is wrong with a flag
-                code = ended.code
-            sys.stdout.flush()
+        try:
+            code = run(tyro.cli(config_type, description=description))
+        except SystemExit as ended:  # tyro has printed the help, or what is wrong with a flag
+            code = ended.code
+        sys.stdout.flush()
     except KeyboardInterrupt as interrupted:
         code = 128 + getattr(interrupted, "number", signal.SIGINT)
         message = f"\n{str(interrupted) or 'Interrupted. Run the same command again.'}"
@@ -1394,14 +1408,15 @@ def run_command(
         # The reader of stdout has closed it; the rest of the buffer is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 128 + signal.SIGPIPE
-    except UsageError as error:
-        code, message = error.exit_code, f"error: {error}"
     except Exception as error:
-        code, message = 1, traceback.format_exc().rstrip()
+        filename = getattr(error, "filename", None) or "stdout"
+        problem = storage_error(error, Path(str(filename))) or error
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-            code, message = 2, f"error: Out of memory ({first_line(error)}). {memory_advice}"
-    # Of several processes on a machine, all with the same error, one reports it.
-    if message and os.environ.get("LOCAL_RANK", "0") == "0":
+            problem = UsageError(f"Out of memory ({first_line(error)}). {memory_advice}")
+        code, message = 1, traceback.format_exc().rstrip()
+        if isinstance(problem, UsageError):
+            code, message = problem.exit_code, f"error: {problem}"
+    if message:
         print(escape_controls(message), file=sys.stderr)
     sys.exit(code)
 

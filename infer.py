@@ -511,8 +511,9 @@ def read_probes(source: str | None = None) -> list[Probe]:
             name = str(record.get("id") or f"probe-{len(probes) + 1}")
             probes[question] = Probe(name, question, points, claims)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
+            reason = data.escape_controls(str(error))
             raise UsageError(
-                f"{place}: not a probe ({error}). Expected `question` and, if you like, `points` "
+                f"{place}: not a probe ({reason}). Expected `question` and, if you like, `points` "
                 "and `wrong_claims`, as in samples/README.md."
             ) from None
     if not probes:
@@ -1413,14 +1414,24 @@ def read_questions(source: str) -> list[QuestionRow]:
     for place, record in records:
         row = QuestionRow(place, record if isinstance(record, dict) else {"record": str(record)})
         rows.append(row)
-        given, roles = data.find_question(row.columns)
+        if not isinstance(record, dict):
+            row.problem = f"It is not a JSON object: {record!s:.200}"
+    found = [data.find_question(row.columns) for row in rows]
+    # An instruction that is the same in every row is a system prompt, as in training.
+    instructions = {repr(given.get("instruction")) for given, _ in found}
+    is_constant = len(instructions) == 1 < len(rows)
+    if is_constant and "None" not in instructions and any(len(roles) > 1 for _, roles in found):
+        report("The instruction is the same in every row: not asked. Set it with --system-prompt.")
+    for row, (given, roles) in zip(rows, found, strict=True):
         texts = [given[name] for name in roles if given[name] is not None]
+        texts = texts[-1:] if is_constant else texts
         if texts and all(isinstance(text, str) for text in texts):
             row.question = "\n\n".join(map(str.strip, texts))
         try:
             check_question(row.question)
         except UsageError as error:
-            row.problem = f"{error} Expected text in a column question or prompt."
+            expected = f"{error} Expected text in a column question or prompt."
+            row.problem = row.problem or expected
     if all(row.problem for row in rows):
         first = f" {rows[0].place}: {rows[0].problem}" if rows else ""
         raise UsageError(f"{source} contains no questions.{first}")
@@ -1432,21 +1443,26 @@ def read_answered(
 ) -> list[dict[str, Any]]:
     """The lines that an interrupted run wrote for the first rows; an incomplete one is removed.
     Raises UsageError if the file contains something else, or answers with other values."""
-    *lines, rest = path.read_bytes().split(b"\n")
+    content = path.read_bytes()
+    *lines, rest = content.split(b"\n")
+    with contextlib.suppress(ValueError):
+        json.loads(rest)  # complete: only its newline is missing
+        lines, rest = [*lines, rest], b""
     records = []
     with contextlib.suppress(*BAD_CONTENT):
         for line, row in zip(lines, rows, strict=False):
             record = json.loads(line)
-            own = {"question": row.question} | ({} if "error" in record else expected)
+            is_error = "error" in record and "token_ids" not in record
+            own = {"question": row.question} | ({} if is_error else expected)
             if any(record[name] != own[name] for name in own):
                 break
             records.append(record)
-    if len(records) < len(lines) or not rest.startswith(b"{"[: len(rest)]):
+    if len(records) < len(lines) or not rest.startswith(b'{"'[: len(rest)]):
         raise UsageError(
             f"{path}:{len(records) + 1} is not an answer to row {len(records) + 1} by this model, "
             "with this decoding and system prompt. Give another file with --output, or remove it."
         )
-    if rest:
+    if content and not content.endswith(b"\n"):
         data.write_atomic(path, b"".join(line + b"\n" for line in lines))
     return records
 
@@ -1475,7 +1491,7 @@ def answer_file(
                 file.write(to_json(row.columns, records[-1]) + "\n")
             file.flush()
             bar.update(len(batch))
-    answers = [each for each in records if "error" not in each]
+    answers = [each for each in records if "token_ids" in each]
     good = sum(each["finish_reason"] == "stop" and each["verdict"] == "sound" for each in answers)
     report(f"{len(rows) - before} rows now, {before} before: {path}")
     report(f"sound and ended: {good} of {len(answers)}")
@@ -1597,6 +1613,12 @@ class InferConfig:
             raise ValueError("Give one of the three: a question, --questions or --judge.")
         if (self.verify or self.compare) and not is_one:
             raise ValueError("--verify and --compare take one question, in quotes.")
+        if self.verify and (self.compare or self.json):
+            raise ValueError("--verify takes neither --compare nor --json.")
+        if self.json and self.questions:
+            raise ValueError("--questions writes JSON lines in any case. Remove --json.")
+        if self.judge and self.adapter:
+            raise ValueError("--judge asks no adapter. Remove --adapter.")
         if self.base and (self.adapter or self.compare == "models"):
             raise ValueError("--base asks without an adapter. Remove it, or the other flag.")
         questions = self.questions and self.questions.resolve()
@@ -1738,7 +1760,7 @@ def main(config: InferConfig) -> int:
         rows = read_questions("-")
     elif config.question:
         rows = [QuestionRow("The question", {}, config.question)]
-    if output and not output.parent.is_dir():
+    if output and (output.is_dir() or not output.parent.is_dir()):
         raise UsageError(f"--output {output}: expected a file in an existing folder.")
     adapter, decoding = None, DECODINGS["kit"]
     if config.base:
@@ -1775,9 +1797,12 @@ def main(config: InferConfig) -> int:
     elif config.compare:
         print_comparison(loaded, *asked, config)
     else:
-        for place, request in enumerate(asked):
-            print("\n" * (place > 0 and not config.json), end="")
-            print_answer(loaded, request, as_json=config.json)
+        for place, row in enumerate(rows):
+            if not row.problem:
+                print("\n" * (place > 0 and not config.json), end="")
+                print_answer(loaded, Request(row.question, decoding), as_json=config.json)
+            elif config.json:
+                print(to_json(row.columns, {"question": row.question, "error": row.problem}))
     if skipped:
         report(f"{skipped} of {len(rows)} questions were skipped, see above")
     report("Not medical advice: a small language model wrote this.")

@@ -10,6 +10,7 @@ samples/STEP.jsonl and curves.png.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -150,7 +151,8 @@ class TrainConfig(data.RowsConfig):
         fits = ROWS_PER_STEP % (self.per_device_train_batch_size or 1) == 0
         share = 0.5 if self.eval_every is None else self.eval_every
         most = len(infer.read_probes(self.probes))
-        check("name", infer.RUN_NAME.fullmatch(self.name or "x"), infer.RUN_NAME_RULE[:-1])
+        is_name = self.name is None or infer.RUN_NAME.fullmatch(self.name)
+        check("name", is_name, infer.RUN_NAME_RULE[:-1])
         check("r", 1 <= self.r <= 1024, "1 to 1024")  # 1024: rows of the 3B model's k_proj
         check("per_device_train_batch_size", fits, f"a divisor of {ROWS_PER_STEP}")
         check("num_probes", 0 <= (self.num_probes or 0) <= most, f"0 to {most}")
@@ -261,20 +263,26 @@ def format_plan(config: TrainConfig, profile: Profile, audit: Log | None, dtype:
     disk = 5 * adapter_bytes + 24 * trainable + 8 * parameters * bool(config.merge or config.gguf)
     parent = next(each for each in config.folder.absolute().parents if each.is_dir())
     free = shutil.disk_usage(parent).free
-    if disk > free and not config.folder.exists():
+    if disk > free and (config.restart or not config.folder.exists()):
         raise UsageError(
             f"{config.folder} needs up to {disk / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are "
             "free there. Free disk space, choose another --output-dir, or lower --r."
         )
-    rows = audit["train_rows"] if audit else sum(config.wanted.values())
+    wanted = config.wanted.values()
+    rows = audit["train_rows"] if audit else 0 if None in wanted else sum(wanted)
     up_to, batch = "" if audit else "up to ", config.per_device_train_batch_size
-    steps, eval_steps = config.count_steps(rows)
-    lines = {
-        "rows": f"{up_to}{rows:,}" + (f" of {audit['train_tokens']:,} tokens" if audit else ""),
-        "steps": f"{up_to}{steps:,} of {ROWS_PER_STEP} rows: {batch} rows x "
-        f"{ROWS_PER_STEP // batch} forward passes",
-        "evaluations": f"{up_to}{1 + math.ceil(steps / eval_steps)}, each with "
-        f"{config.num_probes} probe answers of up to {profile.eval_max_new_tokens} tokens",
+    lines = {"rows": "not counted"}
+    if rows:
+        steps, eval_steps = config.count_steps(rows)
+        tokens = f" of {audit['train_tokens']:,} tokens" if audit else ""
+        lines = {
+            "rows": f"{up_to}{rows:,}{tokens}",
+            "steps": f"{up_to}{steps:,} of {ROWS_PER_STEP} rows: {batch} rows x "
+            f"{ROWS_PER_STEP // batch} forward passes",
+            "evaluations": f"{up_to}{1 + math.ceil(steps / eval_steps)}, each with "
+            f"{config.num_probes} probe answers of up to {profile.eval_max_new_tokens} tokens",
+        }
+    lines |= {
         "trainable parameters": f"{trainable:,}",
         "adapter file": f"{adapter_bytes:,} bytes" + times,
         "base model": f"{parameters:,} parameters, {base_bytes / 1e9:.2f} GB in "
@@ -482,7 +490,8 @@ def stop_after_step(number: int, frame: object) -> None:
     if SIGNALS.count(signal.SIGINT) > 1:
         raise infer.Interrupted(number)
     # Not by print, which the signal may have interrupted.
-    os.write(2, b"\nStopping after this step. Ctrl-C again stops at once.\n")
+    with contextlib.suppress(OSError):  # the terminal may have been closed
+        os.write(2, b"\nStopping after this step. Ctrl-C again stops at once.\n")
 
 
 def make_callback(config: TrainConfig, recipe: Log) -> Any:
@@ -669,7 +678,9 @@ def check_recipe(folder: Path, found: Log, recipe: Log) -> None:
 
 def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Log | None:
     """Trains, from a checkpoint if there is one. Returns the record; None after --max-hours."""
-    folder, (checkpoint, state) = config.folder, find_checkpoint(config.folder)
+    folder, checkpoint, state = config.folder, None, {"complete": False}
+    if not config.restart:
+        checkpoint, state = find_checkpoint(folder)
     if checkpoint:
         check_recipe(folder, state["recipe"], recipe)
         print(f"resuming {folder} after step {state['global_step']} of {state['max_steps']}")
@@ -725,17 +736,22 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
     if not state["complete"]:
         infer.handle_signals(stop_after_step)
         with data.writing(folder), infer.quiet_libraries():
+            if config.restart and folder.exists():
+                names = (f"{folder.name}.old-{number}" for number in itertools.count(1))
+                folder.rename(next(e for e in map(folder.with_name, names) if not e.exists()))
             folder.mkdir(parents=True, exist_ok=True)
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         infer.handle_signals()
         state = find_checkpoint(folder)[1]
-    if not state["complete"] and SIGNALS != [signal.SIGALRM]:
-        raise infer.Interrupted(SIGNALS[0])
+    numbers = [number for number in SIGNALS if number != signal.SIGALRM]
+    if not state["complete"] and numbers:
+        advice = f"Run the same command (without --restart) to resume {folder}."
+        raise infer.Interrupted(numbers[0], f"Interrupted. {advice}")
     record = write_results(config, loaded, recipe, audit, state)
     if not state["complete"]:
         left = f"Stopped by --max-hours after {state['global_step']} of {state['max_steps']} steps"
         so_far = f" The best weights so far are in {folder / 'adapter'}." if record else ""
-        print(f"{left}; run the same command to resume.{so_far}")
+        print(f"{left}; run the same command (without --restart) to resume.{so_far}")
         return None
     return record
 
@@ -781,7 +797,8 @@ def write_results(
         load_in_4bit=profile.load_in_4bit,
     )
     command = ["git", "-C", str(data.HERE), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    has_git = shutil.which("git") is not None
+    commit = has_git and subprocess.run(command, capture_output=True, text=True).stdout.strip()
     record = {
         "recipe": recipe,
         "argv": sys.argv,
@@ -820,9 +837,13 @@ def make_card(config: TrainConfig, profile: Profile, record: Log) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     before, chosen = record["numbers"]["before"], record["numbers"]["chosen"]
+    sources = config.sources(profile).items()
     values = {
         # A file's folder may be private, and so may the base model's path.
-        **{f"{name} rows": Path(each).name for name, each in config.sources(profile).items()},
+        **{
+            f"{name} rows": Path(each).name if Path(each).exists() else each
+            for name, each in sources
+        },
         **{name: value for name, value in record["recipe"].items() if name != "base_model"},
         "system_prompt": record["system_prompt"],
         "weights": f"of step {chosen['step']}, selected by {config.metric_for_best_model}",
@@ -924,12 +945,13 @@ def export(config: TrainConfig, profile: Profile, system_prompt: str) -> None:
                 model.save_pretrained_gguf(str(gguf), tokenizer, quantization_method=config.gguf)
         print(f"exported  to {config.folder}")
     if config.push_to_hub:
+        import httpx
         from huggingface_hub import HfApi
 
         try:
             url = HfApi().create_repo(config.push_to_hub, private=True, exist_ok=True)
             HfApi().upload_folder(repo_id=url.repo_id, folder_path=adapter)
-        except (OSError, ValueError) as error:  # bases of the client's errors
+        except (OSError, ValueError, httpx.HTTPError) as error:  # bases of the client's errors
             problem = f"{adapter} was not uploaded to {config.push_to_hub}"
             raise UsageError(
                 f"{problem} ({data.first_line(error)}). The same command uploads it again."
@@ -940,11 +962,13 @@ def export(config: TrainConfig, profile: Profile, system_prompt: str) -> None:
 def train(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> None:
     """Trains, unless the run is complete, exports, and prints the results."""
     folder, path = config.folder, config.folder / "run.json"
-    if config.restart and folder.exists():
-        names = (f"{folder.name}.old-{number}" for number in itertools.count(1))
-        folder.rename(next(each for each in map(folder.with_name, names) if not each.exists()))
-    if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
+    if path.is_file() and not config.restart:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            record["recipe"].items(), record["numbers"]["chosen"]["step"]
+        except infer.BAD_CONTENT as error:
+            problem = f"{path} is broken ({error!r}). Start over with --restart."
+            raise UsageError(problem) from None
         check_recipe(folder, record["recipe"], recipe)
         infer.check_adapter(folder / "adapter")
         print(f"{folder} is already trained with these values (--restart trains it again).")
@@ -995,7 +1019,7 @@ def main(config: TrainConfig) -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "10")
     config, profile = resolve(config)
     folder, recipe, sources = config.folder, config.recipe(), config.sources(profile)
-    has_files = all(Path(each).suffix in data.FILE_SUFFIXES for each in sources.values())
+    has_files = all(Path(each).suffix.lower() in data.FILE_SUFFIXES for each in sources.values())
     is_local = profile.base_model == data.SMALL_MODEL or Path(profile.base_model).is_dir()
     is_offline = is_local and has_files and not config.push_to_hub
     infer.prepare_environment(profile, offline=is_offline or None)
@@ -1006,7 +1030,13 @@ def main(config: TrainConfig) -> None:
             print(f"\n{data.format_audit(audit)}\n")
         else:
             print("The rows are not counted, because the hub cannot be reached.", file=sys.stderr)
-        print(format_plan(config, profile, audit, profile.dtype))
+        dtype = profile.dtype
+        if config.pad == "added" and dtype == "float32":  # training loads the embedding in 16 bits
+            with infer.quiet_libraries():
+                from unsloth import is_bfloat16_supported
+
+            dtype = "bfloat16" if is_bfloat16_supported() else dtype
+        print(format_plan(config, profile, audit, dtype))
         return
     if config.push_to_hub:
         check_hub(config)

@@ -142,7 +142,7 @@ def test_a_study_is_resumed_with_its_settings_only(tmp_path):
     (tmp_path / "runs" / "ablate" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "ablate" / "a" / "study.json").write_text(json.dumps({"settings": "other"}))
     ran = call_script("ablate.py", "--profile", "cpu", "--name", "a", cwd=tmp_path)
-    assert ran.returncode == 2 and "runs/ablate/a is a study with other flags, rows or probes. Choose another --name" in ran.stderr
+    assert ran.returncode == 2 and "runs/ablate/a is a study with other flags, rows or probes, or a broken one. Choose another --name" in ran.stderr
 
 
 # --- Records made by hand ----------------------------------------------------------------------------------------

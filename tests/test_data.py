@@ -302,6 +302,11 @@ BAD_RECORDS = [
         "turn 2 cannot be trained on",
     ),
     (
+        {"messages": [*chat(("u", "From 0 to 10?")), {"role": "assistant", "content": 0}]},
+        "unreadable record",
+        "the text of turn 2 is not text: 0",
+    ),
+    (
         {"messages": chat(("a", "a."), ("u", "q?"))},
         "no question with an answer",
         "no answer follows",
@@ -413,6 +418,8 @@ REFUSED_FILES = [
     ("rows.jsonl", b"[" * 100_000 + b"\n", "broken JSON"),
     ("rows.csv", b'question,answer\nq?,"a" b\nr?,c\n', "rows.csv:2: broken CSV"),
     ("rows.csv", b'question,answer\nq?,a\nr?,"b\ns?,c\n', "rows.csv:3: broken CSV"),
+    ("rows.csv", "question,answer\nq?,a\n".encode("utf-16-le"), "rows.csv: not UTF-8"),
+    ("rows.jsonl", b"\x7fELF\x02\x01\x01\x00\x00", "rows.jsonl: not UTF-8"),
     ("rows.csv", b"question,answer\n\xe9,a\n", "rows.csv:2: not UTF-8"),
     ("rows.csv", b"question,answer\rq?,a\nr?,b\r", "rows.csv:1: broken CSV"),
     ("rows.csv", b"question\rx,answer\nq?,a\n", "rows.csv:1: broken CSV"),
@@ -433,7 +440,6 @@ def test_a_file_that_is_corrupt_as_a_whole_is_rejected(tmp_path, name, content, 
 LOST_FILES = [
     ("rows.jsonl", GOOD_LINE + b'{"question": \n{"a"\n', "2 of 3 rows would be dropped"),
     ("rows.jsonl", b"\x7fELF\x02\x01\x01", "unreadable record: 1 rows, such as"),
-    ("rows.csv", "question,answer\nq?,a\n".encode("utf-16-le"), "unknown columns: 2"),
     ("rows.json", b'{\n "question": "q"\n}', "unreadable record: 3 rows"),
     ("rows.jsonl", b'{"question": ' + b"1" * 5000 + b"}", "broken JSON"),
     ("rows.json", b'{"question": "q"}', "expected a question and an answer, found question"),

@@ -142,6 +142,9 @@ def test_columns_of_a_question_are_chosen_as_in_training(tmp_path):
     read = infer.read_questions(str(write_rows(tmp_path / "q.jsonl", rows)))
     assert [row.question for row in read] == ["Say.\n\none", "two?", "three?"]
     assert [row.columns for row in read] == rows
+    rows = [{"instruction": "If you are a doctor, answer.", "input": f"{n}?"} for n in range(3)]
+    read = infer.read_questions(str(write_rows(tmp_path / "q.jsonl", rows)))
+    assert [row.question for row in read] == ["0?", "1?", "2?"]
 
 
 def test_rows_that_cannot_be_asked_keep_their_place_and_their_reason(tmp_path):
@@ -149,7 +152,8 @@ def test_rows_that_cannot_be_asked_keep_their_place_and_their_reason(tmp_path):
     path.write_text(path.read_text() + "broken\n")
     rows = infer.read_questions(str(path))
     assert [not row.problem for row in rows] == [True, *[False] * 5]
-    assert all("Expected text in a column question" in row.problem for row in rows[1:])
+    assert all("Expected text in a column question" in row.problem for row in rows[1:4])
+    assert rows[4].problem == "It is not a JSON object: 3" and "object: broken JSON" in rows[5].problem
     assert [row.columns for row in rows[1:4]] == [{"question": "", "id": 7}, {"question": None}, {"id": 1}]
     assert rows[4].columns == {"record": "3"} and "broken JSON" in rows[5].columns["record"]
 
@@ -163,13 +167,22 @@ def test_rows_that_cannot_be_asked_keep_their_place_and_their_reason(tmp_path):
         ("q.csv", b"id\n1\n", "q.csv:2: The question is empty"),
         ("q.jsonl", b'{"question": ""}', "q.jsonl:1: The question is empty"),
         ("q.jsonl", b"[]", "contains no questions"),
-        ("q.jsonl", b"{", "q.jsonl:1: The question is empty"),
+        ("q.jsonl", b"{", "q.jsonl:1: It is not a JSON object: broken JSON"),
     ],
 )
 def test_other_question_files_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(data.UsageError, match=message):
         infer.read_questions(str(tmp_path / name))
+
+
+def test_a_file_of_one_line_that_is_not_ours_is_kept(tmp_path):
+    """It was taken for an incomplete answer, and emptied."""
+    path = tmp_path / "config.json"
+    path.write_text('{"my": "config"}')
+    with pytest.raises(data.UsageError, match=r"config.json:1 is not an answer to row 1"):
+        infer.read_answered(path, ASKED, {})
+    assert path.read_text() == '{"my": "config"}'
 
 
 ASKED = [infer.QuestionRow(f"q:{n}", {}, question) for n, question in enumerate(("q?", "", "r?"), 1)]

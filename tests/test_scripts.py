@@ -125,6 +125,7 @@ REFUSED = {
         ["train.py", "--profile", "cpu", "--push-to-hub", "me/adapter"],
         "needs the network and a token",
     ),
+    "empty name": (["train.py", "--name", ""], "--name '': expected up to 100 letters"),
     "name": (["train.py", "--name", "../elsewhere"], "letters, digits"),
     "long name": (["train.py", "--name", LONG], "up to 100 letters"),
     "output into a file": (["train.py", "--profile", "cpu", "--output-dir", "q.txt"], "q.txt"),
@@ -176,7 +177,7 @@ REFUSED = {
         ["train.py", "--profile", "cpu", "--base-model", "none"],
         "none: its config.json could not be read",
     ),
-    "base model without sizes": (["data.py", "--profile", "cpu", "--base-model", "sizes"], "its config.json has no 'num_hidden_layers'"),
+    "base model without sizes": (["data.py", "--profile", "cpu", "--base-model", "sizes"], "its config.json has no valid sizes (KeyError('num_hidden_layers'))"),
     # ablate.py
     "no records": (["ablate.py", "--table"], "study.json does not exist. Run the study first"),
     "study name": (["ablate.py", "--name", "a/b"], "letters, digits"),
@@ -288,6 +289,12 @@ def test_the_t4_run_is_planned_anywhere_without_a_network(tmp_path):
     assert values["base model"] == "3,212,749,824 parameters, 2.24 GB in 4-bit NF4"
     assert values["measured"].startswith("on one H100: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_of_the_hub_are_not_counted_offline(tmp_path):
+    ran = call_script("train.py", "--profile", "cpu", "--rows", "owner/name", "--dry-run", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"(?m)^rows +not counted$", ran.stdout) and "adapter file" in ran.stdout
 
 
 def test_the_cpu_run_is_planned_from_its_rows(tmp_path):

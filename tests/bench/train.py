@@ -126,7 +126,7 @@ def make_kit_trainer(recipe, count, folder):
             model.set_attn_implementation("eager")
         args = train.make_sft_config(recipe, profile, recipe.count_steps(count)[1])
         args.save_strategy, args.metric_for_best_model = "no", None
-        trainer = train.make_trainer(model, tokenizer, args, train.order_rows(rows[0], recipe.seed), rows[1])
+        trainer = train.make_trainer(model, tokenizer, args, *rows)
     return trainer, *rows
 
 
