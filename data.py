@@ -1244,7 +1244,7 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
     # Without markup, which rich would find in the user's rows.
     console = Console(width=width, markup=False, emoji=False, highlight=False, color_system=None)
     with console.capture() as captured:
-        console.print(counts, "", rules, "", sep="\n")
+        console.print(counts, "", *[rules, ""] * bool(rules.row_count), sep="\n")
     lines = [line.rstrip() for line in captured.get().splitlines()]
     for name, value in audit.items():
         if isinstance(value, dict):

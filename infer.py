@@ -1768,10 +1768,12 @@ def main(config: InferConfig) -> int:
     else:
         adapter = check_adapter(find_adapter(config.adapter), config.profile, config.base_model)
         profile, decoding = adapter.profile, adapter.record.decoding or decoding
-    decoding = config.change_decoding(DECODINGS[config.decoding] if config.decoding else decoding)
-    preset = next((name for name, each in DECODINGS.items() if each == decoding), decoding)
+    given = DECODINGS[config.decoding] if config.decoding else decoding
+    decoding = config.change_decoding(given)
+    preset = next((name for name, each in DECODINGS.items() if each == given), given)
+    changes = [f" {n}={v}" for n, v in vars(decoding).items() if v != getattr(given, n)]
     folder = adapter.folder if adapter else "no adapter"
-    report(f"{profile.base_model} with {folder}, decoding {preset}")
+    report(f"{profile.base_model} with {folder}, decoding {preset}{''.join(changes)}")
     prepare_environment(profile)
     loaded = load_for_inference(profile, adapter, config.system_prompt)
     loaded.probes = read_probes(config.probes)
