@@ -931,16 +931,20 @@ def check_hub(config: TrainConfig) -> None:
 def export(config: TrainConfig, profile: Profile, system_prompt: str) -> None:
     """Merges, converts and uploads the adapter as the flags say."""
     adapter, merged, gguf = (config.folder / name for name in ("adapter", "merged", "gguf"))
+    part = config.folder / ".merged.part"
+    shutil.rmtree(part, ignore_errors=True)
     if config.merge or config.gguf:
         model, tokenizer = infer.load_base(profile, dtype=profile.dtype)
-        with infer.quiet_libraries(), data.writing(merged):
+        with infer.quiet_libraries(), data.writing(merged, part):
             if config.pad == "added":
                 infer.add_pad_token(model, tokenizer)
             model = add_lora(model, config, profile)
             model.load_adapter(adapter, "default")
             if config.merge:
-                model.save_pretrained_merged(str(merged), tokenizer, save_method="merged_16bit")
-                data.write_atomic(merged / "Modelfile", make_modelfile(tokenizer, system_prompt))
+                model.save_pretrained_merged(str(part), tokenizer, save_method="merged_16bit")
+                data.write_atomic(part / "Modelfile", make_modelfile(tokenizer, system_prompt))
+                shutil.rmtree(merged, ignore_errors=True)
+                part.rename(merged)
             if config.gguf:
                 model.save_pretrained_gguf(str(gguf), tokenizer, quantization_method=config.gguf)
         print(f"exported  to {config.folder}")
