@@ -1317,11 +1317,8 @@ def prepare_reference(profile: Profile) -> None:
     command = [sys.executable, str(Path(__file__).resolve()), "--judge", "-"]
     command += ["--profile", profile.name, "--base-model", base_model]
     own_answer = json.dumps({"question": "What is croup?", "text": "...", "model": base_model})
-    # It is not one of the processes that train, and Ctrl-C does not reach its session: it is killed
-    # if this process is stopped.
+    # Ctrl-C does not reach its session: it is killed if this process is stopped.
     settings: dict[str, Any] = {"capture_output": True, "text": True, "start_new_session": True}
-    others = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    settings["env"] = {name: each for name, each in os.environ.items() if name not in others}
     ran = subprocess.run(command, input=own_answer, **settings)
     if ran.returncode:
         raise UsageError(f"The base model could not answer:\n{ran.stderr.strip()[-2000:]}")
