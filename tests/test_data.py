@@ -210,10 +210,10 @@ def test_columns_with_other_names_are_named_by_flags(tmp_path):
     records = [{"Q": ASK, "icliniq": TELL, "chatgpt": "x", "question": "not this one"}]
     flags = {"question_column": "q", "answer_column": "ICLINIQ"}
     rows, report = load(tmp_path / "rows.jsonl", records, **flags)
-    assert rows[0].messages == STORY and report.formats == {"q/icliniq": {"rows": 1, "answers": 1}}
+    assert rows[0].messages == STORY and report.formats == {"q/icliniq": 1}
     assert report.unused_columns == {"chatgpt", "question"}
-    with pytest.raises(UsageError, match=r"unknown columns(.|\n)*--question-column"):
-        data.check_losses(load(tmp_path / "rows.jsonl", records)[1])
+    with pytest.raises(UsageError, match=r"unreadable record(.|\n)*found Q, icliniq(.|\n)*--question-column"):
+        load(tmp_path / "rows.jsonl", records)[1].check_losses()
 
 
 def test_an_instruction_that_is_the_same_everywhere_becomes_the_system_prompt(tmp_path):
@@ -243,9 +243,9 @@ def test_a_system_prompt_for_all_rows_replaces_their_own(tmp_path):
 BAD_RECORDS = [
     (None, "unreadable record", "None instead"),
     (["q", "a"], "unreadable record", "['q', 'a'] instead"),
-    ({}, "unknown columns", "found none"),
-    ({"text": "x"}, "unknown columns", "found text"),
-    ({"question": "q?"}, "unknown columns", "found question"),
+    ({}, "unreadable record", "found none"),
+    ({"text": "x"}, "unreadable record", "found text"),
+    ({"question": "q?"}, "unreadable record", "found question"),
     ({"question": "q?", "answer": None}, "no question with an answer", "no answer follows"),
     (
         {"question": "q?", "answer": "None "},
@@ -258,10 +258,10 @@ BAD_RECORDS = [
         "no question with an answer",
         "no answer follows",
     ),
-    ({"question": 1, "answer": "a"}, "unreadable record", "the question is not text: 1"),
+    ({"question": 1, "answer": "a"}, "unreadable record", "turn 1 cannot be trained on: {'role': 'user', 'content': 1}"),
     ({"question": ["q"], "answer": "a"}, "unreadable record", "turn 1 cannot be trained on: 'q'"),
-    ({"question": "q?", "answer": "half \ud83d"}, "unreadable record", "the answer is not text"),
-    ({"messages": "hello"}, "unreadable record", "turn 1 cannot be trained on: 'hello'"),
+    ({"question": "q?", "answer": "half \ud83d"}, "unreadable record", "turn 2 cannot be trained on: {'role': 'assistant', 'content': 'half \\ud83d'}"),
+    ({"messages": "hello"}, "unreadable record", "turn 1 cannot be trained on: {'role': 'chat', 'content': 'hello'}"),
     ({"messages": None}, "no question with an answer", "the question is empty"),
     ({"messages": []}, "no question with an answer", "the question is empty"),
     ({"messages": chat(("u", "q?"))}, "no question with an answer", "no answer follows"),
@@ -279,12 +279,12 @@ BAD_RECORDS = [
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "unreadable record",
-        "the text of turn 1 is not text: {'type': 'image_url'}",
+        "turn 1 cannot be trained on",
     ),
     (
         {"messages": [{"role": "user", "content": [{"image": "x.png"}, {"text": "What is it?"}]}]},
         "unreadable record",
-        "the text of turn 1 is not text: {'image': 'x.png'}",
+        "turn 1 cannot be trained on",
     ),
     (
         {"messages": [{"role": "user", "text": "q?"}]},
@@ -294,7 +294,7 @@ BAD_RECORDS = [
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}]},
         "unreadable record",
-        "the text of turn 1 is not text: {'type': 'image', 'text': None}",
+        "turn 1 cannot be trained on",
     ),
     (
         {"messages": [*chat(("u", "q?")), {"role": "assistant", "content": "a", "weight": 0}]},
@@ -304,14 +304,14 @@ BAD_RECORDS = [
     (
         {"messages": [*chat(("u", "From 0 to 10?")), {"role": "assistant", "content": 0}]},
         "unreadable record",
-        "the text of turn 2 is not text: 0",
+        "turn 2 cannot be trained on: {'role': 'assistant', 'content': 0}",
     ),
     (
         {"messages": chat(("a", "a."), ("u", "q?"))},
         "no question with an answer",
         "no answer follows",
     ),
-    ({"question": "q?", "answer": "a", "Answer": "b"}, "unknown columns", "differ only in case"),
+    ({"question": "q?", "answer": "a", "Answer": "b"}, "unreadable record", "differ only in case"),
 ]
 
 
@@ -322,7 +322,7 @@ def test_a_bad_record_is_dropped_and_reported_with_its_line(tmp_path, record, ru
     assert len(rows) == 2 and list(report.rules) == [rule]
     [place], [text] = report.rules[rule]["places"], report.rules[rule]["examples"]
     assert place.endswith("rows.jsonl:2") and reason in text
-    data.check_losses(report)
+    report.check_losses()
 
 
 # --- Files
@@ -388,10 +388,10 @@ def test_columns_and_fields_of_a_turn_that_are_not_used_are_named(tmp_path):
     turns = chat(("u", ASK), ("a", TELL))
     turns[1] |= {"reasoning_content": "Hm.", "tool_calls": [], "name": None}
     _, report = load(tmp_path / "rows.jsonl", [{"messages": turns, "system": None, "id": 1}])
-    assert report.unused_columns == {"messages.reasoning_content", "id"}
+    assert report.unused_columns == {"reasoning_content of a turn", "id"}
     record = {"prompt": turns[:1], "completion": turns[1:]}
     _, report = load(tmp_path / "rows.jsonl", [record])
-    assert report.unused_columns == {"completion.reasoning_content"}
+    assert report.unused_columns == {"reasoning_content of a turn"}
 
 
 def test_a_parquet_file_that_python_cannot_represent_is_one_message(tmp_path):
@@ -525,10 +525,12 @@ def test_no_row_of_a_case_is_lost(name, num_rows, num_answers, rules, entry):
 
 
 @needs_cases
-def test_the_system_prompt_of_a_case_is_trained_and_asked_under(small_tokenizer):
-    mix = data.RowsConfig(rows=str(CASES / "multi_turn.jsonl")).load(data.PROFILES["cpu"])
+def test_the_system_prompt_of_a_case_is_trained_and_asked_under(capsys):
+    config = data.DataConfig(profile="cpu", rows=str(CASES / "multi_turn.jsonl"), show=1)
+    mix = config.load(data.PROFILES["cpu"])
     assert mix.system_prompt.startswith("You are the telephone service of an animal clinic.")
-    shown = data.show_rows(mix.train[:1], small_tokenizer)
+    data.main(config)
+    shown = capsys.readouterr().out.split("pad token: ")[1]
     assert shown.count("[[") == 2 and mix.system_prompt in shown
 
 
@@ -1475,11 +1477,13 @@ def test_special_tokens_come_from_the_chat_template(template, tokens, special, m
 # --- The shared helpers
 
 
-def test_the_cache_needs_no_home_directory(monkeypatch, tmp_path):
-    monkeypatch.setattr(data.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+def test_the_cache_is_where_the_hub_client_has_its_own(monkeypatch, tmp_path):
     for name in ("HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UsageError, match="Set HF_HOME"):
-        data.cache_home()
+    name = "llama-medical-answers"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert data.cache_home() == tmp_path / "home" / ".cache" / "huggingface" / name
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert data.cache_home() == tmp_path / "cache" / "huggingface" / name
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert data.cache_home() == tmp_path / "llama-medical-answers"
+    assert data.cache_home() == tmp_path / name

@@ -74,7 +74,7 @@ def test_any_bytes_as_a_file_of_rows(tmp_path, suffix, content):
     with read_or_refused():
         rows, report = data.load_source("rows", str(path), data.RowsFlags())
         assert len(rows) + sum(report.dropped.values()) == report.num_read > 0
-        data.check_losses(report)
+        report.check_losses()
 
 
 ROW_NAMES = ("question", "answer", "instruction", "input", "output", "messages", "conversations", "system")
@@ -94,7 +94,7 @@ def test_any_json_as_rows(tmp_path, records):
             for row in rows:
                 # Text that can be written again.
                 assert "".join(text for _, text in row.messages).encode() and row.key
-            data.check_losses(report)
+            report.check_losses()
 
 
 @EXAMPLES
