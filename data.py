@@ -1232,7 +1232,7 @@ class RowsConfig(RowsFlags):
     # Conversational : encyclopedic rows: 1 : 0, 8000 : 4000, or 8500 : 1500.
     mix: MixName = "rebalanced"
     num_rows: int | None = None  # Maximum number of training rows, in the mix's ratio.
-    seed: int = 3407  # Of the draw and, in training, of the rows' order and the initial weights.
+    seed: int = 3407  # Seed of the draw, of the rows' order, and of the initial weights.
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -1264,18 +1264,18 @@ class RowsConfig(RowsFlags):
 
     def load(self, profile: Profile) -> Mix:
         """Reads the sources, cleans them and draws the mix."""
-        rows: list[Row] = []
+        cleaned: list[Row] = []
         reports: dict[SourceName, Report] = {}
         for name, source in self.sources(profile).items():
             read, reports[name] = load_source(name, source, self, getattr(self, name) is None)
-            rows += clean_rows(read, reports[name])
+            cleaned += clean_rows(read, reports[name])
         questions = []
         for place, record in read_records(self.probes or str(PROBES)):
             question = record.get("question") if isinstance(record, dict) else None
             if not isinstance(question, str) or not question.strip():
                 raise UsageError(f"{place}: not a probe. Expected `question`: samples/README.md.")
             questions.append(question)
-        rows = drop_repeats(rows, questions, reports)
+        rows = drop_repeats(cleaned, questions, reports)
         for report in reports.values():
             report.check_losses()
         return draw_mix(rows, self.wanted, self.seed, reports)

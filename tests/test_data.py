@@ -212,7 +212,9 @@ def test_columns_with_other_names_are_named_by_flags(tmp_path):
     rows, report = load(tmp_path / "rows.jsonl", records, **flags)
     assert rows[0].messages == STORY and report.formats == {"q/icliniq": 1}
     assert report.unused_columns == {"chatgpt", "question"}
-    with pytest.raises(UsageError, match=r"unreadable record(.|\n)*found Q, icliniq(.|\n)*--question-column"):
+    with pytest.raises(
+        UsageError, match=r"unreadable record(.|\n)*found Q, icliniq(.|\n)*--question-column"
+    ):
         load(tmp_path / "rows.jsonl", records)[1].check_losses()
 
 
@@ -258,10 +260,22 @@ BAD_RECORDS = [
         "no question with an answer",
         "no answer follows",
     ),
-    ({"question": 1, "answer": "a"}, "unreadable record", "turn 1 cannot be trained on: {'role': 'user', 'content': 1}"),
+    (
+        {"question": 1, "answer": "a"},
+        "unreadable record",
+        "turn 1 cannot be trained on: {'role': 'user', 'content': 1}",
+    ),
     ({"question": ["q"], "answer": "a"}, "unreadable record", "turn 1 cannot be trained on: 'q'"),
-    ({"question": "q?", "answer": "half \ud83d"}, "unreadable record", "turn 2 cannot be trained on: {'role': 'assistant', 'content': 'half \\ud83d'}"),
-    ({"messages": "hello"}, "unreadable record", "turn 1 cannot be trained on: {'role': 'chat', 'content': 'hello'}"),
+    (
+        {"question": "q?", "answer": "half \ud83d"},
+        "unreadable record",
+        "turn 2 cannot be trained on: {'role': 'assistant', 'content': 'half \\ud83d'}",
+    ),
+    (
+        {"messages": "hello"},
+        "unreadable record",
+        "turn 1 cannot be trained on: {'role': 'chat', 'content': 'hello'}",
+    ),
     ({"messages": None}, "no question with an answer", "the question is empty"),
     ({"messages": []}, "no question with an answer", "the question is empty"),
     ({"messages": chat(("u", "q?"))}, "no question with an answer", "no answer follows"),
@@ -1472,6 +1486,17 @@ def test_special_tokens_come_from_the_chat_template(template, tokens, special, m
     data.set_special_tokens(tokenizer, "some/model")
     assert (tokenizer.eos_token, tokenizer.pad_token) == special
     assert tokenizer.eos_token_id == data.end_of_turn_id(tokenizer) != tokenizer.pad_token_id
+
+
+# --- The command line
+
+
+@pytest.mark.parametrize("script", ["data.py", "train.py", "ablate.py"])
+def test_every_flag_of_the_rows_has_its_help(script, tmp_path):
+    """The help is the comment at a field, which tyro has to find, also in a class that inherits."""
+    shown = re.sub(r"[│\s]+", " ", call_script(script, "--help", cwd=tmp_path).stdout)
+    assert "--rows {None}|STR Your own rows" in shown
+    assert not re.findall(r"--[a-z-]+(?: [^ ]+)? \(default", shown)
 
 
 # --- The shared helpers
