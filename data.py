@@ -95,7 +95,6 @@ SMALL_MODEL, SMALL_MODEL_HUB_ID = "smollm2-135m-instruct", "HuggingFaceTB/SmolLM
 # Existing tokens that pad; an added one would enlarge the embedding, and so adapters.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>", "<unk>")
 GIB = 2**30
-DEVICES = Path("/dev")
 
 
 # --- Profiles ------------------------------------------------------------------------------------
@@ -238,7 +237,7 @@ class Report:
     source: str
     cleaning: str = "none"  # rules that apply: chatdoctor, wikidoc, other or none
     num_read: int = 0
-    formats: Counter[str] = field(default_factory=Counter)  # rows of each
+    formats: dict[str, Counter[str]] = field(default_factory=dict)  # format: rows and answers
     unused_columns: set[str] = field(default_factory=set)
     rules: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each did, see `log`
 
@@ -308,8 +307,9 @@ CONTROLS = re.compile(
 
 
 @contextlib.contextmanager
-def writing(path: Path, part: Path | None = None) -> Iterator[None]:
-    """Raises UsageError if `path` cannot be written; on failure, removes the temporary `part`."""
+def writing(path: Path | None = None, part: Path | None = None) -> Iterator[None]:
+    """Raises UsageError if `path`, by default the error's, cannot be written; on failure, removes
+    the temporary `part`."""
     try:
         yield
     except BaseException as error:
@@ -321,7 +321,8 @@ def writing(path: Path, part: Path | None = None) -> Iterator[None]:
         number = getattr(error, "errno", None)  # errors of the network have none
         if is_other or not (number or _WRITE_ERROR.search(str(error))):
             raise
-        problem = f"{path} could not be written ({first_line(error)}). Earlier content is kept"
+        name = path or getattr(error, "filename", None) or "stdout"
+        problem = f"{name} could not be written ({first_line(error)}). Earlier content is kept"
         advice = "Free disk space, or fix the permissions, and rerun."
         raise UsageError(f"{problem}. {advice}") from error
 
@@ -622,7 +623,7 @@ def load_source(
             report.log("no question with an answer", place, str(error), "dropped")
             continue
         rows.append(Row(messages, name, place))
-        report.formats[form] += 1
+        report.formats.setdefault(form, Counter()).update(rows=1, answers=len(messages) // 2)
         for rule, text in log.items():
             report.log(rule, place, text)
     return rows, report
@@ -950,10 +951,12 @@ def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH
                 reports[row.source].log(rule, row.place, text, action)
     for report in reports.values():
         report.check_losses()
-    num_drawn, num_left = len(mix.train + mix.eval), sum(map(len, splits))
-    if not all(splits) or 2 * num_left < num_drawn:
-        problem = f"{num_left:,} of {num_drawn:,} rows have at most {max_seq_length:,} tokens"
-        raise UsageError(f"Only {problem}, too few to train and evaluate. Give shorter rows.")
+    for name in reports:
+        num_drawn = sum(row.source == name for row in (*mix.train, *mix.eval))
+        num_left = sum(row.source == name for rows in splits for row in rows)
+        if not all(splits) or 2 * num_left < num_drawn:
+            problem = f"{num_left:,} of {num_drawn:,} {name} have at most {max_seq_length:,} tokens"
+            raise UsageError(f"Only {problem}, too few to train and evaluate. Give shorter rows.")
     return Mix(*splits, mix.not_drawn, reports)
 
 
@@ -967,9 +970,12 @@ def prompt_fingerprint(tokenizer: Tokenizer, system_prompt: str = SYSTEM_PROMPT)
 
 def cache_home() -> Path:
     """The kit's folder in the hub client's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
-    return home.expanduser() / "llama-medical-answers"
+    given, cache = os.environ.get("HF_HOME"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        folder = Path(given or Path(cache or Path.home() / ".cache", "huggingface")).expanduser()
+    except RuntimeError:
+        raise UsageError("There is no home directory. Set HF_HOME to a cache folder.") from None
+    return folder / "llama-medical-answers"
 
 
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
@@ -1110,9 +1116,14 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
         import torch
 
         choice = "t4" if torch.cuda.is_available() else "cpu"
-        if choice == "cpu" and any(DEVICES.glob("nvidia[0-9]*")):
-            problem = f"torch cannot use the GPU: it needs a driver for CUDA {torch.version.cuda}"
-            raise UsageError(f"{problem}. Update it, see docs/t4.md, or use --profile cpu.")
+        if choice == "cpu" and shutil.which("nvidia-smi"):
+            command = ["nvidia-smi", "-L"]
+            listed = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+            if listed.startswith("GPU "):
+                raise UsageError(
+                    f"torch cannot use {listed.partition(' (UUID')[0]}: it needs a driver for CUDA "
+                    f"{torch.version.cuda}. Update it, see docs/t4.md, or use --profile cpu."
+                )
     profile = PROFILES[choice]
     if base_model in (None, profile.base_model, profile.hub_id):
         return profile
@@ -1146,7 +1157,10 @@ def audit_mix(mix: Mix, tokenizer: Tokenizer) -> dict[str, Any]:
         name: {
             "source": report.source,
             "cleaning": report.cleaning,
-            "formats": "; ".join(f"{form}: {n:,} rows" for form, n in report.formats.items()),
+            "formats": "; ".join(
+                f"{form}: {found['rows']:,} rows, {found['answers']:,} answers"
+                for form, found in report.formats.items()
+            ),
             "unused_columns": ", ".join(sorted(report.unused_columns)),
             "read": report.num_read,
             "dropped": sum(report.dropped.values()),
@@ -1177,28 +1191,34 @@ def audit_mix(mix: Mix, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
     """The audit as plain text; with `examples`, also texts that each rule acted on."""
+    from rich.console import Console
+    from rich.table import Table
+
     sources = audit["sources"]
-    lines = [" " * 21 + "".join(f"{name:<38} " for name in sources)]
-    for key in next(iter(sources.values())):
-        if key != "rules":
-            values = [Path(of[key]).name if key == "source" else of[key] for of in sources.values()]
-            lines.append(f"{key.replace('_', ' '):<21}" + "".join(f"{v!s:<38} " for v in values))
-    if any(of["rules"] for of in sources.values()):
-        lines += ["", f"{'source':<17}{'action':<11}{'rows':<7}{'rule':<51}line"]
+    counts = Table("", *sources, box=None, padding=(0, 3, 0, 0))
+    rules = Table("source", "action", "rows", "rule", "line", box=None, padding=(0, 3, 0, 0))
+    for key in [key for key in next(iter(sources.values())) if key != "rules"]:
+        shown = [Path(of[key]).name if key == "source" else str(of[key]) for of in sources.values()]
+        counts.add_row(key.replace("_", " "), *shown)
     for name, of in sources.items():
         for rule, each in of["rules"].items():
             places = [place.removeprefix(of["source"]).lstrip(":, ") for place in each["places"]]
             places.sort(key=lambda place: (len(place), place))
             where = ", ".join(places[:MAX_PLACES]) + ", ..." * (len(places) > MAX_PLACES)
-            lines.append(f"{name:<17}{each['action']:<11}{each['rows']:<7}{rule:<51}{where}")
-            if examples:
-                lines += [f"    {' '.join(text.split()):.200}" for text in each["examples"]]
-    lines.append("")
+            rules.add_row(name, each["action"], str(each["rows"]), rule, where)
+            for text in each["examples"] if examples else ():
+                rules.add_row("", "", "", f"  {' '.join(text.split()):.200}", "")
+    width = max(80, shutil.get_terminal_size((100, 24)).columns)
+    # Without markup, which rich would find in the user's rows.
+    console = Console(width=width, markup=False, emoji=False, highlight=False, color_system=None)
+    with console.capture() as captured:
+        console.print(counts, "", *[rules, ""] * bool(rules.row_count), sep="\n")
+    lines = [line.rstrip() for line in captured.get().splitlines()]
     for name, value in audit.items():
         if isinstance(value, dict):
             value = ", ".join(f"{quantile} {length}" for quantile, length in value.items())
         lines += [f"{name.replace('_', ' ')}: {value}"] * (name != "sources")
-    return escape_controls("\n".join(line.rstrip() for line in lines))
+    return escape_controls("\n".join(lines))
 
 
 # --- Command -------------------------------------------------------------------------------------
@@ -1327,11 +1347,12 @@ def run_command(
         sys.stdout.reconfigure(errors="backslashreplace")
     code, message = None, ""
     try:
-        with writing(Path("output")):
+        with writing():
             try:
                 code = run(tyro.cli(config_type, description=description))
-            finally:  # also after the help
-                sys.stdout.flush()
+            except SystemExit as ended:  # tyro has printed the help, or what is wrong with a flag
+                code = ended.code
+            sys.stdout.flush()
     except KeyboardInterrupt as interrupted:
         code = 128 + getattr(interrupted, "number", signal.SIGINT)
         message = f"\n{str(interrupted) or 'Interrupted. Run the same command again.'}"

@@ -300,7 +300,7 @@ def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(
     record = json.loads((run / "run.json").read_text())
     assert record["system_prompt"] == system and record["recipe"]["mix"] == "rows"
     assert (record["numbers"]["train_rows"], record["numbers"]["eval_rows"]) == (18, 2)
-    assert re.search(r"(?m)^formats +messages: 20 rows$", trained.stdout)
+    assert re.search(r"(?m)^formats +messages: 20 rows, 40 answers$", trained.stdout)
     assert re.search(r"(?m)^read +21\ndropped +1\nheld out +2\n", trained.stdout)
     samples = read_lines(run / "samples" / "1.jsonl")
     assert [each["question"] for each in samples] == [probe["question"] for probe in probes]

@@ -210,7 +210,7 @@ def test_columns_with_other_names_are_named_by_flags(tmp_path):
     records = [{"Q": ASK, "icliniq": TELL, "chatgpt": "x", "question": "not this one"}]
     flags = {"question_column": "q", "answer_column": "ICLINIQ"}
     rows, report = load(tmp_path / "rows.jsonl", records, **flags)
-    assert rows[0].messages == STORY and report.formats == {"q/icliniq": 1}
+    assert rows[0].messages == STORY and report.formats == {"q/icliniq": {"rows": 1, "answers": 1}}
     assert report.unused_columns == {"chatgpt", "question"}
     with pytest.raises(
         UsageError, match=r"unreadable record(.|\n)*found Q, icliniq(.|\n)*--question-column"
@@ -1512,3 +1512,13 @@ def test_the_cache_is_where_the_hub_client_has_its_own(monkeypatch, tmp_path):
     assert data.cache_home() == tmp_path / "cache" / "huggingface" / name
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert data.cache_home() == tmp_path / name
+
+
+def test_the_cache_needs_no_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setattr(data.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    for name in ("HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match="Set HF_HOME"):
+        data.cache_home()
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert data.cache_home() == tmp_path / "llama-medical-answers"

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import signal
 import subprocess
@@ -258,16 +259,16 @@ def test_ctrl_c_before_a_script_handles_signals_says_what_to_do(capfd, monkeypat
     assert capfd.readouterr().err == "\nInterrupted. Run the same command again.\n"
 
 
-def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_way_out(tmp_path, monkeypatch):
-    """The driver has a device that torch does not see."""
-    (tmp_path / "nvidiactl").touch()
-    monkeypatch.setattr(data, "DEVICES", tmp_path)
-    assert call_script("train.py", "--dry-run", cwd=tmp_path).returncode == 0
-    (tmp_path / "nvidia0").touch()
-    refused = call_script("train.py", "--dry-run", cwd=tmp_path)
+def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_way_out(tmp_path):
+    """A fake `nvidia-smi` reports a T4 that torch does not see."""
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text("#!/bin/sh\necho 'GPU 0: Tesla T4 (UUID: GPU-0)'\n")
+    nvidia_smi.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    refused = call_script("train.py", "--dry-run", cwd=tmp_path, env=path)
     assert refused.returncode == 2
-    assert "--profile cpu" in refused.stderr and "driver" in refused.stderr
-    meant = call_script("train.py", "--dry-run", "--profile", "cpu", cwd=tmp_path)
+    assert "GPU 0: Tesla T4" in refused.stderr and "--profile cpu" in refused.stderr and "driver" in refused.stderr
+    meant = call_script("train.py", "--dry-run", "--profile", "cpu", cwd=tmp_path, env=path)
     assert meant.returncode == 0
 
 
