@@ -311,21 +311,17 @@ def test_other_uses_of_judge_are_refused(arguments, message):
 
 
 @pytest.mark.slow
-def test_the_base_model_reads_what_it_wrote_and_compares_what_it_did_not(tmp_path, small_model):
+def test_the_base_model_reads_what_it_wrote_and_not_what_others_wrote(tmp_path, small_model):
     words = "bed coughing winter the until mouth which fever people drop week tired muscle old child ache water vaccine lung".split()
     salad = " ".join(random.Random(0).choices(words, k=30)).capitalize() + "."
     plain = infer.answer_requests(small_model, [infer.Request("What is croup?", infer.Decoding(max_new_tokens=40))])[0].text
     own = [{"question": "What is croup?", "text": text, "model": data.SMALL_MODEL} for text in (plain, salad)]
-    rows = [json.loads(line) for line in (ROOT / "samples" / "conversational.jsonl").open(encoding="utf-8")][:24]
-    others = [{"question": row["input"], "text": row["output"]} for row in rows]
-    others.append({"question": "What is croup?", "text": salad})
-    for rows, expected in ((own, [True, False]), (others, [True] * 24 + [False]), (others[-3:], [True] * 3)):
-        path = tmp_path / "a.jsonl"
-        path.write_text("".join(json.dumps(row | {"finish_reason": "length"}) + "\n" for row in rows))
-        process = run_judge(str(path), "--profile", "cpu")
-        judged = [json.loads(line) for line in process.stdout.splitlines()]
-        assert process.returncode == 0 and [each["sound"] for each in judged] == expected, process.stderr
-    assert "3 answers of unknown models are too few" in process.stderr
+    others = [own[1] | {"model": name} for name in ("another/model", None)]
+    path = write_rows(tmp_path / "a.jsonl", [row | {"finish_reason": "length"} for row in (*own, *others)])
+    process = run_judge(str(path), "--profile", "cpu")
+    judged = [json.loads(line) for line in process.stdout.splitlines()]
+    assert process.returncode == 0 and [each["sound"] for each in judged] == [True, False, True, True], process.stderr
+    assert "sound 3 of 4; surprisal 1; 2 of other models, judged by text alone" in process.stderr
 
 
 # --- Facts
@@ -353,7 +349,7 @@ def test_a_beta_blocker_alone_first_is_a_wrong_claim():
         probe,
     )
     assert right.wrong == () and len(right.named) == 4
-    assert str(right) == f"points 4/{len(probe.points)}, wrong claims 0"
+    assert len(right.missing) == len(probe.points) - 4
 
 
 def test_a_heart_attack_has_no_sore_throat_and_may_say_so():
