@@ -226,10 +226,9 @@ class JudgedAnswer:
 
 # Markdown, which is replaced by as many spaces, so that spans of the text stay valid.
 _MARKDOWN = re.compile(
-    r"^[ \t]*(?:```|~~~).*$|^[ \t]*(?:[-*_=][ \t]*){3,}$|^[ \t]*(?:#{1,6}|>)[ \t]+"
+    r"(?m)^[ \t]*(?:```|~~~).*$|^[ \t]*(?:[-*_=][ \t]*){3,}$|^[ \t]*(?:#{1,6}|>)[ \t]+"
     r"|^[ \t]*(?:[-*+\u2022]|\d{1,3}[.)])[ \t]+|\*{1,3}|__|`+|\|"
-    r"|!?\[(?=[^\]\n]{0,300}\]\()|\]\([^)\n]{0,300}\)",
-    re.M,
+    r"|!?\[(?=[^\]\n]{0,300}\]\()|\]\([^)\n]{0,300}\)"
 )
 _NUMBER_OR_WORD = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 # An answer whose stop token follows one of these stops mid-sentence.
@@ -319,37 +318,31 @@ def measure_list(text: str, question: str = "", short: int = 5) -> Measure:
 # Tokens of chat templates and the role names that remain without them, text in a wrong encoding,
 # and symbols in a row.
 _LEAK = re.compile(
-    r"<\|\w+\|>|\[/?INST\]|</?s>|<</?SYS>>|<(?:start|end)_of_turn>"
+    r"(?m)<\|\w+\|>|\[/?INST\]|</?s>|<</?SYS>>|<(?:start|end)_of_turn>"
     r"|^#{2,} ?(?:Instruction|Input|Response):?[ \t]*$|Cutting Knowledge Date:"
     r"|(?<=[^\s\w(\[{\"'/-])[ \t]?(?:assistant|user|system|ipython)[ \t]*$"
     r"|(?<=[a-z0-9])assistant[ \t]*(?:\n[ \t]*\n|\Z)|^(?:assistant|user|system|ipython)[ \t]*$"
     r"|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\u00e2\u20ac\S?"
-    r"|\u00c3[\x80-\xbf\u00a9\u00a8\u00bc\u00b6]|\u00c2[\x80-\xbf]|([?$%^&~])\1{3,}",
-    re.M,
+    r"|\u00c3[\x80-\xbf\u00a9\u00a8\u00bc\u00b6]|\u00c2[\x80-\xbf]|([?$%^&~])\1{3,}"
 )
 # Other speakers, code and web markup; not counted if the question asks for it.
 _LEAK_UNLESS_ASKED = re.compile(
-    r"(?:^|(?<=[.!?]\s))\W{0,3}(?:User|Human|Assistant|Bot|USER|HUMAN|ASSISTANT)\W{0,2}:"
+    r"(?m)(?:^|(?<=[.!?]\s))\W{0,3}(?:User|Human|Assistant|Bot|USER|HUMAN|ASSISTANT)\W{0,2}:"
     r"|\b[Ii](?: am|'m) (?:an? )?\d{1,2}[- ]?(?:years?|yrs?|y/?o)\b"
     r"|\b(?:[Dd]ear|[Hh]ello|[Hh]i),? (?:[Dd]octor|[Dd]r)\b"
     r"|^[ \t]*(?:import \w+|from [\w.]+ import |def \w+\(|#include|print\(|function \w*\()"
     r"|</?(?:div|span|p|a|ul|ol|li|table|tr|td|h[1-6]|img|html|body|script|ref)"
     r"(?:\s[^<>\n=]{0,40}=[^<>\n]{0,80})?\s?/?>|&(?:nbsp|quot|apos|#\d+);"
-    r"|\[\[|\]\]|\{\{[^{}\n]*\}\}|\{\|",
-    re.M,
+    r"|\[\[|\]\]|\{\{[^{}\n]*\}\}|\{\|"
 )
 _ASKED_FOR = re.compile(
-    r"\b(?:faq|quiz|dialogue|conversation|interview|script|soap|letter|e-?mail|code|function"
-    r"|program|python|html|latex|translat\w*)\b",
-    re.I,
+    r"(?i)\b(?:faq|quiz|dialogue|conversation|interview|script|soap|letter|e-?mail|code|function"
+    r"|program|python|html|latex|translat\w*)\b"
 )
-# One or two may be headings.
 _SPEAKER = re.compile(
-    r"^\W{0,3}(?:patient|question|q|customer|client|student|interviewer|doctor|dr|instruction"
-    r"|response|answer)\W{0,2}:",
-    re.M | re.I,
+    r"(?im)^\W{0,3}(?:patient|question|q|customer|client|student|interviewer|doctor|dr|instruction"
+    r"|response|answer)\W{0,2}:"
 )
-# A few may be references.
 _ADDRESS = re.compile(r"https?://\S+|www\.\S+")
 # Scripts other than Latin and Greek, unless a term is given in brackets.
 _OTHER_SCRIPT = re.compile(
@@ -360,11 +353,11 @@ _OTHER_SCRIPT = re.compile(
 def measure_leak(text: str, question: str = "") -> Measure:
     """Number of template tokens, role names, other speakers, pieces of code and markup, undecoded
     characters, and runs of a script that the question is not written in."""
-    found = [*_LEAK.finditer(text), *list(_ADDRESS.finditer(text))[5:]]
+    found = [*_LEAK.finditer(text), *list(_ADDRESS.finditer(text))[5:]]  # a few may be references
     if not _ASKED_FOR.search(question):
         found += _LEAK_UNLESS_ASKED.finditer(text)
         speakers = list(_SPEAKER.finditer(text))
-        found += speakers if len(speakers) > 2 else []
+        found += speakers if len(speakers) > 2 else []  # one or two may be headings
         if not _OTHER_SCRIPT.search(question):
             found += _OTHER_SCRIPT.finditer(text)
     return len(found), min((match.span() for match in found), default=(0, 0))
@@ -505,9 +498,8 @@ def read_probes(source: str | None = None) -> list[Probe]:
 
 # Words that negate a phrase that follows in the same clause.
 _NEGATION = re.compile(
-    r"\b(?:not?|never|without|nor|neither|unlike|cannot|avoid\w*|instead of|rather than"
-    r"|\w+n['’]t)\b",
-    re.I,
+    r"(?i)\b(?:not?|never|without|nor|neither|unlike|cannot|avoid\w*|instead of|rather than"
+    r"|\w+n['’]t)\b"
 )
 # Words that deny the phrase before: "... is not a sign", "... are no longer the first choice".
 _DENIAL = re.compile(r"(?:\W++[\w'’]++){0,2}?\W+(?:not\b|no\b|never\b|\w+n['’]t\b)", re.I)
@@ -519,10 +511,10 @@ def compile_phrase(phrase: str) -> re.Pattern[str]:
     """A pattern of whole words, singular or plural, in which a hyphen is equal to a space."""
     if not phrase.strip():
         raise TypeError("a name or phrase is empty")
-    parts = [
-        r"[\s-]+".join(re.escape(word) + "(?:e?s)?" for word in re.split(r"[\s-]+", part.strip()))
-        for part in phrase.split("...")
-    ]
+    parts = []
+    for part in phrase.split("..."):
+        words = [re.escape(word) + "(?:e?s)?" for word in re.split(r"[\s-]+", part.strip())]
+        parts.append(r"[\s-]+".join(words))
     # Possessive, since a run of dashes or apostrophes could be split in exponentially many ways.
     up_to_six_words = r"\b(?:[^\w.!?]++[\w'’-]++){0,6}?[^\w.!?]+"
     return re.compile(r"\b" + up_to_six_words.join(parts) + r"\b", re.I)
@@ -579,7 +571,7 @@ def measure_quality(judged: Sequence[JudgedAnswer]) -> types.SimpleNamespace:
     )
 
 
-# --- Environment ---------------------------------------------------------------------------------
+# --- Environment and loading ---------------------------------------------------------------------
 
 
 class Interrupted(KeyboardInterrupt):
@@ -638,9 +630,6 @@ def quiet_libraries() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(unsloth|torch|transformers|trl|peft)(\.|$)")
         yield
-
-
-# --- Loading -------------------------------------------------------------------------------------
 
 
 def base_model_path(base_model: str) -> str:
@@ -1119,7 +1108,8 @@ def answer_requests(
 
         ids = {"input_ids": [prompts[row[0]] for row in rows]}
         shape = {"padding": "max_length", "max_length": width, "padding_side": "left"}
-        inputs = dict(tokenizer.pad(ids, **shape, return_tensors="pt").to(model.device))
+        inputs = tokenizer.pad(ids, **shape, return_attention_mask=True, return_tensors="pt")
+        inputs = dict(inputs.to(model.device))
         padding = [width - len(prompts[row[0]]) for row in batch]
         decodings = [requests[row[0]].decoding for row in batch]
         # An id that ends no row, as `has_ended` does that; an empty list would mean the model's.
@@ -1209,9 +1199,8 @@ def measure_surprisal(
         return NOTHING
     row = torch.tensor([[*prompt, *ids]], device=loaded.model.device)
     with loaded.without_adapter() as base, torch.no_grad():
-        output = base.model(
-            input_ids=row, attention_mask=torch.ones_like(row), logits_to_keep=len(ids) + 1
-        )
+        mask = torch.ones_like(row)
+        output = base.model(input_ids=row, attention_mask=mask, logits_to_keep=len(ids) + 1)
         logits = output.logits[0, -len(ids) - 1 : -1].float()
         losses = torch.nn.functional.cross_entropy(logits, row[0, -len(ids) :], reduction="none")
     nats, span = largest_surprisal(tokenizer, ids, losses.tolist())
@@ -1481,6 +1470,8 @@ class InferConfig:
             raise ValueError("--verify and --compare take one question, in quotes.")
         if self.verify and (self.compare or self.json):
             raise ValueError("--verify takes neither --compare nor --json.")
+        if (self.judge and self.adapter) or (self.questions and self.json):
+            raise ValueError("--judge takes no --adapter, and --questions no --json. Remove it.")
         if self.base and (self.adapter or self.compare == "models"):
             raise ValueError("--base asks without an adapter. Remove it, or the other flag.")
         questions = self.questions and self.questions.resolve()
@@ -1612,8 +1603,7 @@ def main(config: InferConfig) -> int:
     else:
         adapter = check_adapter(find_adapter(config.adapter), config.profile, config.base_model)
         profile, decoding = adapter.profile, adapter.record.decoding or decoding
-    decoding = DECODINGS[config.decoding] if config.decoding else decoding
-    decoding = config.change_decoding(decoding)
+    decoding = config.change_decoding(DECODINGS.get(config.decoding, decoding))
     preset = next((name for name, each in DECODINGS.items() if each == decoding), decoding)
     folder = adapter.folder if adapter else "no adapter"
     report(f"{profile.base_model} with {folder}, decoding {preset}")
