@@ -59,9 +59,7 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 TRAIN_RUNS = RUNS / "train"
-# Names the run in TRAIN_RUNS whose adapter is the default; train.py writes it after a run.
-LATEST = TRAIN_RUNS / "latest.txt"
-# Names of runs and studies.
+LATEST = TRAIN_RUNS / "latest.txt"  # names the run whose adapter is the default
 RUN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 RUN_NAME_RULE = "up to 100 letters, digits, '.', '_' and '-', starting with a letter or digit."
 # Files of an adapter; the record holds what PEFT's own files have no place for.
@@ -87,14 +85,13 @@ EMBEDDINGS = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm
 # Rows of every forward pass of a generation, and the multiple to which prompts are padded: equal
 # shapes use equal kernels, so an answer does not depend on the others.
 ROWS, PROMPT_MULTIPLE = 24, 64
-# Answers to --questions are saved in groups of this many.
-QUESTIONS_PER_SAVE = 32
+QUESTIONS_PER_SAVE = 32  # of --questions
+# Answers of unknown models are compared with each other, if there are at least this many.
+MIN_ANSWERS_TO_COMPARE = 20
 # Bytes over which surprisal is averaged, and maximum nats of a single token.
 SURPRISAL_BYTES, MAX_TOKEN_SURPRISAL = 160, 12.0
 # Probes whose plain answers give the surprisal reference, and maximum tokens of these.
 REFERENCE_PROBES, REFERENCE_TOKENS = 26, 128
-# Answers of unknown models are compared with each other, if there are at least this many.
-MIN_ANSWERS_TO_COMPARE = 20
 
 
 # --- Decoding ------------------------------------------------------------------------------------
@@ -178,6 +175,7 @@ class Answer:
 
 Measure = tuple[float, tuple[int, int]]  # a score, and the characters of the text it comes from
 NOTHING: Measure = (0.0, (0, 0))
+Progress = Callable[[int], object]  # is called with the number of tokens that are done
 
 
 class Check(NamedTuple):
@@ -221,20 +219,19 @@ class JudgedAnswer:
 
     def to_record(self) -> dict[str, Any]:
         """JSON-ready values."""
-        record = dataclasses.asdict(self.answer) if self.answer else {}
-        if self.answer:
-            record["sha256"] = self.answer.sha256
-        record |= {"sound": self.sound, "verdict": self.verdict, "score": round(self.score, 4)}
-        facts = {"facts": dataclasses.asdict(self.facts)} if self.facts else {}
-        return record | {"findings": self.findings} | facts
+        record = {"sound": self.sound, "verdict": self.verdict, "score": round(self.score, 4)}
+        record["findings"] = self.findings
+        if self.facts:
+            record["facts"] = dataclasses.asdict(self.facts)
+        answer = self.answer
+        return dataclasses.asdict(answer) | {"sha256": answer.sha256} | record if answer else record
 
 
 # Markdown, which is replaced by as many spaces, so that spans of the text stay valid.
 _MARKDOWN = re.compile(
-    r"^[ \t]*(?:```|~~~).*$|^[ \t]*(?:[-*_=][ \t]*){3,}$|^[ \t]*(?:#{1,6}|>)[ \t]+"
+    r"(?m)^[ \t]*(?:```|~~~).*$|^[ \t]*(?:[-*_=][ \t]*){3,}$|^[ \t]*(?:#{1,6}|>)[ \t]+"
     r"|^[ \t]*(?:[-*+\u2022]|\d{1,3}[.)])[ \t]+|\*{1,3}|__|`+|\|"
-    r"|!?\[(?=[^\]\n]{0,300}\]\()|\]\([^)\n]{0,300}\)",
-    re.M,
+    r"|!?\[(?=[^\]\n]{0,300}\]\()|\]\([^)\n]{0,300}\)"
 )
 _NUMBER_OR_WORD = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 # An answer whose stop token follows one of these stops mid-sentence.
@@ -290,22 +287,15 @@ def measure_list(text: str, question: str = "", short: int = 5) -> Measure:
     """Items of the longest list: items of at most `short` words in a row within a sentence, lines
     of one list without those indented below an item, or numbers in a row. A list with no more items
     than a number in the question does not count."""
-    best = NOTHING
-    asked = max(map(int, re.findall(r"\d{1,3}", question)), default=0)
-
-    def count(run: int, start: int, end: int) -> None:
-        nonlocal best
-        if run > max(best[0], asked):
-            best = run, (start, end)
-
+    lists: list[Measure] = []
     for sentence in _SENTENCE.finditer(text):
-        run, start, at = 0, sentence.start(), 0
+        run, start, at = 0, 0, 0
         for end in _SHORT_ITEM_END.finditer(sentence[0]):
             item = sentence[0][at : end.start()].split()
             if item:
                 run = run + 1 if len(item) <= short else 0
                 start = sentence.start() + at if run == 1 else start
-                count(run, start, sentence.start() + end.start())
+                lists.append((run, (start, sentence.start() + end.start())))
             at = end.end()
     run, start, indentation = 0, 0, ""
     for line in _LIST_LINE.finditer(text):
@@ -316,50 +306,46 @@ def measure_list(text: str, question: str = "", short: int = 5) -> Measure:
             run, start, indentation = 1, line.start(), indent
         elif indent == indentation:
             run += 1
-        count(run, start, line.end())
+        lists.append((run, (start, line.end())))
     run, start, last = 0, 0, -1
     for found in _NUMBERED.finditer(text):
         run = run + 1 if int(found[1]) == last + 1 else 1
         start = found.start() if run == 1 else start
         last = int(found[1])
-        count(run, start, found.end())
-    return best
+        lists.append((run, (start, found.end())))
+    asked = max(map(int, re.findall(r"\d{1,3}", question)), default=0)
+    longest = max(lists, key=lambda each: each[0], default=NOTHING)
+    return longest if longest[0] > asked else NOTHING
 
 
 # Tokens of chat templates and the role names that remain without them, text in a wrong encoding,
 # and symbols in a row.
 _LEAK = re.compile(
-    r"<\|\w+\|>|\[/?INST\]|</?s>|<</?SYS>>|<(?:start|end)_of_turn>"
+    r"(?m)<\|\w+\|>|\[/?INST\]|</?s>|<</?SYS>>|<(?:start|end)_of_turn>"
     r"|^#{2,} ?(?:Instruction|Input|Response):?[ \t]*$|Cutting Knowledge Date:"
     r"|(?<=[^\s\w(\[{\"'/-])[ \t]?(?:assistant|user|system|ipython)[ \t]*$"
     r"|(?<=[a-z0-9])assistant[ \t]*(?:\n[ \t]*\n|\Z)|^(?:assistant|user|system|ipython)[ \t]*$"
     r"|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\u00e2\u20ac\S?"
-    r"|\u00c3[\x80-\xbf\u00a9\u00a8\u00bc\u00b6]|\u00c2[\x80-\xbf]|([?$%^&~])\1{3,}",
-    re.M,
+    r"|\u00c3[\x80-\xbf\u00a9\u00a8\u00bc\u00b6]|\u00c2[\x80-\xbf]|([?$%^&~])\1{3,}"
 )
 # Other speakers, code and web markup; not counted if the question asks for it.
 _LEAK_UNLESS_ASKED = re.compile(
-    r"(?:^|(?<=[.!?]\s))\W{0,3}(?:User|Human|Assistant|Bot|USER|HUMAN|ASSISTANT)\W{0,2}:"
+    r"(?m)(?:^|(?<=[.!?]\s))\W{0,3}(?:User|Human|Assistant|Bot|USER|HUMAN|ASSISTANT)\W{0,2}:"
     r"|\b[Ii](?: am|'m) (?:an? )?\d{1,2}[- ]?(?:years?|yrs?|y/?o)\b"
     r"|\b(?:[Dd]ear|[Hh]ello|[Hh]i),? (?:[Dd]octor|[Dd]r)\b"
     r"|^[ \t]*(?:import \w+|from [\w.]+ import |def \w+\(|#include|print\(|function \w*\()"
     r"|</?(?:div|span|p|a|ul|ol|li|table|tr|td|h[1-6]|img|html|body|script|ref)"
     r"(?:\s[^<>\n=]{0,40}=[^<>\n]{0,80})?\s?/?>|&(?:nbsp|quot|apos|#\d+);"
-    r"|\[\[|\]\]|\{\{[^{}\n]*\}\}|\{\|",
-    re.M,
+    r"|\[\[|\]\]|\{\{[^{}\n]*\}\}|\{\|"
 )
 _ASKED_FOR = re.compile(
-    r"\b(?:faq|quiz|dialogue|conversation|interview|script|soap|letter|e-?mail|code|function"
-    r"|program|python|html|latex|translat\w*)\b",
-    re.I,
+    r"(?i)\b(?:faq|quiz|dialogue|conversation|interview|script|soap|letter|e-?mail|code|function"
+    r"|program|python|html|latex|translat\w*)\b"
 )
-# One or two may be headings.
 _SPEAKER = re.compile(
-    r"^\W{0,3}(?:patient|question|q|customer|client|student|interviewer|doctor|dr|instruction"
-    r"|response|answer)\W{0,2}:",
-    re.M | re.I,
+    r"(?im)^\W{0,3}(?:patient|question|q|customer|client|student|interviewer|doctor|dr|instruction"
+    r"|response|answer)\W{0,2}:"
 )
-# A few may be references.
 _ADDRESS = re.compile(r"https?://\S+|www\.\S+")
 # Scripts other than Latin and Greek, unless a term is given in brackets.
 _OTHER_SCRIPT = re.compile(
@@ -370,11 +356,11 @@ _OTHER_SCRIPT = re.compile(
 def measure_leak(text: str, question: str = "") -> Measure:
     """Number of template tokens, role names, other speakers, pieces of code and markup, undecoded
     characters, and runs of a script that the question is not written in."""
-    found = [*_LEAK.finditer(text), *list(_ADDRESS.finditer(text))[5:]]
+    found = [*_LEAK.finditer(text), *list(_ADDRESS.finditer(text))[5:]]  # a few may be references
     if not _ASKED_FOR.search(question):
         found += _LEAK_UNLESS_ASKED.finditer(text)
         speakers = list(_SPEAKER.finditer(text))
-        found += speakers if len(speakers) > 2 else []
+        found += speakers if len(speakers) > 2 else []  # one or two may be headings
         if not _OTHER_SCRIPT.search(question):
             found += _OTHER_SCRIPT.finditer(text)
     return len(found), min((match.span() for match in found), default=(0, 0))
@@ -393,8 +379,7 @@ _MEDICINE_ENDINGS = tuple(
 @functools.cache
 def load_medicines() -> frozenset[str]:
     """Words, in lower case, of the names that drug-named-entity-recognition knows."""
-    # Its file rather than the library, which keeps several hundred MiB of indices. As any code of
-    # an installed package, it is trusted, pickle or not.
+    # Its file, since the library itself keeps several hundred MiB of indices.
     package = importlib.util.find_spec("drug_named_entity_recognition")
     with bz2.open(Path(package.origin).with_name("drug_ner_dictionary.pkl.bz2")) as file:
         names = " ".join(pickle.load(file)["drug_variant_to_canonical"])
@@ -450,20 +435,15 @@ def judge(
     findings = []
     for name, (score, (start, end)) in measures.items():
         if score >= CHECKS[name].threshold:
-            message = CHECKS[name].message.format(shorten(text[start:end]))
+            quote = " ".join(text[start:end].split())
+            if len(quote) > 90:
+                quote = f"{quote[:60]} ... {quote[-30:]}"
+            message = CHECKS[name].message.format(f'"{quote}"')
             finding = {"name": name, "score": round(score, 4), "span": (start, end)}
             findings.append(finding | {"message": message})
     score = max(score / CHECKS[name].threshold for name, (score, _) in measures.items())
     facts = check_facts(text, probe) if probe else None
     return JudgedAnswer(findings, score, finish_reason == "stop", facts=facts)
-
-
-def shorten(text: str, limit: int = 90) -> str:
-    """The text in one line and in quotes; one longer than `limit` loses its middle."""
-    line = " ".join(text.split())
-    if len(line) > limit:
-        line = f"{line[: limit * 2 // 3]} ... {line[-limit // 3 :]}"
-    return f'"{line}"'
 
 
 # --- Facts ---------------------------------------------------------------------------------------
@@ -495,26 +475,24 @@ def read_probes(source: str | None = None) -> list[Probe]:
     probes: dict[str, Probe] = {}
     for place, record in data.read_records(source or str(data.PROBES)):
         try:
-            points, claims = (
-                [Point(**each) for each in record.get(name) or ()]
-                for name in ("points", "wrong_claims")
-            )
-            for each in (*points, *claims):
-                if isinstance(each.phrases, str) or isinstance(each.unless_after, str):
-                    raise TypeError(f"{each.name}: expected lists of phrases")
-                for phrase in (each.name, *each.phrases, *each.unless_after):
-                    compile_phrase(phrase)
             question = record["question"].strip()
             check_question(question)
             if question in probes:
-                raise UsageError(f"an earlier line has the same question, {shorten(question)}")
+                raise UsageError("an earlier line has the same question")
+            lists = []
+            for name in ("points", "wrong_claims"):
+                lists.append([Point(**each) for each in record.get(name) or ()])
+                for point in lists[-1]:
+                    if isinstance(point.phrases, str) or isinstance(point.unless_after, str):
+                        raise TypeError(f"{point.name}: expected lists of phrases")
+                    for phrase in (point.name, *point.phrases, *point.unless_after):
+                        compile_phrase(phrase)
             name = str(record.get("id") or f"probe-{len(probes) + 1}")
-            probes[question] = Probe(name, question, points, claims)
+            probes[question] = Probe(name, question, *lists)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
-            reason = data.escape_controls(str(error))
+            expected = "Expected `question`, and if you like, `points` and `wrong_claims`"
             raise UsageError(
-                f"{place}: not a probe ({reason}). Expected `question` and, if you like, `points` "
-                "and `wrong_claims`, as in samples/README.md."
+                f"{place}: not a probe ({error}). {expected}, as in samples/README.md."
             ) from None
     if not probes:
         raise UsageError(f"{source} contains no questions. Expected lines with `question`.")
@@ -523,9 +501,8 @@ def read_probes(source: str | None = None) -> list[Probe]:
 
 # Words that negate a phrase that follows in the same clause.
 _NEGATION = re.compile(
-    r"\b(?:not?|never|without|nor|neither|unlike|cannot|avoid\w*|instead of|rather than"
-    r"|\w+n['’]t)\b",
-    re.I,
+    r"(?i)\b(?:not?|never|without|nor|neither|unlike|cannot|avoid\w*|instead of|rather than"
+    r"|\w+n['’]t)\b"
 )
 # Words that deny the phrase before: "... is not a sign", "... are no longer the first choice".
 _DENIAL = re.compile(r"(?:\W++[\w'’]++){0,2}?\W+(?:not\b|no\b|never\b|\w+n['’]t\b)", re.I)
@@ -537,10 +514,10 @@ def compile_phrase(phrase: str) -> re.Pattern[str]:
     """A pattern of whole words, singular or plural, in which a hyphen is equal to a space."""
     if not phrase.strip():
         raise TypeError("a name or phrase is empty")
-    parts = [
-        r"[\s-]+".join(re.escape(word) + "(?:e?s)?" for word in re.split(r"[\s-]+", part.strip()))
-        for part in phrase.split("...")
-    ]
+    parts = []
+    for part in phrase.split("..."):
+        words = [re.escape(word) + "(?:e?s)?" for word in re.split(r"[\s-]+", part.strip())]
+        parts.append(r"[\s-]+".join(words))
     # Possessive, since a run of dashes or apostrophes could be split in exponentially many ways.
     up_to_six_words = r"\b(?:[^\w.!?]++[\w'’-]++){0,6}?[^\w.!?]+"
     return re.compile(r"\b" + up_to_six_words.join(parts) + r"\b", re.I)
@@ -567,10 +544,6 @@ class Facts:
     named: tuple[str, ...]
     missing: tuple[str, ...]
     wrong: tuple[str, ...]
-
-    def __str__(self) -> str:
-        total = len(self.named) + len(self.missing)
-        return f"points {len(self.named)}/{total}, wrong claims {len(self.wrong)}"
 
 
 def check_facts(text: str, probe: Probe) -> Facts:
@@ -601,7 +574,7 @@ def measure_quality(judged: Sequence[JudgedAnswer]) -> types.SimpleNamespace:
     )
 
 
-# --- Environment ---------------------------------------------------------------------------------
+# --- Environment and loading ---------------------------------------------------------------------
 
 
 class Interrupted(KeyboardInterrupt):
@@ -629,8 +602,8 @@ def report(message: str) -> None:
 
 
 def prepare_environment(profile: Profile, *, offline: bool | None = None) -> None:
-    """Sets environment variables of CUDA, Unsloth and the hub client, before Unsloth is imported.
-    `offline` None means: if the base model is local, or the hub cannot be reached."""
+    """Sets environment variables, before Unsloth is imported. `offline` None means: if the base
+    model is local, or the hub cannot be reached."""
     # cuBLAS is deterministic only with a workspace of fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
@@ -662,9 +635,6 @@ def quiet_libraries() -> Iterator[None]:
         yield
 
 
-# --- Loading -------------------------------------------------------------------------------------
-
-
 def base_model_path(base_model: str) -> str:
     """The argument for `from_pretrained`: the small model's folder in the cache, or the name."""
 
@@ -688,15 +658,11 @@ def base_model_path(base_model: str) -> str:
 
     if base_model != data.SMALL_MODEL:
         return base_model
-    with data.writing(data.cache_home() / data.SMALL_MODEL):
-        return str(data.cached_folder(data.SMALL_MODEL, build))
+    return str(data.cached_folder(data.SMALL_MODEL, build))
 
 
-def load_base(
-    profile: Profile, *, dtype: str | None, max_seq_length: int = data.MAX_SEQ_LENGTH
-) -> tuple[PreTrainedModel, Tokenizer]:
-    """The profile's base model and its tokenizer; `dtype` None lets Unsloth choose the fastest for
-    training. Raises UsageError if there is no GPU for t4, or the model does not load."""
+def load_base(profile: Profile, *, dtype: str | None) -> tuple[PreTrainedModel, Tokenizer]:
+    """The profile's base model and its tokenizer; `dtype` None lets Unsloth choose for training."""
     with quiet_libraries():
         # Unsloth patches transformers, PEFT and TRL, and has to be imported before them.
         from unsloth import DEVICE_TYPE, FastLanguageModel  # isort: skip
@@ -704,16 +670,14 @@ def load_base(
         from transformers.utils import logging as transformers_logging
 
         if profile.name == "t4" and DEVICE_TYPE == "cpu":
-            raise UsageError(
-                f"The profile t4 needs a GPU, and torch {torch.__version__} finds none. Use a "
-                "machine with one (docs/t4.md), or --profile cpu."
-            )
+            problem = "The profile t4 needs a GPU, and torch finds none (docs/t4.md)."
+            raise UsageError(f"{problem} Use --profile cpu.")
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         try:
             model, tokenizer = FastLanguageModel.from_pretrained(
                 model_name=base_model_path(profile.base_model),
-                max_seq_length=max_seq_length,
+                max_seq_length=data.MAX_SEQ_LENGTH,
                 dtype=dtype and getattr(torch, dtype),
                 load_in_4bit=profile.load_in_4bit,
                 use_gradient_checkpointing=profile.use_gradient_checkpointing,
@@ -748,87 +712,83 @@ class Adapter:
     folder: Path
     record: AdapterRecord
     profile: Profile
-    r: int
-    lora_alpha: float
-    use_rslora: bool
-    target_modules: tuple[str, ...]
-
-    @property
-    def sha256(self) -> str:
-        """Digest (hex) of the weights."""
-        return hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()
+    lora: dict[str, Any]  # arguments of PEFT's LoraConfig
 
 
 def find_adapter(name: str | None) -> Path:
-    """The folder of an adapter: `name` itself, the downloaded hub repository of that name, or that
-    of the last run that finished. Raises UsageError if there is none."""
+    """The adapter's folder: `name`, a download from the hub, or, for None, of the last run."""
     if name is None:
         run = LATEST.read_text(errors="replace").strip() if LATEST.is_file() else ""
         if not RUN_NAME.fullmatch(run):
-            raise UsageError(
-                f"There is no adapter yet ({LATEST} names no run). Train one: python train.py\n"
-                "or ask the base model: python infer.py --base"
-            )
+            problem = f"There is no adapter yet: {LATEST} names no run."
+            raise UsageError(f"{problem} Train one: python train.py, or ask with --base.")
         name = str(TRAIN_RUNS / run / "adapter")
+    reason = "Give a folder such as runs/train/NAME/adapter, or a hub id."
     if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         from huggingface_hub import snapshot_download
 
         files, is_offline = ["*.json", "*.safetensors"], not data.reaches_hub()
         try:
-            name = snapshot_download(name, allow_patterns=files, local_files_only=is_offline)
+            return Path(snapshot_download(name, allow_patterns=files, local_files_only=is_offline))
         except (OSError, ValueError) as error:
-            reason = f"nor can it be downloaded ({data.first_line(error)})"
-            raise UsageError(f"The adapter {name!r} is not a folder, {reason}.") from None
+            reason = f"Nor can it be downloaded: {data.first_line(error)}"
     if not Path(name).is_dir():
-        expected = "Give a folder such as runs/train/NAME/adapter, or a hub id."
-        raise UsageError(f"The adapter {name!r} is not a folder. {expected}")
+        raise UsageError(f"The adapter {name!r} is not a folder. {reason}")
     return Path(name)
 
 
-@contextlib.contextmanager
-def reading_adapter(path: Path) -> Iterator[None]:
-    """A context that reads a file of an adapter. Raises UsageError if that fails."""
+def read_adapter(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any], AdapterRecord]:
+    """Shapes of the weights, PEFT's config, and the record; without kit.json, of the base model
+    alone. Raises UsageError if a file is missing, unreadable or corrupt."""
     import safetensors
 
+    path = folder / WEIGHTS
     try:
         path.open("rb").close()  # safetensors would call an unreadable file missing
-        yield
-    except (*BAD_CONTENT, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or f"{error!r:.300}"
-        raise UsageError(
-            f"{path} of an adapter cannot be read ({reason}). It has to be complete and readable, "
-            "and in safetensors format: a pickle, such as adapter_model.bin, can run code."
-        ) from None
-
-
-def read_adapter_record(folder: Path) -> AdapterRecord:
-    """The record of an adapter folder; without kit.json, only the base model in PEFT's config."""
-    path = folder / ADAPTER_RECORD
-    path = path if path.is_file() else folder / CONFIG
-    with reading_adapter(path):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if path.name == CONFIG:
-            return AdapterRecord(str(content["base_model_name_or_path"]))
+        with safetensors.safe_open(path, framework="np") as file:
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        path = folder / CONFIG
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["r"] = int(config["r"])
+        if not (config["r"] > 0 and config["lora_alpha"] > 0):
+            raise ValueError(f"r {config['r']}, lora_alpha {config['lora_alpha']}")
+        content = {"base_model": config.get("base_model_name_or_path")}
+        if (folder / ADAPTER_RECORD).is_file():
+            path = folder / ADAPTER_RECORD
+            content = json.loads(path.read_text(encoding="utf-8"))
         record = AdapterRecord(**content)
         if not isinstance(record.base_model, str) or record.profile not in (None, *data.PROFILES):
             raise ValueError(f"base model {record.base_model}, profile {record.profile}")
         decoding = record.decoding and Decoding(**record.decoding)
-        return dataclasses.replace(record, decoding=decoding)
+        return shapes, config, dataclasses.replace(record, decoding=decoding)
+    except (*BAD_CONTENT, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or f"{error!r:.300}"
+        expected = "safetensors: a pickle, such as adapter_model.bin, can run code"
+        problem = f"{path} of an adapter cannot be read ({reason})"
+        raise UsageError(f"{problem}. Expected a complete folder with {expected}.") from None
 
 
-def resolve_adapter_profile(
-    folder: Path, record: AdapterRecord, choice: ProfileChoice, base_model: str | None
-) -> Profile:
-    """The profile with the adapter's base model. Raises UsageError if --base-model has another
-    name, unless one of the two is a folder, or it is needed and missing."""
+def check_adapter(
+    folder: Path, choice: ProfileChoice = "auto", base_model: str | None = None
+) -> Adapter:
+    """The adapter in a folder, with --profile and --base-model; loads no weights. Raises UsageError
+    as `read_adapter`, or if it is not plain LoRA, or was trained on another base model."""
+    shapes, config, record = read_adapter(folder)
+    found = {name: config.get(name) for name in PLAIN_LORA}
+    other = [f"{n} {v!r:.40}" for n, v in found.items() if v and v not in PLAIN_LORA[n]]
+    if other:
+        advice = "Merge the adapter into its base model with the program that made it."
+        raise UsageError(f"{folder}: expected plain LoRA, found {', '.join(other)}. {advice}")
+
     own = record.base_model
     known = [each for each in data.PROFILES.values() if data.is_same_base(own, each.base_model)]
-    is_path = not known and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", own)
-    is_folder = is_path or (base_model and Path(base_model).is_dir())
+    is_hub_id = known or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", own)
+    is_folder = not is_hub_id or (base_model and Path(base_model).is_dir())
     if base_model and not is_folder and not data.is_same_base(base_model, own):
         raise UsageError(f"{folder} was trained on {own}, and --base-model is {base_model}.")
     # A path in another program's file is not followed.
-    if is_path and not base_model and not (record.profile and Path(own).is_dir()):
+    if not (is_hub_id or base_model or (record.profile and Path(own).is_dir())):
         advice = "Give the same base model with --base-model HUB_ID_OR_FOLDER."
         raise UsageError(f"{folder} was trained on {own}, which is a local path. {advice}")
     if choice == "auto":
@@ -836,34 +796,9 @@ def resolve_adapter_profile(
     profile = data.resolve_profile(choice, base_model or (known[0].base_model if known else own))
     if record.load_in_4bit is not None and record.profile == profile.name:
         profile = dataclasses.replace(profile, load_in_4bit=record.load_in_4bit)
-    return profile
 
-
-def check_adapter(
-    folder: Path, choice: ProfileChoice = "auto", base_model: str | None = None
-) -> Adapter:
-    """The adapter in a folder, with --profile and --base-model; loads no weights. Raises UsageError
-    if a file is missing, unreadable or corrupt, or it is not plain LoRA on this base model."""
-    import safetensors
-
-    path = folder / WEIGHTS
-    with reading_adapter(path), safetensors.safe_open(path, framework="np") as file:
-        names = file.keys()
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    record = read_adapter_record(folder)
-    with reading_adapter(folder / CONFIG):
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        r, alpha = int(config["r"]), config["lora_alpha"]
-        if not (r > 0 and alpha > 0):
-            raise ValueError(f"r {r}, lora_alpha {alpha}")
-    found = {name: config.get(name) for name in PLAIN_LORA}
-    other = [f"{n} {v!r:.40}" for n, v in found.items() if v and v not in PLAIN_LORA[n]]
-    if other:
-        advice = "Merge the adapter into its base model with the program that made it."
-        raise UsageError(f"{folder}: expected plain LoRA, found {', '.join(other)}. {advice}")
-
-    profile = resolve_adapter_profile(folder, record, choice, base_model)
-    arch, wrong, modules = profile.architecture, [], set()
+    arch, r, modules = profile.architecture, config["r"], set()
+    misfit = f"{folder} does not fit {profile.base_model} with r {r}"
     for name, shape in shapes.items():
         lora, expected = LORA_TENSOR.fullmatch(name), None
         if lora and lora[2] in arch.linear_shapes and int(lora[1]) < arch.num_hidden_layers:
@@ -873,12 +808,13 @@ def check_adapter(
         elif name in EMBEDDINGS and record.pad == "added":
             expected = (arch.vocab_size + 1, arch.hidden_size)
         if shape != expected:
-            wrong.append(f"{name[:100]}: expected {expected or 'no such tensor'}, found {shape}")
-    if wrong or not modules:
-        wrong = "; ".join(wrong[:3]) or "it contains no LoRA tensors"
-        raise UsageError(f"{folder} does not fit {profile.base_model} with r {r}: {wrong}.")
-    scaled = bool(config.get("use_rslora"))
-    return Adapter(folder, record, profile, r, alpha, scaled, tuple(sorted(modules)))
+            found = f"expected {expected or 'no such tensor'}, found {shape}"
+            raise UsageError(f"{misfit}: {name[:100]}: {found}.")
+    if not modules:
+        raise UsageError(f"{misfit}: it contains no LoRA tensors.")
+    lora = {"r": r, "lora_alpha": config["lora_alpha"], "target_modules": sorted(modules)}
+    lora["use_rslora"] = bool(config.get("use_rslora"))
+    return Adapter(folder, record, profile, lora)
 
 
 def add_pad_token(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
@@ -886,15 +822,14 @@ def add_pad_token(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     import torch
 
     tokenizer.add_special_tokens({"pad_token": ADDED_PAD_TOKEN})
-    # The new row is random and, in the head, part of the loss. It is seeded, so that a resumed run
-    # has the same one.
+    # The new row is random and part of the loss. A resumed run has to have the same one.
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
 def register_grouped_attention() -> None:
-    """Registers the attention `grouped`: torch's, without repeating keys and values per head, as
+    """Registers `grouped`: torch's attention, without repeating keys and values per head as
     transformers does if there is a mask. `tests.bench answer` then takes two thirds of the time."""
     import torch
     from transformers import AttentionInterface
@@ -939,8 +874,8 @@ class LoadedModel:
 def load_for_inference(
     profile: Profile, adapter: Adapter | None = None, system_prompt: str | None = None
 ) -> LoadedModel:
-    """The profile's base model, with the adapter if there is one. The default system prompt is the
-    adapter's, or the story's. Raises UsageError if the adapter was trained with another prompt."""
+    """The profile's base model, with the adapter if there is one; without a system prompt, with the
+    adapter's or the story's. Raises UsageError if it was trained with another prompt."""
     loaded = LoadedModel(*load_base(profile, dtype=profile.dtype), profile)
     if adapter:
         from peft import LoraConfig, PeftModel
@@ -955,17 +890,11 @@ def load_for_inference(
         if record.pad == "added":
             add_pad_token(loaded.model, loaded.tokenizer)
         # Not the folder's own config, which may name modules to import and paths to read.
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=adapter.r,
-            lora_alpha=adapter.lora_alpha,
-            use_rslora=adapter.use_rslora,
-            target_modules=list(adapter.target_modules),
-            inference_mode=True,
-        )
+        config = LoraConfig(task_type="CAUSAL_LM", inference_mode=True, **adapter.lora)
         loaded.model = PeftModel.from_pretrained(loaded.model, adapter.folder, config=config)
-        loaded.adapter_sha256, loaded.reference = adapter.sha256, record.surprisal_reference
-        loaded.system_prompt = record.system_prompt
+        weights = (adapter.folder / WEIGHTS).read_bytes()
+        loaded.adapter_sha256 = hashlib.sha256(weights).hexdigest()
+        loaded.system_prompt, loaded.reference = record.system_prompt, record.surprisal_reference
     from unsloth import FastLanguageModel
 
     FastLanguageModel.for_inference(loaded.model)
@@ -1037,11 +966,7 @@ def make_row_processor(
 
 
 def make_generation_config(
-    max_new_tokens: int,
-    stop: Sequence[int],
-    pad: int,
-    repetition_penalty: float = 1.0,
-    no_repeat_ngram_size: int = 0,
+    max_new_tokens: int, stop: Sequence[int], pad: int, repetition_penalty: float = 1.0
 ) -> GenerationConfig:
     """Greedy decoding. Sets every field with an effect, since others come from the model's."""
     from transformers import GenerationConfig
@@ -1054,7 +979,7 @@ def make_generation_config(
         num_return_sequences=1,
         repetition_penalty=repetition_penalty,
         encoder_repetition_penalty=1.0,
-        no_repeat_ngram_size=no_repeat_ngram_size,
+        no_repeat_ngram_size=0,
         use_cache=True,
         eos_token_id=list(stop),
         pad_token_id=pad,
@@ -1087,18 +1012,13 @@ def encode_request(loaded: LoadedModel, request: Request) -> list[int]:
     return prompt
 
 
-def padded_width(prompt_tokens: int) -> int:
-    """Tokens of a prompt with its padding: at least one pad token, so that there is a mask."""
-    return (prompt_tokens // PROMPT_MULTIPLE + 1) * PROMPT_MULTIPLE
-
-
 def merge_requests(requests: Sequence[Request]) -> list[list[int]]:
     """Indices of the requests that one row can answer: they differ at most in cap and stop, on
     which the next token does not depend."""
-    rows: dict[Request, list[int]] = {}
+    rows: dict[Request, list[int]] = defaultdict(list)
     for place, request in enumerate(requests):
         open_end = dataclasses.replace(request.decoding, max_new_tokens=1, stop="never")
-        rows.setdefault(dataclasses.replace(request, decoding=open_end), []).append(place)
+        rows[dataclasses.replace(request, decoding=open_end)].append(place)
     return list(rows.values())
 
 
@@ -1116,10 +1036,37 @@ def cut_answer(
     return (list(ids[:cap]), "length") if end is None else (list(ids[: end + 1]), "stop")
 
 
+def _read_prompts(
+    loaded: LoadedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> DynamicCache:
+    """Keys and values of the prompts (B, T) except their last token, where `generate` continues.
+    Each distinct prompt is read once, in its own forward pass of shape (1, T - 1)."""
+    import torch
+    from transformers import DynamicCache
+
+    rows, parts = [tuple(row) for row in input_ids.tolist()], {}
+    for place, row in enumerate(rows):
+        if row not in parts:
+            mask = attention_mask[place : place + 1, :-1]
+            parts[row] = loaded.model(
+                input_ids=input_ids[place : place + 1, :-1],
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                past_key_values=DynamicCache(config=loaded.model.config),
+                use_cache=True,
+                logits_to_keep=1,
+            ).past_key_values.layers
+    cache = DynamicCache(config=loaded.model.config)
+    for number, layers in enumerate(zip(*(parts[row] for row in rows), strict=True)):
+        keys = torch.cat([each.keys for each in layers])
+        cache.update(keys, torch.cat([each.values for each in layers]), number)
+    return cache
+
+
 def answer_requests(
     loaded: LoadedModel,
     requests: Sequence[Request],
-    progress: Callable[[int], object] = lambda tokens: None,
+    progress: Progress = lambda tokens: None,
     on_text: Callable[[str], object] | None = None,
 ) -> list[Answer]:
     """One `Answer` per request, in their order; none depends on the other requests.
@@ -1131,9 +1078,9 @@ def answer_requests(
     """
     import torch
 
-    tokenizer, written = loaded.tokenizer, ""
+    model, tokenizer, written = loaded.model, loaded.tokenizer, ""
     prompts = [encode_request(loaded, request) for request in requests]
-    stops = [stop_ids(each.decoding, loaded.model, tokenizer) for each in requests]
+    stops = [stop_ids(each.decoding, model, tokenizer) for each in requests]
     caps = [request.decoding.max_new_tokens for request in requests]
 
     def cut(place: int, ids: list[int]) -> tuple[list[int], Literal["stop", "length"], str]:
@@ -1165,19 +1112,19 @@ def answer_requests(
             ended = [all(t in stops[n] or steps >= caps[n] for n in row) for row, t in newest]
             return torch.tensor(ended, device=input_ids.device)
 
-        pad, padding = tokenizer.pad_token_id, [width - len(prompts[row[0]]) for row in rows]
-        ids = [[pad] * n + prompts[row[0]] for n, row in zip(padding, rows, strict=True)]
-        mask = [[0] * n + [1] * (width - n) for n in padding]
-        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-        inputs = {name: each.to(loaded.model.device) for name, each in inputs.items()}
+        ids = {"input_ids": [prompts[row[0]] for row in rows]}
+        shape = {"padding": "max_length", "max_length": width, "padding_side": "left"}
+        inputs = tokenizer.pad(ids, **shape, return_attention_mask=True, return_tensors="pt")
+        inputs = dict(inputs.to(model.device))
+        padding = [width - len(prompts[row[0]]) for row in batch]
         decodings = [requests[row[0]].decoding for row in batch]
         # An id that ends no row, as `has_ended` does that; an empty list would mean the model's.
-        no_id = loaded.model.config.vocab_size
+        no_id, pad = model.config.vocab_size, tokenizer.pad_token_id
         # Not inference mode, since a later training step may need tensors that the model caches.
         with torch.no_grad():
             if loaded.profile.shares_prompts:
                 inputs["past_key_values"] = _read_prompts(loaded, **inputs)
-            output = loaded.model.generate(
+            output = model.generate(
                 **inputs,
                 generation_config=make_generation_config(max(longest), [no_id], pad),
                 logits_processor=[make_row_processor(decodings, width, padding, overruled)],
@@ -1188,8 +1135,9 @@ def answer_requests(
 
     answers: dict[int, Answer] = {}
     by_width = defaultdict(list)
-    for places in merge_requests(requests):
-        by_width[padded_width(len(prompts[places[0]]))].append(places)
+    for row in merge_requests(requests):
+        # At least one pad token, so that there is a mask.
+        by_width[(len(prompts[row[0]]) // PROMPT_MULTIPLE + 1) * PROMPT_MULTIPLE].append(row)
     for width, rows in sorted(by_width.items()):
         for start in range(0, len(rows), ROWS):
             batch, started = rows[start : start + ROWS], time.perf_counter()
@@ -1212,37 +1160,6 @@ def answer_requests(
                     system_prompt=loaded.system_prompt,
                 )
     return [answers[place] for place in range(len(requests))]
-
-
-def _read_prompts(
-    loaded: LoadedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> DynamicCache:
-    """Keys and values of the prompts (B, T) except their last token, where `generate` continues.
-    Each distinct prompt is read once, in its own forward pass of shape (1, T - 1)."""
-    import torch
-    from transformers import DynamicCache
-
-    rows = [tuple(row) for row in input_ids.tolist()]
-    parts = {}
-    for row, ids, mask in zip(
-        rows, input_ids[:, None, :-1], attention_mask[:, None, :-1], strict=True
-    ):
-        if row not in parts:
-            parts[row] = loaded.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                past_key_values=DynamicCache(config=loaded.model.config),
-                use_cache=True,
-                logits_to_keep=1,
-            ).past_key_values.layers
-    cache = DynamicCache(config=loaded.model.config)
-    for number, layers in enumerate(zip(*(parts[row] for row in rows), strict=True)):
-        keys, values = (
-            torch.cat([getattr(x, name) for x in layers]) for name in ("keys", "values")
-        )
-        cache.update(keys, values, number)
-    return cache
 
 
 # --- Surprisal -----------------------------------------------------------------------------------
@@ -1288,9 +1205,8 @@ def measure_surprisal(
         return NOTHING
     row = torch.tensor([[*prompt, *ids]], device=loaded.model.device)
     with loaded.without_adapter() as base, torch.no_grad():
-        output = base.model(
-            input_ids=row, attention_mask=torch.ones_like(row), logits_to_keep=len(ids) + 1
-        )
+        mask = torch.ones_like(row)
+        output = base.model(input_ids=row, attention_mask=mask, logits_to_keep=len(ids) + 1)
         logits = output.logits[0, -len(ids) - 1 : -1].float()
         losses = torch.nn.functional.cross_entropy(logits, row[0, -len(ids) :], reduction="none")
     nats, span = largest_surprisal(tokenizer, ids, losses.tolist())
@@ -1324,9 +1240,7 @@ def prepare_reference(profile: Profile) -> None:
         raise UsageError(f"The base model could not answer:\n{ran.stderr.strip()[-2000:]}")
 
 
-def surprisal_reference(
-    loaded: LoadedModel, progress: Callable[[int], object] = lambda tokens: None
-) -> float:
+def surprisal_reference(loaded: LoadedModel, progress: Progress = lambda tokens: None) -> float:
     """The largest surprisal of the base model's plain answers to the probes, in nats per byte.
     Cached, and part of an adapter's record. `progress` is called with 0 after every step."""
     if loaded.reference is not None:
@@ -1338,10 +1252,8 @@ def surprisal_reference(
         with loaded.without_adapter() as base:
             base = dataclasses.replace(base, system_prompt=data.SYSTEM_PROMPT)
             answers = answer_requests(base, requests, lambda tokens: progress(0))
-            nats = max(
-                measure_surprisal(base, each.question, each.token_ids)[0] for each in answers
-            )
-        data.write_atomic(folder / "reference.json", json.dumps({"nats_per_byte": nats}))
+            nats = [measure_surprisal(base, each.question, each.token_ids)[0] for each in answers]
+        data.write_atomic(folder / "reference.json", json.dumps({"nats_per_byte": max(nats)}))
 
     content = (data.cached_folder(name, build) / "reference.json").read_text()
     loaded.reference = json.loads(content)["nats_per_byte"]
@@ -1352,10 +1264,9 @@ def judge_answers(
     loaded: LoadedModel,
     answers: Sequence[Answer],
     history: Sequence[tuple[str, str]] = (),
-    progress: Callable[[int], object] = lambda tokens: None,
+    progress: Progress = lambda tokens: None,
 ) -> list[JudgedAnswer]:
-    """The verdicts on a loaded model's answers, with their surprisal and facts. `progress` is
-    called with 0 after every step that may take long."""
+    """The verdicts on a model's answers. `progress` is called with 0 after every slow step."""
     probes = {probe.question: probe for probe in loaded.probes}
     reference, judged = surprisal_reference(loaded, progress), []
     for each in answers:
@@ -1435,33 +1346,23 @@ def read_questions(source: str) -> list[QuestionRow]:
     return rows
 
 
-def read_answered(
-    path: Path, rows: Sequence[QuestionRow], expected: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """The lines that an interrupted run wrote for the first rows; an incomplete one is removed.
-    Raises UsageError if the file contains something else, or answers with other values."""
-    content = path.read_bytes()
-    *lines, rest = content.split(b"\n")
-    with contextlib.suppress(ValueError):
-        json.loads(rest)  # complete: only its newline is missing
-        lines, rest = [*lines, rest], b""
-    records = []
-    with contextlib.suppress(*BAD_CONTENT):
-        for line, row in zip(lines, rows, strict=False):
-            record = json.loads(line)
-            is_error = "error" in record and "token_ids" not in record
-            own = {"question": row.question} | ({} if is_error else expected)
-            if any(record[name] != own[name] for name in own):
-                break
-            records.append(record)
-    if len(records) < len(lines) or not rest.startswith(b'{"'[: len(rest)]):
-        raise UsageError(
-            f"{path}:{len(records) + 1} is not an answer to row {len(records) + 1} by this model, "
-            "with this decoding and system prompt. Give another file with --output, or remove it."
-        )
-    if content and not content.endswith(b"\n"):
-        data.write_atomic(path, b"".join(line + b"\n" for line in lines))
-    return records
+def read_answered(path: Path, rows: Sequence[QuestionRow], expected: dict[str, Any]) -> list[str]:
+    """The lines that an earlier start wrote for the first rows. Raises UsageError if the file
+    contains something else, or answers with other values than `expected`."""
+    lines = path.read_bytes().split(b"\n")
+    lines = lines if lines[-1] else lines[:-1]
+    for number, line in enumerate(lines, 1):
+        is_ours = False
+        with contextlib.suppress(*BAD_CONTENT):
+            row, record = rows[number - 1], json.loads(line)
+            own = {"question": row.question} | ({} if row.problem else expected)
+            is_ours = all(record[name] == value for name, value in own.items())
+        if not is_ours:
+            raise UsageError(
+                f"{path}:{number} is not an answer to row {number} by this model, with this "
+                "decoding and system prompt. Give another file with --output, or remove it."
+            )
+    return [line.decode() for line in lines]
 
 
 def answer_file(
@@ -1474,24 +1375,22 @@ def answer_file(
         "decoding": dataclasses.asdict(decoding),
         "system_prompt": loaded.system_prompt,
     }
-    records = read_answered(path, rows, expected) if path.exists() else []
-    before = len(records)
-    bar = tqdm(total=len(rows), initial=before, unit="question", desc="answering")
-    with data.writing(path), path.open("a", encoding="utf-8") as file, bar:
+    lines = read_answered(path, rows, expected) if path.exists() else []
+    before = len(lines)
+    with tqdm(total=len(rows), initial=before, unit="question", desc="answering") as bar:
         for start in range(before, len(rows), QUESTIONS_PER_SAVE):
             batch = rows[start : start + QUESTIONS_PER_SAVE]
             requests = [Request(row.question, decoding) for row in batch if not row.problem]
             judged = iter(judge_answers(loaded, answer_requests(loaded, requests)))
             for row in batch:
                 own = {"error": row.problem} if row.problem else next(judged).to_record()
-                records.append({"question": row.question} | own)
-                file.write(to_json(row.columns, records[-1]) + "\n")
-            file.flush()
+                lines.append(to_json(row.columns, {"question": row.question} | own))
+            data.write_atomic(path, "".join(f"{line}\n" for line in lines))
             bar.update(len(batch))
-    answers = [each for each in records if "token_ids" in each]
-    good = sum(each["finish_reason"] == "stop" and each["verdict"] == "sound" for each in answers)
+    answers = [json.loads(line) for row, line in zip(rows, lines, strict=True) if not row.problem]
+    ends = [(each.get("finish_reason"), each.get("verdict")) for each in answers]
     report(f"{len(rows) - before} rows now, {before} before: {path}")
-    report(f"sound and ended: {good} of {len(answers)}")
+    report(f"sound and ended: {ends.count(('stop', 'sound'))} of {len(answers)}")
 
 
 def judge_file(config: InferConfig) -> int:
@@ -1573,11 +1472,8 @@ class InferConfig:
 
     # The question, in quotes; `-` reads one per line from stdin. Unset: a chat.
     question: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="QUESTION")] = None
-    # File of questions: .txt (one per line), or rows with a column question or prompt.
-    questions: Path | None = None
-    # File for the answers to --questions: a JSON line per row, in the same order, with all its
-    # columns. Rows that it contains are not asked again. Unset: NAME.answers.jsonl.
-    output: Path | None = None
+    questions: Path | None = None  # File: .txt (one per line), or rows with a question or prompt.
+    output: Path | None = None  # JSON lines, one per row; resumes. Unset: NAME.answers.jsonl.
     # Judge answers of other programs: a file of JSON lines (question, text and, if known,
     # finish_reason and model), or `-` for stdin. Prints each line with its verdict.
     judge: str | None = None
@@ -1586,12 +1482,10 @@ class InferConfig:
     base: bool = False  # Ask the base model, without an adapter.
     base_model: str | None = None  # Hub id or folder of another chat model of Llama's architecture.
     system_prompt: str | None = None  # Replaces the adapter's, or the story's.
-    # Questions with lists to check their answers by. Unset: samples/probes.jsonl.
-    probes: str | None = None
+    probes: str | None = None  # Questions with lists of facts. Unset: samples/probes.jsonl.
     compare: Literal["models", "decodings"] | None = None  # Ask base and adapter, or every preset.
     verify: bool = False  # Also ask in two new processes and in a batch: are all bytes equal?
-    # Decoding preset. Unset: the adapter's, or `kit`. The flags below change single fields.
-    decoding: DecodingName | None = None
+    decoding: DecodingName | None = None  # Preset. Unset: the adapter's, or else `kit`.
     max_new_tokens: int | None = None  # Maximum tokens of the answer.
     repetition_penalty: float | None = None  # Lowers logits of tokens that occurred; 1.0 is off.
     no_repeat_ngram_size: int | None = None  # Every n-gram can occur only once; 0 is off.
@@ -1612,10 +1506,8 @@ class InferConfig:
             raise ValueError("--verify and --compare take one question, in quotes.")
         if self.verify and (self.compare or self.json):
             raise ValueError("--verify takes neither --compare nor --json.")
-        if self.json and self.questions:
-            raise ValueError("--questions writes JSON lines in any case. Remove --json.")
-        if self.judge and self.adapter:
-            raise ValueError("--judge asks no adapter. Remove --adapter.")
+        if (self.judge and self.adapter) or (self.questions and self.json):
+            raise ValueError("--judge takes no --adapter, and --questions no --json. Remove it.")
         if self.base and (self.adapter or self.compare == "models"):
             raise ValueError("--base asks without an adapter. Remove it, or the other flag.")
         questions = self.questions and self.questions.resolve()
@@ -1635,8 +1527,7 @@ class InferConfig:
 
 
 def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool = False) -> Answer:
-    """Asks, and prints the answer to stdout, on a terminal as it is generated, and the verdict to
-    stderr."""
+    """Asks; prints the answer, on a terminal as it is generated, and the verdict to stderr."""
 
     def write(piece: str) -> None:
         print(data.escape_controls(piece), end="", flush=True)
@@ -1656,8 +1547,9 @@ def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool = False
         report(f"  cut off at {cap} tokens (--max-new-tokens)")
     for finding in judged.findings:
         report(f"  {finding['name']}: {finding['message']}")
-    if judged.facts:
-        report(f"  {judged.facts}, by the probe's lists of phrases")
+    if facts := judged.facts:
+        points = f"points {len(facts.named)}/{len(facts.named) + len(facts.missing)}"
+        report(f"  {points}, wrong claims {len(facts.wrong)}, by the probe's lists of phrases")
     return answer
 
 
@@ -1695,11 +1587,10 @@ def verify(loaded: LoadedModel, request: Request) -> bool:
         if ran.returncode:
             raise UsageError(f"{name} failed:\n{ran.stderr.strip()}")
         digests[name] = json.loads(ran.stdout)["sha256"]
-    # Batched with probe questions, and with the same question under every preset.
-    cap = request.decoding.max_new_tokens
-    presets = [dataclasses.replace(each, max_new_tokens=cap) for each in DECODINGS.values()]
-    batch = [Request(probe.question, request.decoding) for probe in read_probes()[:3]]
-    batch += [Request(request.question, each) for each in presets]
+    # Batched with other questions, each under another preset.
+    cap, batch = request.decoding.max_new_tokens, []
+    for probe, preset in zip(read_probes(), DECODINGS.values(), strict=False):
+        batch.append(Request(probe.question, dataclasses.replace(preset, max_new_tokens=cap)))
     digests["in a batch"] = answer_requests(loaded, [*batch, request])[-1].sha256
     digests["alone"] = answer_requests(loaded, [request])[0].sha256
     is_same = len(set(digests.values())) == 1
@@ -1753,19 +1644,19 @@ def main(config: InferConfig) -> int:
     if config.questions:
         rows = read_questions(str(config.questions))
         output = config.output or config.questions.with_suffix(".answers.jsonl")
+        if output.is_dir() or not output.parent.is_dir():
+            raise UsageError(f"--output {output}: expected a file in an existing folder.")
     elif config.question == "-" or (config.question is None and not sys.stdin.isatty()):
         rows = read_questions("-")
     elif config.question:
         rows = [QuestionRow("The question", {}, config.question)]
-    if output and (output.is_dir() or not output.parent.is_dir()):
-        raise UsageError(f"--output {output}: expected a file in an existing folder.")
     adapter, decoding = None, DECODINGS["kit"]
     if config.base:
         profile = data.resolve_profile(config.profile, config.base_model)
     else:
         adapter = check_adapter(find_adapter(config.adapter), config.profile, config.base_model)
         profile, decoding = adapter.profile, adapter.record.decoding or decoding
-    given = DECODINGS[config.decoding] if config.decoding else decoding
+    given = DECODINGS.get(config.decoding, decoding)
     decoding = config.change_decoding(given)
     preset = next((name for name, each in DECODINGS.items() if each == given), given)
     changes = [f" {n}={v}" for n, v in vars(decoding).items() if v != getattr(given, n)]
@@ -1774,19 +1665,18 @@ def main(config: InferConfig) -> int:
     prepare_environment(profile)
     loaded = load_for_inference(profile, adapter, config.system_prompt)
     loaded.probes = read_probes(config.probes)
-    asked = []
     for row in rows:
         try:
             if not row.problem:
                 encode_request(loaded, Request(row.question, decoding))
-                asked.append(Request(row.question, decoding))
         except UsageError as error:
             row.problem = str(error)
         if row.problem:
             report(f"{row.place} is skipped: {row.problem}")
+    asked = [Request(row.question, decoding) for row in rows if not row.problem]
     if rows and not asked:
         raise UsageError("No question is left to ask. Shorten them, or lower --max-new-tokens.")
-    skipped, is_same = len(rows) - len(asked), True
+    is_same = True
     if not rows:
         chat(loaded, decoding)
     elif output:
@@ -1802,6 +1692,7 @@ def main(config: InferConfig) -> int:
                 print_answer(loaded, Request(row.question, decoding), as_json=config.json)
             elif config.json:
                 print(to_json(row.columns, {"question": row.question, "error": row.problem}))
+    skipped = len(rows) - len(asked)
     if skipped:
         report(f"{skipped} of {len(rows)} questions were skipped, see above")
     report("Not medical advice: a small language model wrote this.")

@@ -38,7 +38,7 @@ def test_the_readme_and_the_report_are_short():
 # lower a number here when a script has become smaller, and raise one only by what others lose.
 MOST = {
     "data.py": (1375, 50),
-    "infer.py": (1812, 70),
+    "infer.py": (1703, 66),
     "train.py": (1060, 32),
     "ablate.py": (915, 32),
 }

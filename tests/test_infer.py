@@ -185,19 +185,21 @@ def test_a_file_of_one_line_that_is_not_ours_is_kept(tmp_path):
     assert path.read_text() == '{"my": "config"}'
 
 
-ASKED = [infer.QuestionRow(f"q:{n}", {}, question) for n, question in enumerate(("q?", "", "r?"), 1)]
+ASKED = [infer.QuestionRow("q:1", {}, "q?"), infer.QuestionRow("q:2", {}, "", "empty"), infer.QuestionRow("q:3", {}, "r?")]
 
 
-def test_lines_of_an_earlier_start_are_kept_and_a_cut_one_is_removed(tmp_path):
-    answer = {"question": "q?", "model": "m", "verdict": "sound", "finish_reason": "stop"}
-    path = write_rows(tmp_path / "a.jsonl", [answer, {"question": "", "error": "empty"}])
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"question": "r?", "te\xc3')
-    assert infer.read_answered(path, ASKED, {"model": "m"}) == [answer, {"question": "", "error": "empty"}]
-    assert path.read_bytes() == whole
-    odd = [infer.QuestionRow("q:1", {"n": float("nan")}, "half \ud83d")]
-    path.write_text(infer.to_json(odd[0].columns, {"question": odd[0].question, "error": "e"}) + "\n")
-    assert infer.read_answered(path, odd, {}) == [{"n": None, "question": "half \ud83d", "error": "e"}]
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_lines_of_an_earlier_start_are_kept(tmp_path, end):
+    lines = ['{"question": "q?", "model": "m", "verdict": "sound", "text": "\u00e9"}', '{"question": "", "error": "empty"}']
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines) + end, encoding="utf-8")
+    assert infer.read_answered(path, ASKED, {"model": "m"}) == lines
+    path.write_text("")
+    assert infer.read_answered(path, ASKED, {"model": "m"}) == []
+    odd = [infer.QuestionRow("q:1", {"n": float("nan")}, "half \ud83d", "half a character")]
+    line = infer.to_json(odd[0].columns, {"question": odd[0].question, "error": "e"})
+    path.write_text(line + "\n")
+    assert infer.read_answered(path, odd, {}) == [line]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,9 @@ def test_lines_of_an_earlier_start_are_kept_and_a_cut_one_is_removed(tmp_path):
         ('{"question": "q?", "model": "m"}\n{"question": "x?", "model": "m"}\n', 2),
         ('{"question": "x?", "error": "e"}\n', 1),
         ('{"error": "e"}\n', 1),
-        ('{"question": "q?", "error": "e"}\n{"question": "", "error": "e"}\n{"question": "r?", "error": "e"}\n{}\n', 4),
+        ('{"question": "q?", "error": "e"}\n', 1),
+        ('{"question": "q?", "model": "m"}\n{"question": "", "error": "e"}\n{"question": "r?", "te', 3),
+        ('{"question": "q?", "model": "m"}\n{"question": "", "error": "e"}\n{"question": "r?", "model": "m"}\n{}\n', 4),
     ],
 )
 def test_other_files_are_not_continued(tmp_path, content, number):
@@ -248,8 +252,8 @@ def test_an_adapter_of_other_makers_is_known_by_peft_alone(tmp_path):
     assert infer.find_adapter(str(adapter)) == adapter
     checked = infer.check_adapter(adapter)
     assert checked.record == infer.AdapterRecord("HuggingFaceTB/SmolLM2-135M-Instruct")
-    assert checked.profile == data.PROFILES["cpu"] and checked.target_modules == ("q_proj",)
-    assert (checked.r, checked.lora_alpha, checked.use_rslora) == (2, 4, False)
+    assert checked.profile == data.PROFILES["cpu"]
+    assert checked.lora == {"r": 2, "lora_alpha": 4, "use_rslora": False, "target_modules": ["q_proj"]}
 
 
 def test_metadata_of_other_programs_is_ignored(tmp_path):
@@ -400,11 +404,13 @@ def test_of_an_adapters_folder_nothing_but_weights_and_plain_numbers_is_followed
 )
 def test_an_adapter_runs_on_its_own_base_model_by_any_of_its_names(tmp_path, names, flags, base):
     make_base(tmp_path / "base")
-    own, *others = (str(tmp_path / "base") if each == "FOLDER" else each for each in (names[0], base))
+    size = 64 if base == "FOLDER" else 3072 if "Llama" in base else 576
+    own, base = (str(tmp_path / "base") if each == "FOLDER" else each for each in (names[0], base))
     flags = {name: str(tmp_path / "base") if each == "FOLDER" else each for name, each in flags.items()}
-    record = infer.AdapterRecord(own, names[1])
-    profile = infer.resolve_adapter_profile(Path("a"), record, flags.get("choice", "auto"), flags.get("base_model"))
-    assert profile.base_model == others[0]
+    shapes = {f"{Q_PROJ}.lora_A.weight": (2, size), f"{Q_PROJ}.lora_B.weight": (size, 2)}
+    record = {"base_model": own, "profile": names[1]}
+    profile = infer.check_adapter(make_adapter(tmp_path / "a", record=record, shapes=shapes), **flags).profile
+    assert profile.base_model == base
     assert profile.name == flags.get("choice", "t4" if "Llama-3" in base else "cpu")
 
 
@@ -417,10 +423,11 @@ def test_an_adapter_runs_on_its_own_base_model_by_any_of_its_names(tmp_path, nam
         ("some/base", "cpu", None, r"some/base: its config.json could not be read"),
     ],
 )
-def test_an_adapter_does_not_run_on_another_base_model(monkeypatch, own, choice, base_model, message):
+def test_an_adapter_does_not_run_on_another_base_model(tmp_path, monkeypatch, own, choice, base_model, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    adapter = make_adapter(tmp_path / "a", {"base_model_name_or_path": own})
     with pytest.raises(data.UsageError, match=message):
-        infer.resolve_adapter_profile(Path("a"), infer.AdapterRecord(own), choice, base_model)
+        infer.check_adapter(adapter, choice, base_model)
 
 
 def make_base(folder, **changes):
@@ -671,7 +678,7 @@ def test_prompts_of_any_length_are_answered_together_as_they_are_alone(small_mod
     together = infer.answer_requests(small_model, requests)
     alone = [infer.answer_requests(small_model, [request])[0] for request in requests]
     assert together == alone
-    widths = [infer.padded_width(answer.prompt_tokens) for answer in together]
+    widths = [answer.prompt_tokens // infer.PROMPT_MULTIPLE for answer in together]
     assert len(set(widths[:3])) == 1 and widths[3] > widths[0]
 
 

@@ -353,7 +353,7 @@ def test_a_beta_blocker_alone_first_is_a_wrong_claim():
         probe,
     )
     assert right.wrong == () and len(right.named) == 4
-    assert str(right) == f"points 4/{len(probe.points)}, wrong claims 0"
+    assert len(right.missing) == len(probe.points) - 4
 
 
 def test_a_heart_attack_has_no_sore_throat_and_may_say_so():

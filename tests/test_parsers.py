@@ -6,7 +6,9 @@ import dataclasses
 import io
 import json
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -162,17 +164,21 @@ CONFIG = {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "pef
 CONFIG |= {"r": 2, "lora_alpha": 4, "bias": "none", "init_lora_weights": True, "rank_pattern": {}, "use_dora": False}
 
 
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
 @EXAMPLES
 @given(draw=st.data())
 def test_any_record_of_an_adapter(tmp_path, draw):
     record, config = mutate(draw.draw, RECORD), mutate(draw.draw, CONFIG)
     (tmp_path / "kit.json").write_text(dumps(record))
     (tmp_path / "adapter_config.json").write_text(dumps(config))
+    tensors = {f"{Q_PROJ}.lora_A.weight": np.zeros((2, 576)), f"{Q_PROJ}.lora_B.weight": np.zeros((576, 2))}
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
     with read_or_refused():
-        read = infer.read_adapter_record(tmp_path)
-        assert read.profile in (None, *data.PROFILES) and isinstance(read.base_model, str)
-    with read_or_refused():
-        assert infer.check_adapter(tmp_path).r >= 1
+        read = infer.check_adapter(tmp_path)
+        assert read.record.profile in (None, *data.PROFILES) and isinstance(read.record.base_model, str)
+        assert read.lora["r"] == 2
 
 
 @EXAMPLES
@@ -218,8 +224,8 @@ def test_any_answers_of_an_earlier_start(tmp_path, draw):
     except UsageError:
         assert path.read_bytes() == content
     else:
-        assert all(isinstance(answer["question"], str) for answer in answers)
-        assert len(path.read_bytes().splitlines()) == len(answers)
+        assert all(json.loads(answer)["question"] == ANSWER["question"] for answer in answers)
+        assert path.read_bytes() == content and len(content.splitlines()) == len(answers)
 
 
 def make_report(records):
