@@ -40,7 +40,7 @@ MOST = {
     "data.py": (1425, 56),
     "infer.py": (1812, 70),
     "train.py": (1060, 32),
-    "ablate.py": (915, 32),
+    "ablate.py": (700, 28),
 }
 
 
