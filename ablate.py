@@ -308,7 +308,7 @@ def read_records(folder: Path) -> Records:
             path = folder / "cells" / f"{arm}.{decoding}.jsonl"
             if path.is_file():  # one answer to each question
                 lines = [flatten_answer(line) for line in read_cell(path)]
-                cells[arm, decoding] = DataFrame(lines, range(len(about["questions"])))
+                cells[arm, decoding] = DataFrame(lines).set_axis(range(len(about["questions"])))
     except Exception as error:  # whatever a corrupt file leads to
         advice = "Remove it, and of a run also the arm's cells; then run without --table."
         raise data.UsageError(f"{path} cannot be read ({error!r}). {advice}") from None
@@ -524,11 +524,11 @@ def decide_claims(records: Records) -> dict[str, Result]:
 
 # --- Report and command --------------------------------------------------------------------------
 
-NOTES = """*Sound and ended*: the judge finds no defect of form, and the stop token ended it.
-*Drift*: the answer surprises the base model, continues as another speaker, or invents a medicine.
-`+a -b`: the first has more on *a* questions and less on *b*. Intervals are 95%: Wilson's for shares
+NOTES = """*Sound and ended*: no defect of form is found, and the stop token ended the answer. It
+*drifts* if it surprises the base model, continues as another speaker, or invents a medicine. With
+`+a -b`, the first has more on *a* questions and less on *b*. Intervals are 95%: Wilson's for shares
 (C2, C12), Agresti and Min's for *net*; p is of two-sided sign tests. Eval loss is on rows held out
-from the arm's sources. Nothing here says that an answer is medically correct, or is advice."""
+from the arm's sources. None of this says that an answer is medically correct or medical advice."""
 
 
 def escape_markdown(text: str) -> str:
@@ -562,7 +562,7 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
     """What the story got right and wrong, and which settings to use, as list items."""
     lines = []
     headings = {"shown": "Right", "the opposite": "Wrong: the opposite is shown"}
-    headings |= {"not shown": f"Not shown: no effect on {RELEVANT:.0%} of the questions, or a harm"}
+    headings |= {"not shown": f"Not shown: less than {RELEVANT:.0%}, or a condition fails"}
     headings |= {"undecidable": "Undecidable with so few questions", "not run": "Not run"}
     for verdict, heading in headings.items():
         own = [f'{n} "{text}"' for n, text in CLAIMS.items() if results[n][0] == verdict]
@@ -575,7 +575,7 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
         counts = ", ".join(f"{n} {good} of {asked}" for n, good, asked, _ in total.itertuples())
         best = cells[cells.decoding == decoding]
         arms = ", ".join(best.arm[best[GOOD] == best[GOOD].max()])
-        lines.append(f"- **Settings to use:** {decoding}, best {arms}. Sound and ended: {counts}.")
+        lines.append(f"- **To use:** decoding {decoding}, arm {arms}. Sound and ended: {counts}.")
     found = [each for query in CHANGES if (each := query.run(records))]
     changes = "; ".join(each.change for each in sorted(found, key=lambda each: -abs(each.net)))
     return [*lines, f"- **Single changes, net share of questions:** {changes}."]
