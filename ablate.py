@@ -104,7 +104,8 @@ class AblateConfig(data.RowsFlags):
     def given(self) -> dict[str, Any]:
         """The flags that are passed on to train.py, if they are given."""
         names = {each.name for each in dataclasses.fields(train.TrainConfig)} - {"name", "dry_run"}
-        return {n: v for n, v in vars(self).items() if n in names and v not in (None, "auto")}
+        defaults = {each.name: each.default for each in dataclasses.fields(self)}
+        return {n: v for n, v in vars(self).items() if n in names and v != defaults[n]}
 
     @property
     def folder(self) -> Path:
@@ -235,9 +236,10 @@ def run_study(study: Study, arms: Sequence[str], workers: int) -> None:
             tqdm.write(f"{futures[future].stem}: {reason or 'done'}", sys.stderr)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        while wait(futures, timeout=0.2).not_done:
+        while not all(future.done() for future in futures):
             while running:  # one signal each: at a second one train.py does not save
                 running.pop().terminate()
+            wait(futures, timeout=0.2)
 
 
 # --- Records and claims --------------------------------------------------------------------------
@@ -261,7 +263,8 @@ def flatten_answer(record: Mapping[str, Any]) -> dict[str, Any]:
     sound, ended, text = not found, record["finish_reason"] == "stop", str(record["text"])
     # The answer surprises the base model, continues as another speaker, or invents a medicine.
     drift = bool(found & {"surprisal", "leak", "invented-medicine"})
-    items = infer.measure_list(text)[0] if record["arm"] in ("base", "week4") else math.nan  # slow
+    # Slow, and only C4 needs it.
+    items = infer.measure_list(text)[0] if record["arm"] in ("base", "week4") else math.nan
     values = {"text": text, "verdict": str(record["verdict"]), "list items": items}
     values |= {"stop_ids": set(map(int, record["stop_ids"])), "repeats": bool(record["repeats"])}
     values |= {GOOD: sound and ended, "sound": sound, "unsound": not sound, "ended": ended}
@@ -310,16 +313,12 @@ def read_records(folder: Path) -> Records:
                 lines = [flatten_answer(line) for line in read_cell(path)]
                 cells[arm, decoding] = DataFrame(lines).set_axis(range(len(about["questions"])))
     except Exception as error:  # whatever a corrupt file leads to
-        advice = "Remove it, and of a run also the arm's cells; then run without --table."
+        advice = "Run the study without --table; first remove a broken file (a run: with its cells)."
         raise data.UsageError(f"{path} cannot be read ({error!r}). {advice}") from None
+    no_loss = {"eval_loss_before": math.nan, "eval_loss": math.nan}
     for (arm, decoding), own in cells.items():
-        row = {
-            "arm": arm,
-            "decoding": decoding,
-            "eval_loss_before": math.nan,
-            "eval_loss": math.nan,
-        }
-        row |= {**losses.get(arm, {}), "answers": len(own), **own[COUNTS].sum().astype(int)}
+        row = {"arm": arm, "decoding": decoding, **losses.get(arm, no_loss), "answers": len(own)}
+        row |= own[COUNTS].sum().astype(int)
         row["share"], row["interval_low"], row["interval_high"] = count_share(own[GOOD])
         rows.append(row | {"mean_tokens": own.tokens.mean(), "repeats": own.repeats[0]})
     if not cells:
@@ -348,9 +347,7 @@ class Query:
     other: str
     outcome: str = GOOD  # a column of `flatten_answer`
     sense: int = 1
-    within: Collection[
-        str
-    ] = ()  # decodings of the two arms, or arms of the two decodings; () is all
+    within: Collection[str] = ()  # of two arms the decodings, and vice versa; () is all
     is_harm: bool = False  # whether the outcome counts against the claim
 
     def run(self, records: Records) -> SimpleNamespace | None:
@@ -393,9 +390,10 @@ class Query:
 def compare(records: Records, *queries: Query) -> Result:
     """The first decision rule. Raises LookupError if the study has no answers for a query.
 
-    A claim is `shown` if every query is significant in its direction, and the intervals of harms
-    exclude `RELEVANT`; `the opposite` if all are significant in the other direction, or a harm is
-    and no query. Otherwise `not shown` if a harm is significant or a query excludes `RELEVANT`.
+    A claim is `shown` if every query that is not a harm is significant in its direction, and every
+    harm is insignificant and its interval excludes `RELEVANT`; `the opposite` if every query is
+    significant in the other direction, or a harm is significant and no query. Otherwise `not shown`
+    if a harm is significant, or a query's interval excludes `RELEVANT`; and `undecidable` if not.
     """
     found = [query.run(records) for query in queries]
     if None in found:
@@ -575,7 +573,8 @@ def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
         counts = ", ".join(f"{n} {good} of {asked}" for n, good, asked, _ in total.itertuples())
         best = cells[cells.decoding == decoding]
         arms = ", ".join(best.arm[best[GOOD] == best[GOOD].max()])
-        lines.append(f"- **To use:** decoding {decoding}, arm {arms}. Sound and ended: {counts}.")
+        text = f"decoding {decoding}, and of the arms {arms}. Sound and ended: {counts}"
+        lines.append(f"- **Settings to use:** {text}.")
     found = [each for query in CHANGES if (each := query.run(records))]
     changes = "; ".join(each.change for each in sorted(found, key=lambda each: -abs(each.net)))
     return [*lines, f"- **Single changes, net share of questions:** {changes}."]
@@ -652,6 +651,7 @@ def draw_picture(records: Records, path: Path) -> None:
         line = {"arrowstyle": "-", "color": "0.7", "relpos": (0, 0.5)}
         losses.annotate(point.arm, at, end, "data", "axes fraction", line, va="center")
     losses.set(xlabel="eval loss (nats per token)", ylabel="share sound and ended under kit")
+    losses.spines[["top", "right"]].set_visible(False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=125, metadata={"Software": None})
     data.write_atomic(path, image.getvalue())
