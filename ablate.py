@@ -313,7 +313,7 @@ def read_records(folder: Path) -> Records:
                 lines = [flatten_answer(line) for line in read_cell(path)]
                 cells[arm, decoding] = DataFrame(lines).set_axis(range(len(about["questions"])))
     except Exception as error:  # whatever a corrupt file leads to
-        advice = "Run the study without --table; first remove a broken file (a run: with its cells)."
+        advice = "Run the study without --table; first remove a broken file (and a run's cells)."
         raise data.UsageError(f"{path} cannot be read ({error!r}). {advice}") from None
     no_loss = {"eval_loss_before": math.nan, "eval_loss": math.nan}
     for (arm, decoding), own in cells.items():
