@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import sys
+import types
 from pathlib import Path
 
 import pandas
@@ -73,7 +74,7 @@ def count(study):
     for metric, own in pandas.read_csv(study / "readings.csv").groupby("metric"):
         votes = own.groupby(["arm", "question"]).vote.sum().to_numpy()
         cells = {("run", name): pandas.DataFrame({"sound": votes * sign > 0}) for name, sign in (("answers", 1), (metric, -1))}
-        found = ablate.Query("answers", metric, "sound", within=["run"]).run(ablate.Records({"arms": []}, cells, {}, {}, {}))
+        found = ablate.Query("answers", metric, "sound", within=["run"]).run(types.SimpleNamespace(cells=cells))
         better, worse, equal = (votes > 0).sum(), (votes < 0).sum(), (votes == 0).sum()
         counts[metric] = f"{', '.join(own.arm.unique())}: {better} better, {worse} worse, {equal} equal, net {found.text.partition('net ')[2][:-1]}"
     return counts

@@ -224,7 +224,7 @@ def ablated(tmp_path_factory):
     stopped.terminate()
     assert stopped.wait() == 128 + signal.SIGTERM
     said = (cwd / "words.txt").read_text()
-    assert "Interrupted. Finished cells are kept in runs/ablate/story; run the same command to resume." in said
+    assert "Interrupted. Run the same command again." in said
     assert "Traceback" not in said
     left = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
     assert not any(str(cwd) in line for line in left)

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import tarfile
+import types
 
 import pandas
 import pytest
@@ -52,9 +53,12 @@ def test_each_decoding_between_collapse_and_fix_is_a_single_change():
     assert changed(decodings["fix-cap-128"], decodings["story-fix"]) == {"max_new_tokens"}
 
 
-def test_arms_that_need_mixes_equal_another_arm_without_them():
-    for name, equal in (ablate.MIX_ARMS | {"week4-rebalanced": "week4"}).items():
-        assert changed(ablate.TRAINING_ARMS[equal], ablate.TRAINING_ARMS[name]) == {"mix"}
+def test_the_arm_that_needs_mixes_equals_another_without_them(tmp_path):
+    assert changed(ablate.TRAINING_ARMS["week4"], ablate.TRAINING_ARMS["week4-rebalanced"]) == {"mix"}
+    rows = write_chats(tmp_path / "rows.jsonl", vet=40)
+    arms = ablate.make_study(ablate.AblateConfig(profile="cpu", rows=rows)).arms
+    assert list(arms) == [arm for arm in ablate.ARMS if arm != "week4-rebalanced"]
+    assert all("--mix" not in flags for flags in arms.values())
 
 
 @pytest.mark.parametrize("profile", data.PROFILES)
@@ -69,13 +73,13 @@ def test_wide_attention_has_as_many_parameters_as_all_linear(profile):
 def test_every_arm_is_a_command_that_train_understands():
     import tyro
 
-    _, *arms = ablate.make_study(ablate.AblateConfig(profile="cpu", num_rows=32)).arms
-    for arm in arms:
-        script, *flags = arm.command
-        config = tyro.cli(train.TrainConfig, args=flags)
-        assert all(getattr(config, field) == value for field, value in ablate.TRAINING_ARMS[arm.name].items())
-        assert (script, config.name, config.profile, config.num_rows) == ("train.py", arm.name, "cpu", 32)
-        assert config.lora_alpha == 2 * config.r and config.num_probes == (0 if arm.name.startswith("week4-") else 10)
+    arms = ablate.make_study(ablate.AblateConfig(profile="cpu", num_rows=32)).arms
+    assert list(arms) == ["base", *ablate.TRAINING_ARMS] and arms["base"] == []
+    for arm, changes in ablate.TRAINING_ARMS.items():
+        config = tyro.cli(train.TrainConfig, args=arms[arm])
+        assert all(getattr(config, field) == value for field, value in changes.items())
+        assert (config.name, config.profile, config.num_rows) == (arm, "cpu", 32)
+        assert config.lora_alpha == 2 * config.r and config.num_probes == (0 if arm.startswith("week4-") else 10)
 
 
 @pytest.mark.parametrize("profile", data.PROFILES)
@@ -83,7 +87,7 @@ def test_a_dry_run_prints_arms_and_commands_and_writes_nothing(tmp_path, profile
     ran = call_script("ablate.py", "--dry-run", "--profile", profile, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     for arm, decodings in ablate.ARMS.items():
-        assert re.search(rf"(?m)^{arm} +0 of {len(decodings)} cells done  {', '.join(decodings)}$", ran.stdout)
+        assert re.search(rf"(?m)^{arm} +{len(decodings)} of {len(decodings)} cells to do  {', '.join(decodings)}$", ran.stdout)
     commands = re.findall(r"(?m)^python train\.py .*$", ran.stdout)
     assert len(commands) == 8 and all(f"--profile {profile} " in command for command in commands)
     assert "57 cells of " in ran.stdout and list(tmp_path.iterdir()) == []
@@ -93,18 +97,11 @@ def test_shards_are_disjoint_and_together_all_arms(tmp_path):
     found = []
     for part in range(3):
         ran = call_script("ablate.py", "--dry-run", "--profile", "cpu", "--shard", f"{part}/3", cwd=tmp_path)
-        found.append(re.findall(r"(?m)^(\S+) +0 of", ran.stdout))
+        found.append(re.findall(r"(?m)^(\S+) +\d of \d cells to do", ran.stdout))
     assert sorted(arm for arms in found for arm in arms) == sorted(ablate.ARMS)
     assert all(len(arms) == 3 for arms in found)
     ran = call_script("ablate.py", "--profile", "cpu", "--shard", "9/10", cwd=tmp_path)
     assert ran.returncode == 0 and ran.stdout.startswith("0 cells of ") and list(tmp_path.iterdir()) == []
-
-
-def test_training_runs_of_different_sizes_are_reported(tmp_path):
-    records = write_study(tmp_path, {("week3", "kit"): [SOUND], ("week4", "kit"): [SOUND]})
-    assert "trained on 64 rows" in make_report(records)
-    records.runs["week3"]["train_rows"] = 63.0
-    assert "trained on 63 or 64 rows" in make_report(records)
 
 
 def write_chats(path, **counts):
@@ -163,7 +160,7 @@ def make_lines(arm, decoding, answers):
         )
         judged = dataclasses.replace(judge_once(question, text, reason), answer=answer)
         cell = {"arm": arm, "decoding_arm": decoding, "stop_ids": [2], "repeats": True}
-        lines.append(cell | {"machine": "a | machine"} | judged.to_record())
+        lines.append(cell | judged.to_record())
     return lines
 
 
@@ -183,10 +180,11 @@ def write_study(folder, texts, losses=(3.0, 2.0)):
         write_rows(folder / "cells" / f"{arm}.{decoding}.jsonl", make_lines(arm, decoding, answers))
         if arm != "base":
             write_run(folder / "runs" / arm, losses)
-    about = {"command": "python ablate.py", "base_model": "model", "questions": QUESTIONS[:2]}
+    about = {"command": "python ablate.py", "base_model": "model"}
+    about["questions"] = QUESTIONS[: len(next(iter(texts.values())))]
     about["arms"] = list(dict.fromkeys(arm for arm, _ in texts))
     (folder / "study.json").write_text(json.dumps(about))
-    return ablate.Records.read(folder)
+    return ablate.read_records(folder)
 
 
 def make_report(records):
@@ -202,7 +200,7 @@ def compare_pairs(larger, smaller, ties, sense=1):
     outcomes = [(1, 0)] * larger + [(0, 1)] * smaller + [(1, 1)] * ties
     cells = pandas.DataFrame(outcomes, columns=["one", "other"])
     cells = {("week4", name): cells[[name]].set_axis(["ended"], axis=1) for name in cells}
-    records, query = ablate.Records({"arms": []}, cells, {}, {}, {}), ablate.Query("one", "other", "ended", sense)
+    records, query = types.SimpleNamespace(cells=cells), ablate.Query("one", "other", "ended", sense)
     return query.run(records), ablate.compare(records, query)[0]
 
 
@@ -259,8 +257,7 @@ def test_the_loss_that_fell_shows_nothing_unless_the_answers_got_worse(tmp_path)
     assert verdict(write_study(tmp_path / "c", {base: [SOUND] * 8, week4: [SOUND] * 8}), "C1") == "not shown"
     records = write_study(tmp_path / "d", {base: [DRIFT] * 8, week4: [SOUND] * 8})
     assert verdict(records, "C1") == "the opposite"
-    records = dataclasses.replace(records, runs={})
-    assert ablate.check_loss(records) == ablate.NOT_RUN
+    assert verdict(records._replace(losses={}), "C1") == "not run"
 
 
 def test_a_penalty_is_judged_by_its_loops_and_by_its_harm(tmp_path):
@@ -282,16 +279,8 @@ def test_feed_forward_modules_must_beat_attention_of_as_many_parameters_too(tmp_
     assert verdict(write_study(tmp_path / "a", arms), "C6") == "not run"
     assert verdict(write_study(tmp_path / "b", arms | {("week4-wide-attention", "kit"): ["Nothing."] * 8}), "C6") == "shown"
     assert verdict(write_study(tmp_path / "c", arms | {("week4-wide-attention", "kit"): good}), "C6") == "not shown"
-    # With --rows, `fixed` is the arm that differs from `week4` in the modules only.
-    own = {("fixed", "kit"): good, ("week4", "kit"): ["Nothing."] * 8, ("week4-wide-attention", "kit"): ["Nothing."] * 8}
-    records = write_study(tmp_path / "d", own)
-    assert verdict(records, "C6") == "shown" and verdict(records, "C5") == "not run"
-    assert "week4 to fixed" in make_report(records)
-    about = json.loads((tmp_path / "d" / "study.json").read_text())
-    about["arms"].append("week4-all-linear")  # not run yet
-    (tmp_path / "d" / "study.json").write_text(json.dumps(about))
-    records = ablate.Records.read(tmp_path / "d")
-    assert verdict(records, "C6") == "not run"
+    records = write_study(tmp_path / "d", arms | {("week4-wide-attention", "kit"): ["Nothing."] * 8})
+    assert verdict(records, "C5") == "not run" and "week4 to week4-all-linear" in make_report(records)
     for cell in records.cells.values():
         cell["points"] = math.nan
     assert verdict(records, "C6") == "not run"
@@ -351,7 +340,7 @@ def test_the_report_names_the_step_that_each_metric_selects(tmp_path):
     run = json.loads((tmp_path / "runs" / "week4" / "run.json").read_text())
     run["numbers"]["selected"] = {"answers": 2, "eval_loss": 4, "rouge_l": 4}
     (tmp_path / "runs" / "week4" / "run.json").write_text(json.dumps(run))
-    report = make_report(ablate.Records.read(tmp_path))
+    report = make_report(ablate.read_records(tmp_path))
     assert "| week4 | step 2: 6 | step 4: 3 | step 4: 3 | step 2: 6 |" in report
     assert "| has the most | 1 of 1 | 0 of 1 | 0 of 1 |  |" in report
 
@@ -375,7 +364,7 @@ def test_no_answer_breaks_the_report(tmp_path):
     records = write_study(tmp_path, texts)
     (tmp_path / "failures").mkdir()
     (tmp_path / "failures" / "week4.txt").write_text(NASTY)
-    report = make_report(dataclasses.replace(records, failures={"week4": NASTY}))
+    report = make_report(records._replace(failures={"week4": NASTY}))
     tokens = render(report)
     tables = [place for place, token in enumerate(tokens) if token.type == "table_open"]
     for place, (rows, columns) in zip(tables, ((4, 5), (2, 3)), strict=True):
@@ -459,7 +448,7 @@ def test_a_failed_arm_is_a_row_with_its_reason(tmp_path):
     write_study(tmp_path, {("base", "kit"): [SOUND] * 2, ("week4", "plain"): [SOUND] * 2})
     (tmp_path / "failures").mkdir()
     (tmp_path / "failures" / "week4.txt").write_text("train.py failed (exit code 2). out of `memory`")
-    report = make_report(ablate.Records.read(tmp_path))
+    report = make_report(ablate.read_records(tmp_path))
     assert re.search(r"\| week4 \| 2\.000 \| failed \| failed \| failed \|", report)
     assert "- week4: train.py failed (exit code 2). out of &#96;memory&#96;" in report
 
@@ -467,21 +456,21 @@ def test_a_failed_arm_is_a_row_with_its_reason(tmp_path):
 @pytest.mark.parametrize("content", ["[" * 10_000, "[]", "{}", '{"command": 1}', '{"arms": 3}', ""])
 def test_a_corrupt_record_is_named_with_the_way_out(content, tmp_path):
     (tmp_path / "study.json").write_text(content)
-    with pytest.raises(data.UsageError, match=r"study\.json is a broken record .*Remove it .*, and run the study's command"):
-        ablate.Records.read(tmp_path)
+    with pytest.raises(data.UsageError, match=r"study\.json cannot be read .*Run the study without --table; first remove a broken file"):
+        ablate.read_records(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cells/week4.kit.jsonl", "runs/week4/run.json", "runs/week4/metrics.jsonl"])
 def test_a_broken_file_is_named_with_what_to_do_about_it(tmp_path, name):
     write_study(tmp_path, {("week4", "kit"): [SOUND], ("week4-1-epoch", "kit"): [SOUND]})
     (tmp_path / name).write_text('{"a": ')
-    with pytest.raises(data.UsageError, match=rf"/{re.escape(name)} is a broken record .*Remove it \(of a run, its folder and the arm's cells\)"):
-        ablate.Records.read(tmp_path)
+    with pytest.raises(data.UsageError, match=rf"/{re.escape(name)} cannot be read .*first remove a broken file"):
+        ablate.read_records(tmp_path)
 
 
 def test_a_reason_is_the_last_line_of_the_process(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
-    log, study = tmp_path / "logs" / "base.log", dataclasses.replace(STUDY, folder=tmp_path)
+    log, study = tmp_path / "logs" / "base.log", STUDY._replace(folder=tmp_path)
     words = "a bar 1%\ra bar 2%\rwarning\nerror: The disk is full.\n"
     for last, reason in (
         ("sys.exit(2)", f"answering failed (exit code 2; log: {log}). error: The disk is full."),
@@ -489,7 +478,7 @@ def test_a_reason_is_the_last_line_of_the_process(tmp_path, monkeypatch):
     ):
         code = f"import os, sys; print('out', flush=True); sys.stderr.write({words!r}); sys.stderr.flush(); {last}"
         monkeypatch.setattr(sys, "orig_argv", ["python", "-c", code])
-        assert ablate.run_arm(study, study.arms[0]) == reason
+        assert ablate.run_arm(study, "base", []) == reason
     assert log.read_bytes() == 2 * ("out\n" + words).encode()
 
 

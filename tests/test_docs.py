@@ -40,7 +40,7 @@ MOST = {
     "data.py": (1375, 50),
     "infer.py": (1703, 66),
     "train.py": (1060, 32),
-    "ablate.py": (915, 32),
+    "ablate.py": (700, 28),
 }
 
 

@@ -367,5 +367,5 @@ def test_a_process_that_nobody_reads_ends_without_a_word(tmp_path):
 
 def test_a_study_of_records_of_other_makers_is_refused(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps({"command": "python ablate.py"}))
-    with pytest.raises(UsageError, match=r"broken record .*Remove it"):
-        ablate.Records.read(tmp_path)
+    with pytest.raises(UsageError, match=r"cannot be read .*remove a broken file"):
+        ablate.read_records(tmp_path)

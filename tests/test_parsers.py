@@ -235,7 +235,7 @@ def make_report(records):
 @EXAMPLES
 @given(draw=st.data())
 def test_any_cell_of_a_study_makes_a_report_or_is_refused(tmp_path, draw):
-    cell = {"arm": "kit", "decoding_arm": "kit", "stop_ids": [2], "repeats": True, "machine": "a"}
+    cell = {"arm": "kit", "decoding_arm": "kit", "stop_ids": [2], "repeats": True}
     numbers = {"before": {"eval_loss": 3.0}, "chosen": {"eval_loss": 2.0}, "selected": {"answers": 4}, "steps": 4}
     numbers |= {"training_seconds": 60.0, "adapter_bytes": 4_000_000, "train_rows": 64, "train_tokens": 9000}
     about = {"command": "python ablate.py", "base_model": "model", "questions": [ANSWER["question"]]}
@@ -253,7 +253,7 @@ def test_any_cell_of_a_study_makes_a_report_or_is_refused(tmp_path, draw):
     for path, record in records.items():
         path.write_text(dumps(mutate(draw.draw, record) if path == chosen else record) + "\n")
     with read_or_refused():
-        make_report(ablate.Records.read(tmp_path))
+        make_report(ablate.read_records(tmp_path))
 
 
 @EXAMPLES

@@ -179,7 +179,7 @@ REFUSED = {
     ),
     "base model without sizes": (["data.py", "--profile", "cpu", "--base-model", "sizes"], "its config.json has no valid sizes (KeyError('num_hidden_layers'))"),
     # ablate.py
-    "no records": (["ablate.py", "--table"], "study.json does not exist. Run the study first"),
+    "no records": (["ablate.py", "--table"], "'No such file or directory')). Run the study without --table"),
     "study name": (["ablate.py", "--name", "a/b"], "letters, digits"),
     "rows and a source of the mix": (["ablate.py", "--rows", "q.jsonl", "--encyclopedic", "q.jsonl"], "--rows replaces the mix"),
     "evaluations of a study": (["ablate.py", "--eval-every", "1"], "--eval-every 1.0: expected a share between 0 and 1"),
@@ -195,8 +195,6 @@ REFUSED = {
     "probes without questions": (["train.py", "--profile", "cpu", "--probes", "no-probes.jsonl"], "no-probes.jsonl:1: not a probe"),
     "probes of an answer without questions": (["infer.py", "What is croup?", "--probes", "no-probes.jsonl"], "not a probe"),
     "probes of an audit": (["data.py", "--profile", "cpu", "--probes", "no-probes.jsonl"], "not a probe"),
-    "table of nothing": (["ablate.py", "--table", "--dry-run"], "--table only writes the report. Remove it"),
-    "table of an answer": (["ablate.py", "--table", "--answer", "base"], "--table only writes the report. Remove it"),
     "blank prompt of a study": (["ablate.py", "--rows", "q.jsonl", "--system-prompt", " "], "--system-prompt is empty"),
     "source of a mix that is not there": (["ablate.py", "--profile", "cpu", "--conversational", "none.jsonl"], "'none.jsonl' does not exist"),
 }

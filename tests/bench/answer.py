@@ -31,7 +31,7 @@ def make_requests(questions, cap):
     study = ablate.make_study(ablate.AblateConfig(profile="cpu"))
     return [
         infer.Request(probe.question, dataclasses.replace(decoding, max_new_tokens=decoding.max_new_tokens * cap // 256))
-        for decoding in study.arms[0].decodings.values()
+        for decoding in ablate.DECODING_ARMS.values()
         for probe in study.probes[:questions]
     ]
 
