@@ -36,7 +36,6 @@ def test_training_leaves_exactly_its_files(trained):
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
-        "generation_config.json",
         "kit.json",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -133,14 +132,6 @@ def test_without_a_checkpoint_that_can_be_loaded_a_run_starts_over_and_keeps_wha
     assert train.find_checkpoint(tmp_path)[0] is None
     assert re.search(r"checkpoint-1 cannot be loaded \(.+\); the one before is used, or none", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged-checkpoint-1"]
-
-
-def test_a_disk_without_room_is_told_before_anything_is_trained(tmp_path, monkeypatch):
-    config, profile = train.resolve(train.TrainConfig(profile="cpu", output_dir=tmp_path))
-    train.format_plan(config, profile, None, "float32")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 50 * 2**20))
-    with pytest.raises(UsageError, match=r"needs up to \d+ MiB, and 50 MiB are free there\. Free disk space"):
-        train.format_plan(config, profile, None, "float32")
 
 
 # --- Runs that are ended -----------------------------------------------------------------------------------------
