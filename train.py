@@ -654,26 +654,21 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         infer.handle_signals()
         state = find_checkpoint(folder)[1]
-    signals = [number for number in SIGNALS if number != signal.SIGALRM]
-    if signals and not state["complete"]:
-        advice = f"Run the same command (without --restart) to resume {folder}."
-        raise infer.Interrupted(signals[0], f"Interrupted. {advice}")
-    record = write_results(config, loaded, recipe, audit, state)
     if state["complete"]:
-        return record
-    left = f"Stopped by --max-hours after {state['global_step']} of {state['max_steps']} steps"
-    so_far = f" The best weights so far are in {folder / 'adapter'}." if record else ""
-    print(f"{left}; run the same command (without --restart) to resume.{so_far}")
+        return write_results(config, loaded, recipe, audit, state)
+    advice = f"Run the same command (without --restart) to resume {folder}."
+    if signals := [number for number in SIGNALS if number != signal.SIGALRM]:
+        raise infer.Interrupted(signals[0], f"Interrupted. {advice}")
+    steps = f"{state['global_step']} of {state['max_steps']} steps"
+    print(f"Stopped by --max-hours after {steps}. {advice}")
     return None
 
 
-def select_steps(folder: Path, state: Log) -> dict[str, Any] | None:
+def select_steps(folder: Path, state: Log) -> dict[str, Any]:
     """The evaluations before training, at the selected step and at the last, and the step that each
-    metric selects; None without a selected step yet. Raises UsageError if its loss is no number."""
+    metric selects. Raises UsageError if the loss of the selected one is not a number."""
     before, *lines = [log for log in select_metrics(state["log_history"]) if "eval_loss" in log]
     chosen = next((line for line in lines if line["step"] == state["best_global_step"]), None)
-    if not chosen and not state["complete"]:
-        return None
     if not chosen or not math.isfinite(chosen["eval_loss"]):  # diverged weights still give answers
         problem = "the eval loss is not a number, so there are no weights to select"
         advice = "Lower --learning-rate, and start over with --restart."
@@ -688,14 +683,12 @@ def select_steps(folder: Path, state: Log) -> dict[str, Any] | None:
 
 def write_results(
     config: TrainConfig, loaded: infer.LoadedModel, recipe: Log, audit: Log, state: Log
-) -> dict[str, Any] | None:
-    """Writes adapter, curves and, if the run is complete, run.json last; returns its content, or
-    None if no step is selected yet."""
+) -> dict[str, Any]:
+    """Writes adapter, curves and, last, run.json; returns its content."""
     import torch
 
     folder, tokenizer = config.folder, loaded.tokenizer
-    if not (steps := select_steps(folder, state)):
-        return None
+    steps = select_steps(folder, state)
     checkpoint = folder / f"checkpoint-{steps['chosen']['step']}"
     # On a CPU, torch counts no bytes.
     peak = torch.cuda.max_memory_reserved() or 1024 * resource.getrusage(0).ru_maxrss
@@ -725,8 +718,7 @@ def write_results(
         shutil.rmtree(adapter, ignore_errors=True)
         part.rename(adapter)
     data.write_atomic(folder / "curves.png", draw_curves(state["log_history"]))
-    if state["complete"]:
-        data.write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")
+    data.write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")
     return record
 
 

@@ -413,7 +413,7 @@ def test_a_run_that_was_stopped_by_the_clock_and_asks_nothing_comes_to_the_same_
     stopped = call_script(*flags, "--max-hours", "0.0001", "--restart", cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stderr
     folder = tmp_path / "runs" / "train" / "tiny"
-    assert "Stopped by --max-hours after 1 of 4 steps; run the same command (without --restart) to resume." in stopped.stdout
+    assert "Stopped by --max-hours after 1 of 4 steps. Run the same command (without --restart) to resume" in stopped.stdout
     kept = tmp_path / "runs" / "train" / "tiny.old-1" / "adapter"
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == old
     assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "checkpoint-1"}
