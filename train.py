@@ -4,8 +4,8 @@
     python train.py --rows my.jsonl --name mine      on your own rows
     python train.py --profile t4 --dry-run           print the plan; loads no weights
 
-Writes to runs/train/NAME: adapter/, which `infer.py` uses by default, run.json, metrics.jsonl,
-samples/STEP.jsonl and curves.png.
+Writes to runs/train/NAME: adapter/, which `infer.py` uses by default, run.json, metrics.jsonl
+and samples/STEP.jsonl.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import io
 import itertools
 import json
 import math
@@ -684,7 +683,7 @@ def select_steps(folder: Path, state: Log) -> dict[str, Any]:
 def write_results(
     config: TrainConfig, loaded: infer.LoadedModel, recipe: Log, audit: Log, state: Log
 ) -> dict[str, Any]:
-    """Writes adapter, curves and, last, run.json; returns its content."""
+    """Writes the adapter and, last, run.json; returns its content."""
     import torch
 
     folder, tokenizer = config.folder, loaded.tokenizer
@@ -717,7 +716,6 @@ def write_results(
         data.write_atomic(part / "README.md", make_card(config, loaded.profile, record))
         shutil.rmtree(adapter, ignore_errors=True)
         part.rename(adapter)
-    data.write_atomic(folder / "curves.png", draw_curves(state["log_history"]))
     data.write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")
     return record
 
@@ -741,24 +739,6 @@ def make_card(config: TrainConfig, profile: Profile, record: Log) -> str:
     about = ModelCardData(base_model=profile.hub_id, library_name="peft", license=profile.licence)
     card = ModelCard.from_template(about, template_str=CARD, **shown)
     return data.escape_controls(card.content)
-
-
-def draw_curves(log_history: Sequence[Log]) -> bytes:
-    """A picture (PNG) of loss and answers over the steps, in grey."""
-    import pandas
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    above, below = figure.subplots(2, sharex=True)
-    logs = pandas.DataFrame(log_history).set_index("step")
-    logs.loss.dropna().plot(ax=above, color="0.6", legend=True, ylabel="loss (nats per token)")
-    logs.eval_loss.dropna().plot(ax=above, style="ko--", legend=True)
-    shares = logs[["eval_sound", "eval_ended"]].div(logs.eval_answers, axis=0)
-    shares["eval_points"] = logs.eval_points / logs.eval_max_points
-    shares.dropna().plot(ax=below, style=["ko-", "ks:", "k^-."], ylim=(-0.02, 1.02), ylabel="share")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    return picture.getvalue()
 
 
 def make_modelfile(tokenizer: Any, system_prompt: str) -> str:
