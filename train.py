@@ -76,11 +76,7 @@ physician has reviewed the rows or the answers.
 {% for name, value in values.items() %}
 - {{ name }}: {{ value|e }}
 {%- endfor %}
-{% for sample in samples %}
-<pre>{{ sample.question|e }} ({{ sample.verdict }}; {{ sample.finish_reason }})
-
-{{ sample.text|e }}</pre>
-{% endfor %}"""
+"""
 
 
 # --- Flags and plan ------------------------------------------------------------------------------
@@ -721,7 +717,7 @@ def write_results(
 
 
 def make_card(config: TrainConfig, profile: Profile, record: Log) -> str:
-    """The model card (markdown) from `CARD`; text of rows and answers is escaped."""
+    """The model card (markdown) from `CARD`, with the recipe and the losses; text is escaped."""
     from huggingface_hub import ModelCard, ModelCardData
 
     before, chosen = record["numbers"]["before"], record["numbers"]["chosen"]
@@ -733,11 +729,8 @@ def make_card(config: TrainConfig, profile: Profile, record: Log) -> str:
     values["weights"] = f"of step {chosen['step']}, selected by {config.metric_for_best_model}"
     losses = f"{before['eval_loss']:.4f} before, {chosen['eval_loss']:.4f} at that step"
     values |= {"eval loss": losses, **record["versions"]}
-    samples = config.folder / "samples" / f"{chosen['step']}.jsonl"
-    answers = samples.read_text(encoding="utf-8").splitlines() if config.num_probes else []
-    shown = {"values": values, "samples": [json.loads(line) for line in answers]}
     about = ModelCardData(base_model=profile.hub_id, library_name="peft", license=profile.licence)
-    card = ModelCard.from_template(about, template_str=CARD, **shown)
+    card = ModelCard.from_template(about, template_str=CARD, values=values)
     return data.escape_controls(card.content)
 
 
