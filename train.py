@@ -20,14 +20,12 @@ import json
 import math
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
 import sys
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,8 +40,7 @@ import infer
 from data import Profile, UsageError
 
 TargetModules = Literal["attention", "all-linear"]
-Encoded = list[dict[str, list[int]]]
-Log = Mapping[str, Any]
+Log = dict[str, Any]
 
 # The story suspected attention-only LoRA: attention routes, the feed-forward layers store facts.
 TARGET_MODULES: dict[TargetModules, list[str]] = {
@@ -159,8 +156,6 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile]:
     in_4bit = {"load_in_4bit": config.load_in_4bit and profile.load_in_4bit}
     parts = [profile.name, name_rows(config.rows) if config.rows else config.mix]
     parts += [config.target_modules] + ["pad-added"] * (config.pad == "added")
-    if profile.base_model != data.PROFILES[profile.name].base_model:
-        parts.insert(1, name_rows(profile.base_model))
     num_probes = min(profile.num_probes, len(infer.read_probes(config.probes)))
     defaults = {"name": "-".join(parts), "num_probes": num_probes, "eval_every": profile.eval_every}
     defaults["per_device_train_batch_size"] = profile.per_device_train_batch_size
@@ -352,13 +347,10 @@ def evaluate_answers(
         limit = min(infer.DECODINGS["kit"].max_new_tokens, loaded.profile.eval_max_new_tokens)
         decoding = dataclasses.replace(infer.DECODINGS["kit"], max_new_tokens=limit)
         requests = [infer.Request(question, decoding) for question in questions]
-        total = infer.count_new_tokens(requests)
-        # `disable=None` shows the bar on a terminal only.
-        bar = tqdm(total=total, unit="token", desc="answers", leave=False, disable=None)
         FastLanguageModel.for_inference(loaded.model)
-        with infer.quiet_libraries(), bar:
-            answers = infer.answer_requests(loaded, requests, bar.update)
-            judged = infer.judge_answers(loaded, answers[:count], progress=bar.update)
+        with infer.quiet_libraries():
+            answers = infer.answer_requests(loaded, requests)
+            judged = infer.judge_answers(loaded, answers[:count])
         recompute = loaded.profile.use_gradient_checkpointing
         FastLanguageModel.for_training(loaded.model, use_gradient_checkpointing=recompute)
         scores = [rouge_l(each.text, references[each.question]) for each in answers[count:]]
@@ -457,7 +449,7 @@ def make_callback(config: TrainConfig, recipe: Log) -> Any:
     return RunCallback()
 
 
-def select_metrics(log_history: Sequence[Log]) -> list[dict[str, Any]]:
+def select_metrics(log_history: list[Log]) -> list[Log]:
     """The lines of metrics.jsonl: the Trainer's logs of steps and evaluations, without times."""
     volatile = re.compile(r"runtime|_per_second|flos|num_tokens")  # tokens since the last start
     logs = [log for log in log_history if "loss" in log or "eval_loss" in log]
@@ -508,7 +500,7 @@ def make_sft_config(config: TrainConfig, profile: Profile, eval_steps: int) -> A
 
 
 def make_trainer(
-    model: Any, tokenizer: Any, args: Any, rows: Encoded, held_out: Encoded, evaluate: Any = None
+    model: Any, tokenizer: Any, args: Any, rows: list, held_out: list, evaluate: Any = None
 ) -> Any:
     """TRL's trainer for encoded rows; `evaluate(step, eval_loss)` returns metrics of answers."""
     from datasets import Dataset, disable_progress_bars
@@ -533,7 +525,7 @@ def make_trainer(
     return trainer
 
 
-def order_rows(rows: Encoded, seed: int) -> Encoded:
+def order_rows(rows: list[Log], seed: int) -> list[Log]:
     """The rows in an order in which those of a step have similar lengths, to save padding. The
     Trainer's `group_by_length` draws from the global generator, which evaluations use as well."""
     import torch
@@ -586,8 +578,7 @@ def check_recipe(folder: Path, found: Log, recipe: Log) -> None:
 def prepare_trainer(
     config: TrainConfig, loaded: infer.LoadedModel, mix: data.Mix, longest_row: int, recipe: Log
 ) -> Any:
-    """Adds LoRA to the loaded base model. Returns the trainer of a run, which answers questions at
-    each evaluation."""
+    """Adds LoRA to the base model; returns a trainer that answers questions at each evaluation."""
     from transformers import EarlyStoppingCallback
 
     profile, tokenizer = loaded.profile, loaded.tokenizer
@@ -680,16 +671,12 @@ def write_results(
     config: TrainConfig, loaded: infer.LoadedModel, recipe: Log, audit: Log, state: Log
 ) -> dict[str, Any]:
     """Writes the adapter and, last, run.json; returns its content."""
-    import torch
-
     folder, tokenizer = config.folder, loaded.tokenizer
     steps = select_steps(folder, state)
     checkpoint = folder / f"checkpoint-{steps['chosen']['step']}"
-    # On a CPU, torch counts no bytes.
-    peak = torch.cuda.max_memory_reserved() or 1024 * resource.getrusage(0).ru_maxrss
     numbers = {name: audit[name] for name in ("train_rows", "train_tokens", "eval_rows")} | steps
     numbers |= {"steps": state["global_step"], "planned_steps": state["max_steps"]}
-    numbers |= {"training_seconds": state["seconds"], "peak_memory_bytes": peak}
+    numbers["training_seconds"] = state["seconds"]
     numbers["adapter_bytes"] = (checkpoint / infer.WEIGHTS).stat().st_size
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     prompt = {"system_prompt": loaded.system_prompt}
@@ -775,13 +762,12 @@ def export(config: TrainConfig, profile: Profile, system_prompt: str) -> None:
 
 
 def upload(config: TrainConfig, adapter: Path | None = None) -> None:
-    """Uploads the adapter. Raises UsageError without network or token, also without an adapter."""
+    """Creates the repository and, if there is an adapter, uploads it. Raises UsageError."""
     from huggingface_hub import HfApi
 
     try:
-        HfApi().whoami()
+        url = HfApi().create_repo(config.push_to_hub, private=True, exist_ok=True)
         if adapter:
-            url = HfApi().create_repo(config.push_to_hub, private=True, exist_ok=True)
             HfApi().upload_folder(repo_id=url.repo_id, folder_path=adapter)
             print(f"uploaded  {url} (private, if it is new)")
     except Exception as error:  # of the hub's client, of many types
@@ -809,13 +795,11 @@ def train(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> 
     if config.push_to_hub:
         upload(config, adapter)
     numbers = record["numbers"]
-    before, last = numbers["before"], numbers["last"]
-    minutes, memory = numbers["training_seconds"] / 60, numbers["peak_memory_bytes"] / data.GIB
+    before, last, minutes = numbers["before"], numbers["last"], numbers["training_seconds"] / 60
     choices = ", ".join(f"{name} step {step}" for name, step in numbers["selected"].items())
     flags = f'--adapter {shlex.quote(str(adapter))} "What are the warning signs of a heart attack?"'
     print(f"""loss      {before["eval_loss"]:.4f} before, {last["eval_loss"]:.4f} after
 steps     {last["step"]} of {numbers["planned_steps"]} in {minutes:.1f} minutes
-memory    {memory:.2f} GiB at the peak
 adapter   {adapter} ({numbers["adapter_bytes"]:,} bytes)
 try it    python infer.py {flags}
 selected  step {numbers["chosen"]["step"]} by {config.metric_for_best_model}; {choices}""")

@@ -103,7 +103,6 @@ def test_the_planned_steps_and_parameters_came_true(trained):
     numbers = json.loads((trained.folder / "run.json").read_text())["numbers"]
     assert numbers["steps"] == numbers["planned_steps"] == 4
     assert f"{'trainable parameters':<30}4,884,480\n" in trained.process.stdout
-    assert 1 < numbers["peak_memory_bytes"] / data.GIB < 6
 
 
 def test_the_card_tells_recipe_data_and_loss(trained):
