@@ -829,8 +829,6 @@ def main(config: TrainConfig) -> None:
         upload(config)
     mix = config.load(profile)
     recipe["data_fingerprint"] = mix.fingerprint
-    with data.writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             train(config, profile, mix, recipe)
