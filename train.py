@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -24,24 +25,24 @@ import resource
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-import types
 import zipfile
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from rapidfuzz.distance import LCSseq
+from safetensors import safe_open
+from tqdm import tqdm
 
 import data
 import infer
 from data import Profile, UsageError
 
 TargetModules = Literal["attention", "all-linear"]
-Metric = Literal["answers", "eval_loss", "rouge_l"]
-Encoded = list[dict[str, list[int]]]
-Log = Mapping[str, Any]
+Log = dict[str, Any]
 
 # The story suspected attention-only LoRA: attention routes, the feed-forward layers store facts.
 TARGET_MODULES: dict[TargetModules, list[str]] = {
@@ -51,9 +52,10 @@ TARGET_MODULES: dict[TargetModules, list[str]] = {
 METRICS = {"answers": "eval_quality", "eval_loss": "eval_loss", "rouge_l": "eval_rouge_l"}
 LIBRARIES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets")
 ROWS_PER_STEP = 16
+LEAST = 1e-6  # of numbers above 0
 # Exit codes for ablate.py: the folder has a run with other values, or another process writes to it.
 OTHER_VALUES, BUSY = 3, 75
-# Flags that do not change what is learned, except for rounding. The rows have a fingerprint.
+# Flags that do not change what is learned. The rows have a fingerprint.
 NOT_IN_RECIPE = """name output_dir max_hours save_minutes merge gguf push_to_hub restart dry_run
     rows question_column answer_column conversational encyclopedic
     per_device_train_batch_size""".split()
@@ -61,8 +63,7 @@ MEMORY_ADVICE = (
     "Lower --per-device-train-batch-size (a step keeps its rows), then --r, or use "
     "--target-modules attention. With another --r or --target-modules, choose another --name."
 )
-# The signals received in training.
-SIGNALS: list[int] = []
+SIGNALS: list[int] = []  # received in training
 
 CARD = """---
 {{ card_data }}
@@ -75,11 +76,7 @@ physician has reviewed the rows or the answers.
 {% for name, value in values.items() %}
 - {{ name }}: {{ value|e }}
 {%- endfor %}
-{% for sample in samples %}
-<pre>{{ sample.question|e }} ({{ sample.verdict }}; {{ sample.finish_reason }})
-
-{{ sample.text|e }}</pre>
-{% endfor %}"""
+"""
 
 
 # --- Flags and plan ------------------------------------------------------------------------------
@@ -89,77 +86,48 @@ physician has reviewed the rows or the answers.
 class TrainConfig(data.RowsConfig):
     """Flags of train.py."""
 
-    name: str | None = None
-    """Name of the run's folder. Unset: profile, rows and target modules."""
-    output_dir: Path = infer.TRAIN_RUNS
-    """Folder for runs. Only a run in runs/train becomes the default of `infer.py`."""
-    epochs: float = 1.0
-    """Passes over the rows."""
-    max_steps: int | None = None
-    """Number of optimizer steps, overriding --epochs."""
-    learning_rate: float = 2e-4
-    """Peak learning rate, after a warm-up over 3% of the steps."""
-    target_modules: TargetModules = "all-linear"
-    """`attention` is q, k, v, o; `all-linear` adds gate, up, down."""
-    r: int = 16
-    """Rank of the LoRA matrices."""
-    lora_alpha: int = 32
-    """The LoRA update is scaled by lora_alpha / r."""
-    pad: infer.PadName = "native"
-    """`added` is a new token, the story's mistake: the adapter then has the embedding, twice."""
-    per_device_train_batch_size: int | None = None
-    """Rows per forward pass, a divisor of the 16 rows of a step. Unset: the profile's."""
-    load_in_4bit: bool = True
-    """Quantize the base model to 4-bit NF4. Needs a GPU: never with the profile `cpu`."""
-    num_probes: int | None = None
-    """Probe questions answered and judged at each evaluation; 0 for none. Unset: the profile's."""
-    eval_every: float | None = None
-    """Share of the steps between two evaluations. Unset: the profile's."""
-    metric_for_best_model: Metric = "answers"
-    """Selects the weights. `answers`: most sound answers, then most points, then lowest loss;
-    `rouge_l`: ROUGE-L of answers to held-out questions."""
+    name: str | None = None  # Name of the run's folder. Unset: profile, rows and target modules.
+    output_dir: Path = infer.TRAIN_RUNS  # Folder for runs. `infer.py` looks only into runs/train.
+    epochs: float = 1.0  # Passes over the rows.
+    max_steps: int | None = None  # Number of optimizer steps, overriding --epochs.
+    learning_rate: float = 2e-4  # Peak learning rate, after a warm-up over 3% of the steps.
+    target_modules: TargetModules = "all-linear"  # `attention` is q, k, v and o.
+    r: int = 16  # Rank of the LoRA matrices.
+    lora_alpha: int = 32  # The LoRA update is scaled by lora_alpha / r.
+    pad: infer.PadName = "native"  # `added`, a new token, is the story's mistake: a huge adapter.
+    # Rows per forward pass, of the 16 rows of a step. Unset: the profile's.
+    per_device_train_batch_size: Literal[1, 2, 4, 8, 16] | None = None
+    load_in_4bit: bool = True  # Quantize the base model to 4-bit NF4. Never on a CPU.
+    num_probes: int | None = None  # Probes answered at each evaluation. Unset: the profile's.
+    eval_every: float | None = None  # Share of the steps between evaluations. Unset: the profile's.
+    # Selects the weights: most sound answers (then points, then loss), lowest loss, or ROUGE-L.
+    metric_for_best_model: Literal["answers", "eval_loss", "rouge_l"] = "answers"
+    # Stop after this many evaluations in a row that do not improve --metric-for-best-model.
     early_stopping_patience: int | None = None
-    """Stop after this many evaluations in a row that do not improve --metric-for-best-model."""
-    max_hours: float | None = None
-    """End before these hours are over, with everything saved: at 95% of them, after a step."""
-    save_minutes: float = 5.0
-    """Minutes between two checkpoints; 0 saves after every step."""
-    merge: bool = False
-    """Also write base model and adapter as one 16-bit model."""
-    gguf: str | None = None
-    """Also write a GGUF file, quantized by this method (q4_k_m); downloads and builds llama.cpp."""
-    push_to_hub: str | None = None
-    """Also upload the adapter to this hub repository (OWNER/NAME), private if it is new."""
-    restart: bool = False
-    """Train from the beginning. An existing run is kept under another name."""
-    dry_run: bool = False
-    """Print the plan and stop. Loads no weights, writes nothing."""
+    max_hours: float | None = None  # Stop after 95% of these hours, with everything saved.
+    save_minutes: float = 5.0  # Minutes between two checkpoints; 0 saves after every step.
+    merge: bool = False  # Also write base model and adapter as one 16-bit model.
+    gguf: str | None = None  # Also write a GGUF file, quantized by this method (q4_k_m).
+    push_to_hub: str | None = None  # Also upload the adapter to OWNER/NAME, private if it is new.
+    restart: bool = False  # Train from the beginning. An existing run is kept under another name.
+    dry_run: bool = False  # Print the plan and stop. Loads no weights, writes nothing.
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        positive = "epochs max_steps learning_rate lora_alpha early_stopping_patience max_hours"
+        limits = dict.fromkeys(positive.split(), (LEAST, 1e6))
+        # 1024: rows of the 3B model's k_proj.
+        limits |= {"r": (1, 1024), "save_minutes": (0, 1e6), "eval_every": (0.001, 0.999)}
+        least = int(self.metric_for_best_model == "rouge_l")
+        limits["num_probes"] = (least, len(infer.read_probes(self.probes)))
         problems = []
-
-        def check(name: str, valid: object, expected: str) -> None:
-            if not valid:
-                flag = f"--{name.replace('_', '-')} {getattr(self, name)!r}"
-                problems.append(f"{flag}: expected {expected}.")
-
-        for name in """epochs max_steps learning_rate lora_alpha early_stopping_patience max_hours
-                per_device_train_batch_size""".split():
-            value = getattr(self, name)
-            check(name, value is None or 0 < value < math.inf, "a number above 0")
-        fits = ROWS_PER_STEP % (self.per_device_train_batch_size or 1) == 0
-        share = 0.5 if self.eval_every is None else self.eval_every
-        most = len(infer.read_probes(self.probes))
-        is_name = self.name is None or infer.RUN_NAME.fullmatch(self.name)
-        check("name", is_name, infer.RUN_NAME_RULE[:-1])
-        check("r", 1 <= self.r <= 1024, "1 to 1024")  # 1024: rows of the 3B model's k_proj
-        check("per_device_train_batch_size", fits, f"a divisor of {ROWS_PER_STEP}")
-        check("num_probes", 0 <= (self.num_probes or 0) <= most, f"0 to {most}")
-        check("eval_every", 0 < share < 1, "a share between 0 and 1")
-        check("save_minutes", 0 <= self.save_minutes < math.inf, "0 or more")
-        if self.metric_for_best_model == "rouge_l":
-            check("num_probes", self.num_probes != 0, "1 or more for rouge_l")
+        for name, (low, high) in limits.items():
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if value is not None and not low <= value <= high:
+                expected = "a number above 0" if low == LEAST else f"{low:g} to {high:g}"
+                problems.append(f"{flag} {value}: expected {expected}.")
+        if self.name is not None and not infer.RUN_NAME.fullmatch(self.name):
+            problems.append(f"--name {self.name!r}: expected {infer.RUN_NAME_RULE}")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -189,40 +157,35 @@ def name_rows(source: str) -> str:
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile]:
     """The config with the profile's values for unset flags, and the profile."""
     profile = data.resolve_profile(config.profile, config.base_model)
-    in_4bit = config.load_in_4bit and profile.load_in_4bit
+    in_4bit = {"load_in_4bit": config.load_in_4bit and profile.load_in_4bit}
     parts = [profile.name, name_rows(config.rows) if config.rows else config.mix]
     parts += [config.target_modules] + ["pad-added"] * (config.pad == "added")
     if profile.base_model != data.PROFILES[profile.name].base_model:
-        parts.insert(1, re.sub(r"[^\w.-]+", "-", Path(profile.base_model).name)[:50])
-    values = {
-        "name": "-".join(parts),
-        "per_device_train_batch_size": profile.per_device_train_batch_size,
-        "num_probes": min(profile.num_probes, len(infer.read_probes(config.probes))),
-        "eval_every": profile.eval_every,
-    }
-    values = {name: value for name, value in values.items() if getattr(config, name) is None}
-    values |= {"profile": profile.name, "base_model": profile.base_model, "load_in_4bit": in_4bit}
-    return dataclasses.replace(config, **values), dataclasses.replace(profile, load_in_4bit=in_4bit)
+        parts.insert(1, name_rows(profile.base_model))
+    num_probes = min(profile.num_probes, len(infer.read_probes(config.probes)))
+    defaults = {"name": "-".join(parts), "num_probes": num_probes, "eval_every": profile.eval_every}
+    defaults["per_device_train_batch_size"] = profile.per_device_train_batch_size
+    values = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    values |= in_4bit | {"profile": profile.name, "base_model": profile.base_model}
+    return dataclasses.replace(config, **values), dataclasses.replace(profile, **in_4bit)
 
 
 def count_adapter(
     arch: data.Architecture, target_modules: TargetModules, r: int, embedding: str | None = None
 ) -> tuple[int, int]:
-    """`(trainable parameters, bytes of adapter_model.safetensors)`, exact, without loading a model.
-
-    A safetensors file has 8 bytes, a JSON header padded to a multiple of 8 bytes, and the tensors:
-    wider dtypes first, then by name. With --pad added, these include `embedding` ("float16") and
-    head, one row longer.
-    """
-    shapes = {}
+    """`(trainable parameters, bytes of adapter_model.safetensors)`, exact, without torch. The file
+    has 8 bytes, a JSON header padded to a multiple of 8, and the tensors, wider dtypes first, then
+    by name. With --pad added, embedding and head are among them, one row longer, in the dtype
+    `embedding`."""
+    tensors = []  # (minus the bytes of a value, name, dtype, shape), which sort as in the file
     for module in TARGET_MODULES[target_modules]:
         block = "self_attn" if module in TARGET_MODULES["attention"] else "mlp"
         rows, columns = arch.linear_shapes[module]
         for layer in range(arch.num_hidden_layers):
             name = f"base_model.model.model.layers.{layer}.{block}.{module}.lora_"
-            shapes |= {f"{name}A.weight": (r, columns), f"{name}B.weight": (rows, r)}
-    trainable = sum(math.prod(shape) for shape in shapes.values())
-    tensors = [(-4, name, "F32", shape) for name, shape in shapes.items()]
+            tensors.append((-4, f"{name}A.weight", "F32", (r, columns)))
+            tensors.append((-4, f"{name}B.weight", "F32", (rows, r)))
+    trainable = sum(math.prod(shape) for *_, shape in tensors)
     if embedding:
         dtypes = {"float32": (4, "F32"), "float16": (2, "F16"), "bfloat16": (2, "BF16")}
         size, dtype = dtypes[embedding]
@@ -249,48 +212,30 @@ def count_base(profile: Profile) -> tuple[int, int]:
     return linear + others, int(linear * per_weight) + 2 * others
 
 
-def format_plan(config: TrainConfig, profile: Profile, audit: Log | None, dtype: str) -> str:
-    """The plan, with an upper bound of rows if `audit` is None; `dtype` is the base model's. Raises
-    UsageError if the disk has no room for a new run."""
-    embedding = dtype if config.pad == "added" else None
-    modules, r = config.target_modules, config.r
-    trainable, adapter_bytes = count_adapter(profile.architecture, modules, r, embedding)
-    native, times = count_adapter(profile.architecture, modules, r)[1], ""
-    if embedding:
-        times = f", {adapter_bytes / native:.1f} times the {native:,} bytes without --pad added"
+def plan(config: TrainConfig, profile: Profile) -> dict[str, str]:
+    """Sizes, exact before anything is loaded; with --pad added, of an embedding in fp16."""
+    arch, embedding = profile.architecture, "float16" if config.pad == "added" else None
+    trainable, size = count_adapter(arch, config.target_modules, config.r, embedding)
     parameters, base_bytes = count_base(profile)
     # Three checkpoints, of which one is being replaced, two adapters, and exports.
-    disk = 5 * adapter_bytes + 24 * trainable + 8 * parameters * bool(config.merge or config.gguf)
+    disk = 5 * size + 24 * trainable + 8 * parameters * bool(config.merge or config.gguf)
     parent = next(each for each in config.folder.absolute().parents if each.is_dir())
-    free = shutil.disk_usage(parent).free
-    if disk > free and (config.restart or not config.folder.exists()):
-        raise UsageError(
-            f"{config.folder} needs up to {disk / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are "
-            "free there. Free disk space, choose another --output-dir, or lower --r."
-        )
-    wanted = config.wanted.values()
-    rows = audit["train_rows"] if audit else 0 if None in wanted else sum(wanted)
-    up_to, batch = "" if audit else "up to ", config.per_device_train_batch_size
-    lines = {"rows": "not counted"}
-    if rows:
-        steps, eval_steps = config.count_steps(rows)
-        tokens = f" of {audit['train_tokens']:,} tokens" if audit else ""
-        lines = {
-            "rows": f"{up_to}{rows:,}{tokens}",
-            "steps": f"{up_to}{steps:,} of {ROWS_PER_STEP} rows: {batch} rows x "
-            f"{ROWS_PER_STEP // batch} forward passes",
-            "evaluations": f"{up_to}{1 + math.ceil(steps / eval_steps)}, each with "
-            f"{config.num_probes} probe answers of up to {profile.eval_max_new_tokens} tokens",
-        }
-    lines |= {
+    return {
         "trainable parameters": f"{trainable:,}",
-        "adapter file": f"{adapter_bytes:,} bytes" + times,
-        "base model": f"{parameters:,} parameters, {base_bytes / 1e9:.2f} GB in "
-        f"{'4-bit NF4' if profile.load_in_4bit else '16 bits'}",
-        "disk": f"up to {disk / 1e9:.2f} GB of {free / 1e9:.1f} GB free",
+        "adapter file": f"{size:,} bytes",
+        "base model": f"{parameters:,} parameters, {base_bytes / 1e9:.2f} GB when loaded",
+        "disk": f"{disk / 1e9:.2f} GB of {shutil.disk_usage(parent).free / 1e9:.1f} GB free",
         "measured": profile.measured,
     }
-    return format_values(lines)
+
+
+def format_rows(config: TrainConfig, audit: Log) -> str:
+    """The audit of the rows, and the steps that they make."""
+    rows, batch = audit["train_rows"], config.per_device_train_batch_size
+    passes = f"{ROWS_PER_STEP} rows: {batch} rows x {ROWS_PER_STEP // batch} forward passes"
+    values = {"rows": f"{rows:,} of {audit['train_tokens']:,} tokens"}
+    values["steps"] = f"{config.count_steps(rows)[0]:,} of {passes}"
+    return f"\n{data.format_audit(audit)}\n\n{format_values(values)}\n"
 
 
 def format_values(values: Log) -> str:
@@ -318,11 +263,9 @@ def add_lora(model: Any, config: TrainConfig, profile: Profile) -> Any:
 
 def join_lora(model: Any) -> None:
     """Computes base and LoRA in one product: [x, x A'] [W, s B]' instead of x W' + s (x A') B'.
-
     Training takes 1.08 times as long without (`tests.bench train --measures`), and in bfloat16, the
     sum of two products loses what is below half a unit in the last place of the larger one. The
-    frozen weight W (out, in) becomes a view of the joined matrix (out, in + r).
-    """
+    frozen weight W (out, in) becomes a view of the joined matrix (out, in + r)."""
     import torch
     from peft.tuners.lora import Linear
 
@@ -331,8 +274,7 @@ def join_lora(model: Any) -> None:
 
         @staticmethod
         def forward(ctx: Any, x: Any, joined: Any, a: Any, b: Any, scaling: float) -> Any:
-            num_in = a.shape[1]
-            a = a.to(joined.dtype)
+            num_in, a = a.shape[1], a.to(joined.dtype)
             rows = x.to(joined.dtype).reshape(-1, num_in)
             low = rows @ a.T
             joined[:, num_in:] = b * scaling
@@ -343,9 +285,8 @@ def join_lora(model: Any) -> None:
         @staticmethod
         def backward(ctx: Any, d_out: Any) -> Any:
             rows, low, a = ctx.saved_tensors
-            num_in = a.shape[1]
+            num_in, d_x = a.shape[1], None
             d_out = d_out.reshape(-1, d_out.shape[-1])
-            d_x = None
             if ctx.needs_input_grad[0]:
                 d_joined = d_out @ ctx.joined
                 d_low = d_joined[:, num_in:].contiguous()
@@ -353,9 +294,8 @@ def join_lora(model: Any) -> None:
                 d_x = d_x.view(ctx.x_shape).to(ctx.x_dtype)
             else:
                 d_low = d_out @ ctx.joined[:, num_in:]
-            d_a = (d_low.T @ rows).float()
             d_b = (d_out.T @ low).float() * ctx.scaling
-            return d_x, None, d_a, d_b, None
+            return d_x, None, (d_low.T @ rows).float(), d_b, None
 
     def forward(layer: Linear, x: Any, *args: Any, **kwargs: Any) -> Any:
         if layer.disable_adapters:
@@ -369,75 +309,54 @@ def join_lora(model: Any) -> None:
             zeros = weight.new_zeros(len(weight), layer.r["default"])
             layer.joined = torch.cat([weight.data, zeros], dim=1)
             weight.data = layer.joined[:, : weight.shape[1]]
-            layer.forward = types.MethodType(forward, layer)
+            layer.forward = functools.partial(forward, layer)
 
 
 def choose_checkpointing(profile: Profile, batch_size: int, longest_row: int) -> Profile:
-    """The profile; without gradient checkpointing if the GPU's memory has room for activations.
-
-    Counts 26 bytes per hidden unit and 8 per feed-forward unit, for each token and layer, as
-    measured with `torch.autograd.graph.saved_tensors_hooks` for LoRA on all linear layers in 16
-    bits.
-    """
+    """The profile; without gradient checkpointing if the GPU's memory has room for activations."""
     import torch
 
     if not profile.use_gradient_checkpointing:
         return profile
     arch = profile.architecture
+    # What autograd keeps for LoRA on all linear layers in 16 bits; a test measures it.
     per_token = arch.num_hidden_layers * (26 * arch.hidden_size + 8 * arch.intermediate_size)
     needed = count_base(profile)[1] + batch_size * longest_row * per_token
-    if needed >= 0.8 * torch.cuda.get_device_properties(0).total_memory:
-        return profile
-    return dataclasses.replace(profile, use_gradient_checkpointing=False)
-
-
-def check_model(model: Any, tokenizer: Any, config: TrainConfig, profile: Profile) -> None:
-    """Raises UsageError unless only LoRA is trainable, and pad is another known token than stop."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    expected = profile.architecture.vocab_size + (config.pad == "added")
-    others = [n for n, each in model.named_parameters() if each.requires_grad and ".lora_" not in n]
-    pad, stop, tokens = tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)
-    if others or rows != expected or tokens > rows or pad in (None, stop) or pad >= rows:
-        raise UsageError(
-            f"The adapter would not be as planned. Expected {expected:,} embedding rows, a pad "
-            f"token of its own, and only LoRA to be trainable; found {rows:,} rows, {tokens:,} "
-            f"tokens, pad {pad}, stop {stop}, and other trainable tensors {others[:1]}. Install "
-            "the pinned packages (README), or use another base model."
-        )
+    has_room = needed < 0.8 * torch.cuda.get_device_properties(0).total_memory
+    return dataclasses.replace(profile, use_gradient_checkpointing=False) if has_room else profile
 
 
 def rouge_l(text: str, reference: str) -> float:
     """ROUGE-L, the F1 of the longest common subsequence of words (Lin 2004), in [0, 1]."""
-    from rapidfuzz.distance import LCSseq
-
     words = [re.findall(r"[^\W_]+", each.lower()) for each in (text, reference)]
     return 2 * LCSseq.similarity(*words) / max(1, sum(map(len, words)))
 
 
 def evaluate_answers(
-    config: TrainConfig,
-    loaded: infer.LoadedModel,
-    references: Log,
-    tokens_per_byte: float,
-    step: int,
-    eval_loss: float,
+    config: TrainConfig, loaded: infer.LoadedModel, mix: data.Mix, step: int, eval_loss: float
 ) -> dict[str, float]:
-    """Metrics of answers to probes, which are written to samples/STEP.jsonl, and to questions with
-    a reference answer. `eval_quality` orders by sound answers, then by points, then by loss."""
-    from tqdm import tqdm
+    """Metrics of answers to probes, which are written to samples/STEP.jsonl, and to held-out
+    questions. `eval_quality` orders by sound answers, then by points, then by loss."""
     from unsloth import FastLanguageModel
 
-    count, judged = config.num_probes, []
+    encoded = [data.encode_row(loaded.tokenizer, row) for row in mix.eval]
+    num_tokens = sum(label != -100 for row in encoded for label in row["labels"])
+    texts = (text for row in mix.eval for role, text in row.messages if role == "assistant")
+    tokens_per_byte = num_tokens / sum(len(text.encode()) for text in texts)
     metrics = {"eval_loss_per_byte": eval_loss * tokens_per_byte}
+    count, judged = config.num_probes, []
     if count:
+        # Short questions, which fill up the last batch of probes.
+        rows = sorted(mix.eval, key=lambda row: len(row.question))[: max(8, -count % infer.ROWS)]
+        references = {row.question: row.answer for row in rows}
+        questions = [*(probe.question for probe in loaded.probes[:count]), *references]
         limit = min(infer.DECODINGS["kit"].max_new_tokens, loaded.profile.eval_max_new_tokens)
         decoding = dataclasses.replace(infer.DECODINGS["kit"], max_new_tokens=limit)
-        questions = [*(probe.question for probe in loaded.probes[:count]), *references]
         requests = [infer.Request(question, decoding) for question in questions]
+        FastLanguageModel.for_inference(loaded.model)
         total = infer.count_new_tokens(requests)
         # `disable=None` shows the bar on a terminal only.
         bar = tqdm(total=total, unit="token", desc="answers", leave=False, disable=None)
-        FastLanguageModel.for_inference(loaded.model)
         with infer.quiet_libraries(), bar:
             answers = infer.answer_requests(loaded, requests, bar.update)
             judged = infer.judge_answers(loaded, answers[:count], progress=bar.update)
@@ -446,10 +365,10 @@ def evaluate_answers(
         scores = [rouge_l(each.text, references[each.question]) for each in answers[count:]]
         metrics["eval_rouge_l"] = sum(scores) / len(scores)
         # Without what differs from run to run.
-        volatile = {"adapter": None, "seconds": None}
-        lines = (json.dumps(each.to_record() | volatile, ensure_ascii=False) for each in judged)
+        records = (each.to_record() | {"adapter": None, "seconds": None} for each in judged)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (config.folder / "samples").mkdir(exist_ok=True)
-        data.write_atomic(config.folder / "samples" / f"{step}.jsonl", "\n".join(lines) + "\n")
+        data.write_atomic(config.folder / "samples" / f"{step}.jsonl", lines)
     found = infer.measure_quality(judged)
     tie_break = 1 / (1 + eval_loss) if math.isfinite(eval_loss) else 0.0
     return metrics | {
@@ -466,19 +385,17 @@ def evaluate_answers(
 
 def describe_evaluation(now: Log, before: Log | None) -> str:
     """An evaluation in one line; a second one warns if the loss improved, but not the answers."""
-    line = f"step {now['step']}: eval_loss {now['eval_loss']:.4f}"
+    line = "step {step}: eval_loss {eval_loss:.4f}"
     if now["eval_answers"]:
-        line += (
-            " | sound {eval_sound}/{eval_answers} | ended {eval_ended}/{eval_answers} | points "
-            "{eval_points}/{eval_max_points}, wrong claims {eval_wrong_claims} | ROUGE-L "
-            "{eval_rouge_l:.3f}"
-        ).format(**now)
+        line += " | sound {eval_sound}/{eval_answers} | ended {eval_ended}/{eval_answers} | points "
+        line += "{eval_points}/{eval_max_points}, wrong claims {eval_wrong_claims} | ROUGE-L "
+        line += "{eval_rouge_l:.3f}"
     if before and now["eval_loss"] < before["eval_loss"]:
         names = {"eval_sound": "sound answers", "eval_points": "points"}
         worse = [f"{names[n]} {before[n]} -> {now[n]}" for n in names if now[n] < before[n]]
         if worse:
             line += f"\n  the loss improved while the answers got worse: {', '.join(worse)}"
-    return line
+    return line.format(**now)
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -496,7 +413,6 @@ def stop_after_step(number: int, frame: object) -> None:
 
 def make_callback(config: TrainConfig, recipe: Log) -> Any:
     """Shows progress, writes metrics.jsonl, saves in time, and stops training after a signal."""
-    from tqdm import tqdm
     from transformers.trainer_callback import ExportableState, TrainerCallback
 
     class RunCallback(TrainerCallback, ExportableState):
@@ -542,15 +458,11 @@ def make_callback(config: TrainConfig, recipe: Log) -> Any:
     return RunCallback()
 
 
-def select_metrics(log_history: Sequence[Log]) -> list[dict[str, Any]]:
+def select_metrics(log_history: list[Log]) -> list[Log]:
     """The lines of metrics.jsonl: the Trainer's logs of steps and evaluations, without times."""
-    # TRL counts tokens since the last start.
-    volatile = re.compile(r"runtime|_per_second|flos|num_tokens")
-    return [
-        {name: log[name] for name in sorted(log) if not volatile.search(name)}
-        for log in log_history
-        if "loss" in log or "eval_loss" in log
-    ]
+    volatile = re.compile(r"runtime|_per_second|flos|num_tokens")  # tokens since the last start
+    logs = [log for log in log_history if "loss" in log or "eval_loss" in log]
+    return [{name: log[name] for name in sorted(log) if not volatile.search(name)} for log in logs]
 
 
 def make_sft_config(config: TrainConfig, profile: Profile, eval_steps: int) -> Any:
@@ -558,25 +470,24 @@ def make_sft_config(config: TrainConfig, profile: Profile, eval_steps: int) -> A
     from unsloth import is_bfloat16_supported  # isort: skip
     from trl import SFTConfig
 
+    batch = config.per_device_train_batch_size
+    names = ("optim", "train_sampling_strategy", "padding_free", "pad_to_multiple_of")
     return SFTConfig(
+        **{name: getattr(profile, name) for name in names},
         output_dir=str(config.folder),
         max_length=data.MAX_SEQ_LENGTH,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        per_device_eval_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=ROWS_PER_STEP // config.per_device_train_batch_size,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
+        gradient_accumulation_steps=ROWS_PER_STEP // batch,
         eval_accumulation_steps=None,
         learning_rate=config.learning_rate,
         warmup_steps=0.03,
         weight_decay=0.01,
-        optim=profile.optim,
         fp16=not is_bfloat16_supported(),  # a T4 has no bf16
         bf16=is_bfloat16_supported(),
         gradient_checkpointing=bool(profile.use_gradient_checkpointing),
-        train_sampling_strategy=profile.train_sampling_strategy,
-        padding_free=profile.padding_free,
-        pad_to_multiple_of=profile.pad_to_multiple_of,
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=1,
@@ -597,23 +508,11 @@ def make_sft_config(config: TrainConfig, profile: Profile, eval_steps: int) -> A
     )
 
 
-def order_rows(rows: Encoded, seed: int) -> Encoded:
-    """The rows in an order in which those of a step have similar lengths, to save padding. The
-    Trainer's `group_by_length` draws from the global generator, which evaluations use as well."""
-    import torch
-    from transformers.trainer_pt_utils import get_length_grouped_indices
-
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [len(row["input_ids"]) for row in rows]
-    order = get_length_grouped_indices(lengths, ROWS_PER_STEP, generator=generator)
-    return [rows[number] for number in order]
-
-
 def make_trainer(
-    model: Any, tokenizer: Any, args: Any, rows: Encoded, held_out: Encoded, evaluate: Any = None
+    model: Any, tokenizer: Any, args: Any, rows: list, held_out: list, evaluate: Any = None
 ) -> Any:
     """TRL's trainer for encoded rows; `evaluate(step, eval_loss)` returns metrics of answers."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
@@ -625,6 +524,7 @@ def make_trainer(
                 output.metrics.update(evaluate(step, loss))
             return output
 
+    disable_progress_bars()
     if args.train_sampling_strategy == "sequential":
         rows = order_rows(rows, args.seed)
     sets = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(held_out)}
@@ -634,21 +534,30 @@ def make_trainer(
     return trainer
 
 
+def order_rows(rows: list[Log], seed: int) -> list[Log]:
+    """The rows in an order in which those of a step have similar lengths, to save padding. The
+    Trainer's `group_by_length` draws from the global generator, which evaluations use as well."""
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [len(row["input_ids"]) for row in rows]
+    order = get_length_grouped_indices(lengths, ROWS_PER_STEP, generator=generator)
+    return [rows[number] for number in order]
+
+
 # --- The run -------------------------------------------------------------------------------------
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     """The newest checkpoint that can be loaded, and its state. Newer ones are renamed."""
-    import safetensors
-
     checkpoints = folder.glob("checkpoint-*")
     for checkpoint in sorted(checkpoints, key=lambda path: -int(path.name[11:])):
         try:
             for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-                with zipfile.ZipFile(checkpoint / name) as archive:
-                    if archive.testzip():
-                        raise ValueError(f"{name} is broken")
-            safetensors.safe_open(checkpoint / infer.WEIGHTS, framework="np")
+                if zipfile.ZipFile(checkpoint / name).testzip():
+                    raise ValueError(f"{name} is broken")
+            safe_open(checkpoint / infer.WEIGHTS, framework="np")
             state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             callbacks = state["stateful_callbacks"]
             # Set at the end of training: after all steps, or by early stopping.
@@ -665,15 +574,48 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
 
 def check_recipe(folder: Path, found: Log, recipe: Log) -> None:
     """Raises UsageError if the run in the folder has another recipe."""
-    differences = [
-        f"  {name}: {found.get(name)!r} there, {recipe.get(name)!r} now"
-        for name in sorted(found.keys() | recipe.keys())
-        if found.get(name) != recipe.get(name)
-    ]
+    differences = ""
+    for name in sorted(found.keys() | recipe.keys()):
+        if found.get(name) != recipe.get(name):
+            differences += f"  {name}: {found.get(name)!r} there, {recipe.get(name)!r} now\n"
     if differences:
-        text = "\n".join([f"{folder} contains a run with other values:", *differences])
+        problem = f"{folder} contains a run with other values:\n{differences}"
         advice = "Choose another --name, or start over with --restart, which renames that run."
-        raise UsageError(f"{text}\n{advice}", OTHER_VALUES)
+        raise UsageError(problem + advice, OTHER_VALUES)
+
+
+def prepare_trainer(
+    config: TrainConfig, loaded: infer.LoadedModel, mix: data.Mix, longest_row: int, recipe: Log
+) -> Any:
+    """Adds LoRA to the base model; returns a trainer that answers questions at each evaluation."""
+    from transformers import EarlyStoppingCallback
+
+    profile, tokenizer = loaded.profile, loaded.tokenizer
+    if config.pad == "added":
+        infer.add_pad_token(loaded.model, tokenizer)
+    model = loaded.model = add_lora(loaded.model, config, profile)
+    if profile.joined_lora:
+        join_lora(model)
+    # Eager attention keeps its (B, heads, T, T) weights for the backward pass. While they are small
+    # it is faster: training takes 1.18 times as long without.
+    if longest_row <= profile.eager_attention_tokens:
+        model.set_attn_implementation("eager")
+    lora = model.peft_config["default"]
+    lora.base_model_name_or_path = profile.hub_id  # not this machine's cache
+    lora.target_modules = sorted(lora.target_modules)  # a set, whose order varies
+    # By default, PEFT checks on the hub whether the embedding has grown.
+    save = functools.partial(model.save_pretrained, save_embedding_layers=config.pad == "added")
+    model.save_pretrained = save
+    rows = [data.encode_row(tokenizer, row) for row in mix.train]
+    held_out = [data.encode_row(tokenizer, row) for row in mix.eval]
+    held_out.sort(key=lambda row: len(row["input_ids"]))
+    args = make_sft_config(config, profile, config.count_steps(len(rows))[1])
+    evaluate = functools.partial(evaluate_answers, config, loaded, mix)
+    trainer = make_trainer(model, tokenizer, args, rows, held_out, evaluate)
+    trainer.add_callback(make_callback(config, recipe))
+    if config.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
+    return trainer
 
 
 def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Log | None:
@@ -687,52 +629,16 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
     if config.num_probes:
         infer.prepare_reference(profile)
     model, tokenizer = infer.load_base(profile, dtype=None)
-    import datasets
-    from transformers import EarlyStoppingCallback
-
-    datasets.disable_progress_bars()
     mix = data.fit_mix(mix, tokenizer)
     audit = data.audit_mix(mix, tokenizer)
-    plan = format_plan(config, profile, audit, str(model.dtype).removeprefix("torch."))
-    print(f"\n{data.format_audit(audit)}\n\n{plan}", flush=True)
+    print(format_rows(config, audit), flush=True)
     longest = audit["lengths"]["longest"]
     profile = choose_checkpointing(profile, config.per_device_train_batch_size, longest)
-    train_rows = [data.encode_row(tokenizer, row) for row in mix.train]
-    held_out = [data.encode_row(tokenizer, row) for row in mix.eval]
-    held_out.sort(key=lambda row: len(row["input_ids"]))
-    # Short held-out questions, which fill up the last batch of probes.
-    short = sorted(mix.eval, key=lambda row: len(row.question))
-    count = max(8, -config.num_probes % infer.ROWS)
-    references = {row.question: row.answer for row in short[:count]}
-    answers = (text for row in mix.eval for role, text in row.messages if role == "assistant")
-    num_tokens = sum(label != -100 for row in held_out for label in row["labels"])
-    tokens_per_byte = num_tokens / sum(len(text.encode()) for text in answers)
     with infer.quiet_libraries():
-        if config.pad == "added":
-            infer.add_pad_token(model, tokenizer)
-        model = add_lora(model, config, profile)
-        check_model(model, tokenizer, config, profile)
-        if profile.joined_lora:
-            join_lora(model)
-        # Eager attention keeps its (B, heads, T, T) weights for the backward pass. While they are
-        # small it is faster: training takes 1.18 times as long without.
-        if longest <= profile.eager_attention_tokens:
-            model.set_attn_implementation("eager")
-        lora = model.peft_config["default"]
-        lora.base_model_name_or_path = profile.hub_id  # not this machine's cache
-        lora.target_modules = sorted(lora.target_modules)  # a set, whose order varies
-        # By default, PEFT checks on the hub whether the embedding has grown.
-        save = functools.partial(model.save_pretrained, save_embedding_layers=config.pad == "added")
-        model.save_pretrained = save
         loaded = infer.LoadedModel(model, tokenizer, profile, system_prompt=mix.system_prompt)
         loaded.probes = infer.read_probes(config.probes)
-        args = make_sft_config(config, profile, config.count_steps(len(train_rows))[1])
-        args.eval_on_start = checkpoint is None
-        evaluate = functools.partial(evaluate_answers, config, loaded, references, tokens_per_byte)
-        trainer = make_trainer(model, tokenizer, args, train_rows, held_out, evaluate)
-        trainer.add_callback(make_callback(config, recipe))
-        if config.early_stopping_patience:
-            trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
+        trainer = prepare_trainer(config, loaded, mix, longest, recipe)
+    trainer.args.eval_on_start = checkpoint is None
     if not state["complete"]:
         infer.handle_signals(stop_after_step)
         with data.writing(folder), infer.quiet_libraries():
@@ -743,129 +649,105 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         infer.handle_signals()
         state = find_checkpoint(folder)[1]
-    numbers = [number for number in SIGNALS if number != signal.SIGALRM]
-    if not state["complete"] and numbers:
-        advice = f"Run the same command (without --restart) to resume {folder}."
-        raise infer.Interrupted(numbers[0], f"Interrupted. {advice}")
-    record = write_results(config, loaded, recipe, audit, state)
-    if not state["complete"]:
-        left = f"Stopped by --max-hours after {state['global_step']} of {state['max_steps']} steps"
-        so_far = f" The best weights so far are in {folder / 'adapter'}." if record else ""
-        print(f"{left}; run the same command (without --restart) to resume.{so_far}")
-        return None
-    return record
+    signals = [number for number in SIGNALS if number != signal.SIGALRM]
+    advice = f"Run the same command (without --restart) to resume {folder}."
+    if signals and not state["complete"]:
+        raise infer.Interrupted(signals[0], f"Interrupted. {advice}")
+    record = None
+    if state["complete"] or state["best_global_step"]:
+        record = write_results(config, loaded, recipe, audit, state)
+    if state["complete"]:
+        return record
+    steps = f"{state['global_step']} of {state['max_steps']} steps"
+    so_far = f" The best weights so far are in {folder / 'adapter'}." if record else ""
+    print(f"Stopped by --max-hours after {steps}. {advice}{so_far}")
+    return None
 
 
-def write_results(
-    config: TrainConfig, loaded: infer.LoadedModel, recipe: Log, audit: Log, state: Log
-) -> dict[str, Any] | None:
-    """Writes adapter, curves and, if the run is complete, run.json last; returns its content, or
-    None before the first evaluation. Raises UsageError if the weights selected have no loss."""
-    import torch
-
-    folder, profile, tokenizer = config.folder, loaded.profile, loaded.tokenizer
+def select_steps(folder: Path, state: Log) -> dict[str, Any]:
+    """The evaluations before training, at the selected step and at the last, and the step that each
+    metric selects. Raises UsageError if the loss of the selected one is not a number."""
     before, *lines = [log for log in select_metrics(state["log_history"]) if "eval_loss" in log]
     chosen = next((line for line in lines if line["step"] == state["best_global_step"]), None)
-    if not chosen and not state["complete"]:
-        return None
     if not chosen or not math.isfinite(chosen["eval_loss"]):  # diverged weights still give answers
-        raise UsageError(
-            f"{folder}: the eval loss is not a number, so there are no weights to select. "
-            "Lower --learning-rate, and start over with --restart."
-        )
+        problem = "the eval loss is not a number, so there are no weights to select"
+        advice = "Lower --learning-rate, and start over with --restart."
+        raise UsageError(f"{folder}: {problem}. {advice}")
     selected = {}
     for name, key in METRICS.items():
         best = min if name == "eval_loss" else max  # the first of equal ones
         if finite := [line for line in lines if math.isfinite(line.get(key, math.nan))]:
             selected[name] = best(finite, key=lambda line: line[key])["step"]
+    return {"before": before, "chosen": chosen, "last": lines[-1], "selected": selected}
+
+
+def write_results(
+    config: TrainConfig, loaded: infer.LoadedModel, recipe: Log, audit: Log, state: Log
+) -> dict[str, Any]:
+    """Writes adapter, curves and, if the run is complete, run.json last; returns its content."""
+    import torch
+
+    folder, tokenizer = config.folder, loaded.tokenizer
+    steps = select_steps(folder, state)
+    checkpoint = folder / f"checkpoint-{steps['chosen']['step']}"
+    numbers = {name: audit[name] for name in ("train_rows", "train_tokens", "eval_rows")} | steps
+    numbers |= {"steps": state["global_step"], "planned_steps": state["max_steps"]}
     # On a CPU, torch counts no bytes.
     peak = torch.cuda.max_memory_reserved() or 1024 * resource.getrusage(0).ru_maxrss
-    numbers = {name: audit[name] for name in ("train_rows", "train_tokens", "eval_rows")}
-    numbers |= {"steps": state["global_step"], "planned_steps": state["max_steps"]}
     numbers |= {"training_seconds": state["seconds"], "peak_memory_bytes": peak}
-    numbers |= {"before": before, "chosen": chosen, "last": lines[-1], "selected": selected}
-    checkpoint = folder / f"checkpoint-{chosen['step']}"
     numbers["adapter_bytes"] = (checkpoint / infer.WEIGHTS).stat().st_size
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    prompt = {"system_prompt": loaded.system_prompt}
+    prompt["prompt_fingerprint"] = data.prompt_fingerprint(tokenizer, loaded.system_prompt)
+    record = {"recipe": recipe, "argv": sys.argv, "versions": versions, "numbers": numbers} | prompt
     about = infer.AdapterRecord(
-        base_model=profile.base_model,
-        profile=profile.name,
-        prompt_fingerprint=data.prompt_fingerprint(tokenizer, loaded.system_prompt),
+        **{name: recipe[name] for name in ("base_model", "profile", "pad", "load_in_4bit")},
+        **prompt,
         decoding=infer.DECODINGS["kit"],
-        pad=config.pad,
-        system_prompt=loaded.system_prompt,
         surprisal_reference=infer.surprisal_reference(loaded) if config.num_probes else None,
-        load_in_4bit=profile.load_in_4bit,
     )
-    command = ["git", "-C", str(data.HERE), "rev-parse", "HEAD"]
-    has_git = shutil.which("git") is not None
-    commit = has_git and subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    record = {
-        "recipe": recipe,
-        "argv": sys.argv,
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "commit": commit or None,
-        "system_prompt": about.system_prompt,
-        "prompt_fingerprint": about.prompt_fingerprint,
-        "numbers": numbers,
-    }
     adapter, part = folder / "adapter", folder / ".adapter.part"
     shutil.rmtree(part, ignore_errors=True)
     with data.writing(adapter, part):
-        part.mkdir()
+        tokenizer.save_pretrained(part)
         for name in (infer.WEIGHTS, infer.CONFIG):
             shutil.copyfile(checkpoint / name, part / name)
-        tokenizer.save_pretrained(part)
-        infer.make_generation_config(
-            about.decoding.max_new_tokens,
-            [data.end_of_turn_id(tokenizer)],
-            tokenizer.pad_token_id,
-            about.decoding.repetition_penalty,
-        ).save_pretrained(part)
+        kit, end, pad = about.decoding, [tokenizer.eos_token_id], tokenizer.pad_token_id
+        generation = (kit.max_new_tokens, end, pad, kit.repetition_penalty)
+        infer.make_generation_config(*generation).save_pretrained(part)
         about_text = json.dumps(dataclasses.asdict(about), indent=2)
         data.write_atomic(part / infer.ADAPTER_RECORD, about_text + "\n")
-        data.write_atomic(part / "README.md", make_card(config, profile, record))
+        data.write_atomic(part / "README.md", make_card(config, loaded.profile, record))
         shutil.rmtree(adapter, ignore_errors=True)
         part.rename(adapter)
-    draw_curves(state["log_history"], selected, folder / "curves.png")
+    draw_curves(state["log_history"], steps["selected"], folder / "curves.png")
     if state["complete"]:
         data.write_atomic(folder / "run.json", json.dumps(record, indent=2) + "\n")
     return record
 
 
 def make_card(config: TrainConfig, profile: Profile, record: Log) -> str:
-    """The model card (markdown) from `CARD`; text of rows and answers is escaped."""
+    """The model card (markdown) from `CARD`, with the recipe and the losses; text is escaped."""
     from huggingface_hub import ModelCard, ModelCardData
 
     before, chosen = record["numbers"]["before"], record["numbers"]["chosen"]
-    sources = config.sources(profile).items()
-    values = {
-        # A file's folder may be private, and so may the base model's path.
-        **{
-            f"{name} rows": Path(each).name if Path(each).exists() else each
-            for name, each in sources
-        },
-        **{name: value for name, value in record["recipe"].items() if name != "base_model"},
-        "system_prompt": record["system_prompt"],
-        "weights": f"of step {chosen['step']}, selected by {config.metric_for_best_model}",
-        "eval loss": f"{before['eval_loss']:.4f} before, {chosen['eval_loss']:.4f} at that step",
-        "sound answers": f"{before['eval_sound']} of {before['eval_answers']} before, "
-        f"{chosen['eval_sound']} of {chosen['eval_answers']} at that step",
-        **record["versions"],
-    }
-    samples = config.folder / "samples" / f"{chosen['step']}.jsonl"
-    answers = samples.read_text(encoding="utf-8").splitlines() if config.num_probes else []
-    license_, tags = profile.licence, ["lora", "unsloth", "medical"]
-    card = ModelCard.from_template(
-        ModelCardData(base_model=profile.hub_id, library_name="peft", license=license_, tags=tags),
-        template_str=CARD,
-        values=values,
-        samples=[json.loads(line) for line in answers],
-    )
+    # A file's folder may be private, and so may the base model's path.
+    sources = {f"{name} rows": Path(each) for name, each in config.sources(profile).items()}
+    values = {name: path.name if path.exists() else path for name, path in sources.items()}
+    values |= {name: value for name, value in record["recipe"].items() if name != "base_model"}
+    values["system_prompt"] = record["system_prompt"]
+    values["weights"] = f"of step {chosen['step']}, selected by {config.metric_for_best_model}"
+    losses = f"{before['eval_loss']:.4f} before, {chosen['eval_loss']:.4f} at that step"
+    sound = (f"{each['eval_sound']} of {each['eval_answers']}" for each in (before, chosen))
+    values |= {"eval loss": losses, "sound answers": "{} before, {} at that step".format(*sound)}
+    values |= record["versions"]
+    about = ModelCardData(base_model=profile.hub_id, library_name="peft", license=profile.licence)
+    card = ModelCard.from_template(about, template_str=CARD, values=values)
     return data.escape_controls(card.content)
 
 
-def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: Path) -> None:
-    """Draws loss and answers over the steps, in grey, and the step that each metric selects."""
+def draw_curves(log_history: list[Log], selected: dict[str, int], path: Path) -> None:
+    """Draws loss and answers over the steps, and as grey bars the steps that metrics select."""
     import pandas
     from matplotlib.figure import Figure
 
@@ -874,10 +756,10 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
     logs = pandas.DataFrame(log_history).set_index("step").astype(float, errors="ignore")
     losses.plot(logs.loss.dropna(), color="0.6", label="train")
     losses.plot(logs.eval_loss.dropna(), "o--", color="black", label="eval")
-    answers.plot((logs.eval_sound / logs.eval_answers).dropna(), "o-", color="black", label="sound")
-    answers.plot((logs.eval_ended / logs.eval_answers).dropna(), "s:", color="0.5", label="ended")
-    points = (logs.eval_points / logs.eval_max_points).dropna()
-    answers.plot(points, "^-.", color="black", label="points")
+    for name, style in {"sound": "o-", "ended": "s:", "points": "^-."}.items():
+        total = logs.eval_max_points if name == "points" else logs.eval_answers
+        share = (logs[f"eval_{name}"] / total).dropna()
+        answers.plot(share, style, color="black", label=name)
     losses.set_ylabel("loss (nats per token)")
     answers.set(ylabel="share of answers", xlabel="step", ylim=(-0.02, 1.02))
     for axes in (losses, answers):
@@ -886,10 +768,9 @@ def draw_curves(log_history: Sequence[Log], selected: Mapping[str, int], path: P
             axes.axvline(step, color="0.8", linewidth=4, zorder=0)
     answers.xaxis.get_major_locator().set_params(integer=True)
     losses.set_title(", ".join(f"{name} selects step {step}" for name, step in selected.items()))
-    part = path.with_suffix(".part")
-    with data.writing(path, part):
-        figure.savefig(part, format="png", dpi=150)
-        part.replace(path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    data.write_atomic(path, image.getvalue())
 
 
 def make_modelfile(tokenizer: Any, system_prompt: str) -> str:
@@ -915,57 +796,45 @@ PARAMETER num_ctx {data.MAX_SEQ_LENGTH}
 """
 
 
-def check_hub(config: TrainConfig) -> None:
-    """Raises UsageError if the adapter could not be uploaded after the training."""
+def export(config: TrainConfig, profile: Profile, system_prompt: str) -> None:
+    """Merges and converts the adapter as the flags say."""
+    model, tokenizer = infer.load_base(profile, dtype=profile.dtype)
+    merged, gguf, part = (config.folder / name for name in ("merged", "gguf", ".merged.part"))
+    shutil.rmtree(part, ignore_errors=True)
+    with infer.quiet_libraries(), data.writing(merged, part):
+        if config.pad == "added":
+            infer.add_pad_token(model, tokenizer)
+        model = add_lora(model, config, profile)
+        model.load_adapter(config.folder / "adapter", "default")
+        if config.merge:
+            model.save_pretrained_merged(str(part), tokenizer, save_method="merged_16bit")
+            data.write_atomic(part / "Modelfile", make_modelfile(tokenizer, system_prompt))
+            shutil.rmtree(merged, ignore_errors=True)
+            part.rename(merged)
+        if config.gguf:
+            model.save_pretrained_gguf(str(gguf), tokenizer, quantization_method=config.gguf)
+    print(f"exported  to {config.folder}")
+
+
+def upload(config: TrainConfig, adapter: Path | None = None) -> None:
+    """Uploads the adapter or, without one, checks the token. Raises UsageError."""
     from huggingface_hub import HfApi
 
     try:
         HfApi().whoami()
-    except Exception as error:
-        raise UsageError(
-            f"--push-to-hub {config.push_to_hub} needs the network and a token with write access "
-            f"({type(error).__name__}). Run hf auth login, or set HF_TOKEN, or remove the flag."
-        ) from None
-
-
-def export(config: TrainConfig, profile: Profile, system_prompt: str) -> None:
-    """Merges, converts and uploads the adapter as the flags say."""
-    adapter, merged, gguf = (config.folder / name for name in ("adapter", "merged", "gguf"))
-    part = config.folder / ".merged.part"
-    shutil.rmtree(part, ignore_errors=True)
-    if config.merge or config.gguf:
-        model, tokenizer = infer.load_base(profile, dtype=profile.dtype)
-        with infer.quiet_libraries(), data.writing(merged, part):
-            if config.pad == "added":
-                infer.add_pad_token(model, tokenizer)
-            model = add_lora(model, config, profile)
-            model.load_adapter(adapter, "default")
-            if config.merge:
-                model.save_pretrained_merged(str(part), tokenizer, save_method="merged_16bit")
-                data.write_atomic(part / "Modelfile", make_modelfile(tokenizer, system_prompt))
-                shutil.rmtree(merged, ignore_errors=True)
-                part.rename(merged)
-            if config.gguf:
-                model.save_pretrained_gguf(str(gguf), tokenizer, quantization_method=config.gguf)
-        print(f"exported  to {config.folder}")
-    if config.push_to_hub:
-        import httpx
-        from huggingface_hub import HfApi
-
-        try:
+        if adapter:
             url = HfApi().create_repo(config.push_to_hub, private=True, exist_ok=True)
             HfApi().upload_folder(repo_id=url.repo_id, folder_path=adapter)
-        except (OSError, ValueError, httpx.HTTPError) as error:  # bases of the client's errors
-            problem = f"{adapter} was not uploaded to {config.push_to_hub}"
-            raise UsageError(
-                f"{problem} ({data.first_line(error)}). The same command uploads it again."
-            ) from None
-        print(f"uploaded  {url} (private, if it is new)")
+            print(f"uploaded  {url} (private, if it is new)")
+    except Exception as error:  # of the hub's client, of many types
+        problem = f"--push-to-hub {config.push_to_hub} needs the network and a token with write"
+        advice = "Run hf auth login, or set HF_TOKEN, and rerun."
+        raise UsageError(f"{problem} access ({data.first_line(error)}). {advice}") from None
 
 
 def train(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> None:
     """Trains, unless the run is complete, exports, and prints the results."""
-    folder, path = config.folder, config.folder / "run.json"
+    folder, path, adapter = config.folder, config.folder / "run.json", config.folder / "adapter"
     if path.is_file() and not config.restart:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -974,7 +843,7 @@ def train(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> 
             problem = f"{path} is broken ({error!r}). Start over with --restart."
             raise UsageError(problem) from None
         check_recipe(folder, record["recipe"], recipe)
-        infer.check_adapter(folder / "adapter")
+        infer.check_adapter(adapter)
         print(f"{folder} is already trained with these values (--restart trains it again).")
     elif (record := run(config, profile, mix, recipe)) is None:
         return
@@ -982,36 +851,24 @@ def train(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> 
         shutil.rmtree(checkpoint)
     if config.output_dir == infer.TRAIN_RUNS:
         data.write_atomic(infer.LATEST, folder.name + "\n")
-    export(config, profile, record["system_prompt"])
-    numbers, adapter = record["numbers"], folder / "adapter"
-    before, last = numbers["before"], numbers["last"]
-    minutes, memory = numbers["training_seconds"] / 60, numbers["peak_memory_bytes"] / data.GIB
+    if config.merge or config.gguf:
+        export(config, profile, record["system_prompt"])
+    if config.push_to_hub:
+        upload(config, adapter)
+    numbers = record["numbers"]
+    before, last, minutes = numbers["before"], numbers["last"], numbers["training_seconds"] / 60
     choices = ", ".join(f"{name} step {step}" for name, step in numbers["selected"].items())
     flags = f'--adapter {shlex.quote(str(adapter))} "What are the warning signs of a heart attack?"'
     print(f"""loss      {before["eval_loss"]:.4f} before, {last["eval_loss"]:.4f} after
 steps     {last["step"]} of {numbers["planned_steps"]} in {minutes:.1f} minutes
-memory    {memory:.2f} GiB at the peak
+memory    {numbers["peak_memory_bytes"] / data.GIB:.2f} GiB at the peak
 adapter   {adapter} ({numbers["adapter_bytes"]:,} bytes)
 try it    python infer.py {flags}
 selected  step {numbers["chosen"]["step"]} by {config.metric_for_best_model}; {choices}""")
 
 
-def count_rows(config: TrainConfig, profile: Profile) -> dict[str, Any] | None:
-    """The audit of the rows; None if the tokenizer is on the hub and it cannot be reached."""
-    mix = config.load(profile)
-    try:
-        tokenizer = data.load_tokenizer(profile)
-    except UsageError:
-        if Path(profile.base_model).is_dir() or data.reaches_hub():
-            raise
-        return None
-    return data.audit_mix(data.fit_mix(mix, tokenizer), tokenizer)
-
-
 def main(config: TrainConfig) -> None:
     """Resolves the values, prints them and the plan, and trains unless it is a dry run."""
-    from filelock import FileLock, Timeout
-
     SIGNALS.clear()
     infer.handle_signals()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -1019,35 +876,28 @@ def main(config: TrainConfig) -> None:
     if config.max_hours:
         signal.signal(signal.SIGALRM, stop_after_step)
         signal.setitimer(signal.ITIMER_REAL, 0.95 * 3600 * config.max_hours)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "10")
     config, profile = resolve(config)
     folder, recipe, sources = config.folder, config.recipe(), config.sources(profile)
-    has_files = all(Path(each).suffix.lower() in data.FILE_SUFFIXES for each in sources.values())
     is_local = profile.base_model == data.SMALL_MODEL or Path(profile.base_model).is_dir()
-    is_offline = is_local and has_files and not config.push_to_hub
-    infer.prepare_environment(profile, offline=is_offline or None)
-    print(format_values({**recipe, **sources, "run folder": folder}))
+    suffixes = [Path(each).suffix.lower() for each in sources.values()]
+    has_files = all(suffix in data.FILE_SUFFIXES for suffix in suffixes)
+    needs_hub = config.push_to_hub or not (is_local and has_files)
+    is_online = needs_hub and data.reaches_hub()
+    infer.prepare_environment(profile, offline=not is_online)
+    values = {**recipe, **sources, "run folder": folder, **plan(config, profile)}
+    print(format_values(values), flush=True)
     if config.dry_run:
-        audit = count_rows(config, profile) if has_files or data.reaches_hub() else None
-        if audit:
-            print(f"\n{data.format_audit(audit)}\n")
+        mix = config.load(profile) if has_files or is_online else None
+        if is_online or not needs_hub:
+            tokenizer = data.load_tokenizer(profile)
+            print(format_rows(config, data.audit_mix(data.fit_mix(mix, tokenizer), tokenizer)))
         else:
-            print("The rows are not counted, because the hub cannot be reached.", file=sys.stderr)
-        dtype = profile.dtype
-        if config.pad == "added" and dtype == "float32":  # training loads the embedding in 16 bits
-            with infer.quiet_libraries():
-                from unsloth import is_bfloat16_supported
-
-            dtype = "bfloat16" if is_bfloat16_supported() else dtype
-        print(format_plan(config, profile, audit, dtype))
+            infer.report("Rows, tokens and steps are not counted: the hub cannot be reached.")
         return
     if config.push_to_hub:
-        check_hub(config)
+        upload(config)
     mix = config.load(profile)
     recipe["data_fingerprint"] = mix.fingerprint
-    with data.writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             train(config, profile, mix, recipe)

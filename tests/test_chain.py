@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import html
 import json
 import math
 import os
@@ -88,15 +87,6 @@ def test_the_gate_judges_the_answers_of_every_evaluation_beside_the_loss(trained
     assert trained.process.stdout.endswith(f"selected  step 4 by eval_loss; {choices}\n")
 
 
-def test_curves_are_grey(trained):
-    """Lines differ without colours, so the picture is readable in black and white."""
-    from matplotlib.image import imread
-
-    pixels = imread(trained.folder / "curves.png")[..., :3]
-    assert pixels.shape[0] > 500 and float((pixels.max(axis=2) - pixels.min(axis=2)).max()) == 0
-    assert float(pixels.min()) < 0.1
-
-
 def test_only_lora_tensors_are_saved_as_many_bytes_as_planned_and_they_have_moved(trained):
     from safetensors import safe_open
 
@@ -110,6 +100,15 @@ def test_only_lora_tensors_are_saved_as_many_bytes_as_planned_and_they_have_move
         assert all(tensors.get_tensor(name).abs().max() > 0 for name in names if ".lora_B." in name)
 
 
+def test_curves_are_grey(trained):
+    """Lines differ without colours, so the picture is readable in black and white."""
+    from matplotlib.image import imread
+
+    pixels = imread(trained.folder / "curves.png")[..., :3]
+    assert pixels.shape[0] > 500 and float((pixels.max(axis=2) - pixels.min(axis=2)).max()) == 0
+    assert float(pixels.min()) < 0.1
+
+
 def test_the_planned_steps_and_parameters_came_true(trained):
     numbers = json.loads((trained.folder / "run.json").read_text())["numbers"]
     assert numbers["steps"] == numbers["planned_steps"] == 4
@@ -117,20 +116,14 @@ def test_the_planned_steps_and_parameters_came_true(trained):
     assert 1 < numbers["peak_memory_bytes"] / data.GIB < 6
 
 
-def test_the_card_tells_recipe_data_loss_and_the_answer_whatever_it_is(trained):
+def test_the_card_tells_recipe_data_and_loss(trained):
     card = (trained.folder / "adapter" / "README.md").read_text(encoding="utf-8")
     record = json.loads((trained.folder / "run.json").read_text())
-    answers = read_lines(trained.folder / "samples" / "4.jsonl")
     assert "Not medical advice" in card and "license: apache-2.0" in card and "- r: 16\n" in card
     before, chosen = record["numbers"]["before"]["eval_loss"], record["numbers"]["chosen"]["eval_loss"]
     assert f"{before:.4f} before, {chosen:.4f} at that step" in card
     assert "of step 4, selected by eval_loss" in card
     assert "- conversational rows: conversational.jsonl\n" in card
-    assert len(answers) == 2
-    for answer in answers:
-        assert f"({answer['verdict']}; {answer['finish_reason']})" in card
-        text = html.escape(answer["text"]).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
-        assert f"\n\n{text}</pre>" in card
     assert f"- unsloth: {record['versions']['unsloth']}\n" in card
     everything = "".join(path.read_text() for path in (trained.folder / "adapter").glob("*.json"))
     assert str(trained.cwd) not in card and str(ROOT) not in everything and str(Path.home()) not in everything

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -133,14 +132,6 @@ def test_without_a_checkpoint_that_can_be_loaded_a_run_starts_over_and_keeps_wha
     assert train.find_checkpoint(tmp_path)[0] is None
     assert re.search(r"checkpoint-1 cannot be loaded \(.+\); the one before is used, or none", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged-checkpoint-1"]
-
-
-def test_a_disk_without_room_is_told_before_anything_is_trained(tmp_path, monkeypatch):
-    config, profile = train.resolve(train.TrainConfig(profile="cpu", output_dir=tmp_path))
-    train.format_plan(config, profile, None, "float32")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 50 * 2**20))
-    with pytest.raises(UsageError, match=r"needs up to \d+ MiB, and 50 MiB are free there\. Free disk space"):
-        train.format_plan(config, profile, None, "float32")
 
 
 # --- Runs that are ended -----------------------------------------------------------------------------------------
@@ -337,22 +328,14 @@ def test_nothing_that_is_told_steers_the_terminal(tmp_path):
     assert ran.returncode == 2 and not set("\x1b\x07\x9b\u202e") & set(ran.stderr)
 
 
-def test_the_card_shows_answers_as_they_are_and_obeys_nothing_in_them(tmp_path):
-    sample = {
-        "question": "q `a` | b\n# c",
-        "text": "</pre><script>alert(1)</script>\n\n# heading\x1b[31m",
-        "verdict": "sound",
-        "finish_reason": "stop",
-    }
+def test_the_card_obeys_nothing_in_a_system_prompt(tmp_path):
     config, profile = train.resolve(train.TrainConfig(profile="cpu", output_dir=tmp_path, name="x"))
-    (tmp_path / "x" / "samples").mkdir(parents=True)
-    (tmp_path / "x" / "samples" / "1.jsonl").write_text(json.dumps(sample) + "\n")
     evaluation = {"step": 1, "eval_loss": 1.0, "eval_sound": 1, "eval_answers": 1}
     record = {"numbers": {"before": evaluation, "chosen": evaluation}, "recipe": {"mix": "rows"}, "versions": {}}
-    record["system_prompt"] = data.SYSTEM_PROMPT
+    record["system_prompt"] = "</pre><script>alert(1)</script>\x1b[31m"
     card = train.make_card(config, profile, record)
-    assert "<script" not in card and "\x1b" not in card and card.count("<pre>") == card.count("</pre>") == 1
-    assert "<pre>q `a` | b\n# c (sound; stop)\n\n&lt;/pre&gt;" in card
+    assert "<script" not in card and "\x1b" not in card
+    assert "- system_prompt: &lt;/pre&gt;&lt;script&gt;" in card
     assert card.startswith("---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n")
 
 

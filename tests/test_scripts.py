@@ -110,17 +110,17 @@ REFUSED = {
     "steps": (["train.py", "--max-steps", "0"], "--max-steps 0: expected a number above 0"),
     "rank": (["train.py", "--r", "2000"], "--r 2000: expected 1 to 1024"),
     "alpha": (["train.py", "--lora-alpha", "-4"], "--lora-alpha -4"),
-    "batch": (["train.py", "--per-device-train-batch-size", "5"], "a divisor of 16"),
+    "batch": (["train.py", "--per-device-train-batch-size", "5"], "invalid choice '5' for argument"),
     "pad": (["train.py", "--pad", "eos"], "native"),
     "best": (["train.py", "--metric-for-best-model", "loss"], "eval_loss"),
     "modules": (["train.py", "--target-modules", "lm_head"], "all-linear"),
     "all problems at once": (["train.py", "--r", "0", "--max-steps", "-1"], "--max-steps -1"),
     "hours": (["train.py", "--max-hours", "0"], "--max-hours 0.0: expected a number above 0"),
-    "minutes": (["train.py", "--save-minutes", "-1"], "--save-minutes -1.0: expected 0 or more"),
+    "minutes": (["train.py", "--save-minutes", "-1"], "--save-minutes -1.0: expected 0 to 1e+06"),
     "probes of a run": (["train.py", "--num-probes", "-1"], "--num-probes -1: expected 0 to 76"),
-    "evaluations": (["train.py", "--eval-every", "1"], "--eval-every 1.0: expected a share between 0 and 1"),
+    "evaluations": (["train.py", "--eval-every", "1"], "--eval-every 1.0: expected 0.001 to 0.999"),
     "enough of what": (["train.py", "--early-stopping-patience", "0"], "--early-stopping-patience 0: expected a number above 0"),
-    "ROUGE-L of no answers": (["train.py", "--metric-for-best-model", "rouge_l", "--num-probes", "0"], "1 or more for rouge_l"),
+    "ROUGE-L of no answers": (["train.py", "--metric-for-best-model", "rouge_l", "--num-probes", "0"], "--num-probes 0: expected 1 to 76"),
     "upload without a token": (
         ["train.py", "--profile", "cpu", "--push-to-hub", "me/adapter"],
         "needs the network and a token",
@@ -182,9 +182,9 @@ REFUSED = {
     "no records": (["ablate.py", "--table"], "'No such file or directory')). Run the study without --table"),
     "study name": (["ablate.py", "--name", "a/b"], "letters, digits"),
     "rows and a source of the mix": (["ablate.py", "--rows", "q.jsonl", "--encyclopedic", "q.jsonl"], "--rows replaces the mix"),
-    "evaluations of a study": (["ablate.py", "--eval-every", "1"], "--eval-every 1.0: expected a share between 0 and 1"),
-    "no evaluations of a study": (["ablate.py", "--eval-every", "0"], "--eval-every 0.0: expected a share between 0 and 1"),
-    "no evaluations": (["train.py", "--eval-every", "0"], "--eval-every 0.0: expected a share between 0 and 1"),
+    "evaluations of a study": (["ablate.py", "--eval-every", "1"], "--eval-every 1.0: expected 0.001 to 0.999"),
+    "no evaluations of a study": (["ablate.py", "--eval-every", "0"], "--eval-every 0.0: expected 0.001 to 0.999"),
+    "no evaluations": (["train.py", "--eval-every", "0"], "--eval-every 0.0: expected 0.001 to 0.999"),
     "no probes": (["ablate.py", "--num-probes", "0"], "--num-probes 0: expected 1 to 76"),
     "too many probes": (["ablate.py", "--num-probes", "77"], "--num-probes 77: expected 1 to 76"),
     "no workers": (["ablate.py", "--workers", "0"], "--workers 0: expected 1 to 64"),
@@ -271,28 +271,21 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_with_the_way_out(tmp_path):
 
 
 def test_the_t4_run_is_planned_anywhere_without_a_network(tmp_path):
+    """All but what needs the rows, which are on the hub."""
     ran = run_script("train.py", "--profile", "t4", "--epochs", "2", "--dry-run", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stderr == "The rows are not counted, because the hub cannot be reached.\n"
+    assert ran.stderr == "Rows, tokens and steps are not counted: the hub cannot be reached.\n"
     values = dict(re.findall(r"(?m)^(\S+(?: \S+)*) {2,}(.+)$", ran.stdout))
     assert values["base_model"] == "unsloth/Llama-3.2-3B-Instruct"
     assert values["load_in_4bit"] == "True"
     assert re.fullmatch(r"lavita/ChatDoctor-HealthCareMagic-100k@[0-9a-f]{40}", values["conversational"])
     assert re.fullmatch(r"medalpaca/medical_meadow_wikidoc@[0-9a-f]{40}", values["encyclopedic"])
     assert values["epochs"] == "2.0"
-    assert values["rows"] == "up to 10,000"
-    assert values["steps"].startswith("up to 1,250 of 16 rows: 16 rows x 1 forward passes")
     assert values["trainable parameters"] == "24,313,856"
     assert values["adapter file"] == "97,307,544 bytes"
-    assert values["base model"] == "3,212,749,824 parameters, 2.24 GB in 4-bit NF4"
+    assert values["base model"] == "3,212,749,824 parameters, 2.24 GB when loaded"
     assert values["measured"].startswith("on one H100: ")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_rows_of_the_hub_are_not_counted_offline(tmp_path):
-    ran = call_script("train.py", "--profile", "cpu", "--rows", "owner/name", "--dry-run", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert re.search(r"(?m)^rows +not counted$", ran.stdout) and "adapter file" in ran.stdout
 
 
 def test_the_cpu_run_is_planned_from_its_rows(tmp_path):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
-from conftest import ROOT, call_script, load_llama_tokenizer
+from conftest import ROOT, call_script, load_llama_tokenizer, make_row
 
 import data
 import infer
@@ -44,12 +45,10 @@ def test_several_processes_are_refused(tmp_path):
         ({"epochs": 0}, "--epochs 0: expected a number above 0"),
         ({"learning_rate": float("inf")}, "--learning-rate inf: expected"),
         ({"r": 1025}, "--r 1025: expected 1 to 1024"),
-        ({"per_device_train_batch_size": 3}, "--per-device-train-batch-size 3: expected a divisor of 16"),
-        ({"per_device_train_batch_size": 0}, "--per-device-train-batch-size 0: expected a number above 0"),
         ({"num_probes": 1000}, "--num-probes 1000: expected 0 to"),
-        ({"eval_every": 1.0}, "--eval-every 1.0: expected a share"),
+        ({"eval_every": 1.0}, "--eval-every 1.0: expected 0.001 to 0.999"),
         ({"early_stopping_patience": 0}, "--early-stopping-patience 0: expected a number above 0"),
-        ({"metric_for_best_model": "rouge_l", "num_probes": 0}, "--num-probes 0: expected 1 or more for rouge_l"),
+        ({"metric_for_best_model": "rouge_l", "num_probes": 0}, "--num-probes 0: expected 1 to 76"),
     ],
 )
 def test_each_flag_is_checked(flags, message):
@@ -78,20 +77,6 @@ def test_4_bits_are_for_a_gpu_and_can_be_switched_off():
 )
 def test_steps_are_counted_as_the_trainer_counts_them(rows, flags, steps):
     assert resolve(**flags)[0].count_steps(rows)[0] == steps
-
-
-@pytest.mark.parametrize(
-    ("steps", "every", "evaluations"), [(18, 0.5, 3), (625, 0.2, 6), (4, 0.5, 3), (3, 0.5, 3), (1, 0.5, 2)]
-)
-def test_evaluations_are_counted_as_the_trainer_makes_them(steps, every, evaluations):
-    """Before the first step, after each interval, and after the last step."""
-    config, profile = resolve(eval_every=every, max_steps=steps)
-    assert f"up to {evaluations}, each with 26 probe answers" in train.format_plan(config, profile, None, "float16")
-
-
-def test_the_plan_compares_the_adapter_of_an_added_pad():
-    plan = train.format_plan(*resolve(pad="added", target_modules="attention"), None, "float16")
-    assert "1,612,752,472 bytes, 43.9 times the 36,730,224 bytes without --pad added" in plan
 
 
 # --- The plan
@@ -285,20 +270,10 @@ def tiny():
     data.PROFILES.update(profiles)
 
 
-def test_a_native_pad_passes_the_guard_and_is_llamas_own(tiny):
+def test_a_native_pad_is_llamas_own():
     tokenizer = load_llama_tokenizer()
     assert tokenizer.convert_tokens_to_ids(data.PAD_TOKENS[0]) == 128_004 == tokenizer.pad_token_id
     assert (tokenizer.eos_token_id, data.end_of_turn_id(tokenizer), len(tokenizer)) == (128_009, 128_009, 128_256)
-    train.check_model(tiny(), tokenizer, *resolve())
-
-
-def test_an_added_pad_is_refused_unless_it_is_asked_for(tiny):
-    tokenizer, model = load_llama_tokenizer(), tiny()
-    infer.add_pad_token(model, tokenizer)
-    assert tokenizer.pad_token_id == 128_256
-    with pytest.raises(UsageError, match=r"Expected 128,256 embedding rows.* found 128,257 rows, 128,257 tokens"):
-        train.check_model(model, tokenizer, *resolve())
-    train.check_model(model, tokenizer, *resolve(pad="added"))
 
 
 def test_the_row_of_an_added_pad_is_the_same_whatever_was_drawn_before(tiny):
@@ -314,20 +289,6 @@ def test_the_row_of_an_added_pad_is_the_same_whatever_was_drawn_before(tiny):
         rows.append(model.get_input_embeddings().weight[-1])
         assert torch.equal(torch.rand(1), expected)
     assert torch.equal(*rows) and rows[0].abs().max() > 0
-
-
-@pytest.mark.parametrize(
-    ("lora", "pad", "message"),
-    [
-        ({"modules_to_save": ["embed_tokens"]}, 128_004, r"other trainable tensors \['base_model.*embed_tokens"),
-        ({}, 128_009, "pad 128009, stop 128009"),
-    ],
-)
-def test_weights_that_are_not_loras_are_refused_and_a_pad_that_is_the_stop_token(tiny, lora, pad, message):
-    tokenizer, model = load_llama_tokenizer(), tiny(**lora)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    with pytest.raises(UsageError, match=message):
-        train.check_model(model, tokenizer, *resolve())
 
 
 # --- The order of rows
@@ -379,7 +340,9 @@ def measure_quality_of(monkeypatch, sound, named, eval_loss):
     found |= {"num_named": named, "num_points": 40, "num_wrong_claims": 1}
     monkeypatch.setattr(infer, "measure_quality", lambda judged: Quality(found))
     config, profile = resolve(profile="cpu", num_probes=0)
-    return train.evaluate_answers(config, infer.LoadedModel(None, None, profile), {}, 0.5, 1, eval_loss)
+    mix = data.Mix([], [make_row("q?", "a")], {})
+    monkeypatch.setattr(data, "encode_row", lambda tokenizer, row: {"labels": [-100, 5, 2]})
+    return train.evaluate_answers(config, infer.LoadedModel(None, None, profile), mix, 1, eval_loss)
 
 
 def test_evaluations_are_ordered_by_sound_answers_then_points_then_loss(monkeypatch):
@@ -388,7 +351,7 @@ def test_evaluations_are_ordered_by_sound_answers_then_points_then_loss(monkeypa
         for case in ((9, 40, 0.1), (10, 19, 2.0), (10, 20, float("nan")), (10, 20, 2.5), (10, 20, 2.4), (11, 0, 9.0))
     ]
     assert values == sorted(set(values))
-    assert measure_quality_of(monkeypatch, 1, 1, 2.0)["eval_loss_per_byte"] == 1.0
+    assert measure_quality_of(monkeypatch, 1, 1, 2.0)["eval_loss_per_byte"] == 4.0
 
 
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
@@ -450,7 +413,7 @@ def test_a_run_that_was_stopped_by_the_clock_and_asks_nothing_comes_to_the_same_
     stopped = call_script(*flags, "--max-hours", "0.0001", "--restart", cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stderr
     folder = tmp_path / "runs" / "train" / "tiny"
-    assert "Stopped by --max-hours after 1 of 4 steps; run the same command (without --restart) to resume." in stopped.stdout
+    assert "Stopped by --max-hours after 1 of 4 steps. Run the same command (without --restart) to resume" in stopped.stdout
     kept = tmp_path / "runs" / "train" / "tiny.old-1" / "adapter"
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == old
     assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "checkpoint-1"}
@@ -491,8 +454,8 @@ def test_the_storys_pad_makes_the_planned_huge_adapter_which_can_be_asked_and_me
     folder = tmp_path / "runs" / "train" / "tiny"
     size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     native = (trained.folder / "adapter" / "adapter_model.safetensors").stat().st_size
-    said = f"{size / native:.1f} times the {native:,} bytes without"
-    assert said in ran.stdout
+    [planned] = re.findall(r"(?m)^adapter file +([\d,]+) bytes$", ran.stdout)
+    assert abs(int(planned.replace(",", "")) - size) <= 8  # the header, of fp16 instead of bf16
     assert size > 6 * native
     asked = call_script("infer.py", "What is croup?", "--max-new-tokens", "8", "--json", cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr
