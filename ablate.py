@@ -22,10 +22,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -33,9 +33,6 @@ import data
 import infer
 import train
 from infer import DECODINGS
-
-if TYPE_CHECKING:
-    from pandas import DataFrame, Series
 
 # --- Arms, decodings and flags -------------------------------------------------------------------
 
@@ -196,11 +193,13 @@ def run_arm(study: Study, arm: str, running: list[subprocess.Popen]) -> str | No
     steps["answering"] = [*sys.orig_argv[1:], "--answer", arm]
     for step, command in steps.items():
         tqdm.write(f"{arm}: {step}, see {log}", sys.stderr)
-        with log.open("ab") as output:
-            # In a session of its own, Ctrl-C reaches only this process, which passes it on.
-            streams = {"stdout": output, "stderr": output, "start_new_session": True}
-            running.append(process := subprocess.Popen([sys.executable, *command], **streams))
-            code = process.wait()
+        code = train.BUSY
+        while code == train.BUSY:  # the study was killed, and its training run continues
+            with log.open("ab") as output:
+                # In a session of its own, Ctrl-C reaches only this process, which passes it on.
+                streams = {"stdout": output, "stderr": output, "start_new_session": True}
+                running.append(process := subprocess.Popen([sys.executable, *command], **streams))
+                code = process.wait()
         if code:
             how = "killed, often for lack of memory" if code == -9 else f"exit code {code}"
             last = log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
@@ -230,10 +229,15 @@ def run_study(study: Study, arms: Sequence[str], workers: int) -> None:
             failure.unlink(missing_ok=True)
             if study.missing(arm):
                 futures[pool.submit(run_arm, study, arm, running)] = failure
-        for future in tqdm(as_completed(futures), total=len(futures), unit="arm", disable=None):
-            if reason := future.result():
-                data.write_atomic(futures[future], reason)
-            tqdm.write(f"{futures[future].stem}: {reason or 'done'}", sys.stderr)
+        left, bar = set(futures), tqdm(total=len(futures), unit="arm", disable=None)
+        while left:
+            done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
+            for future in done:
+                if reason := future.result():
+                    data.write_atomic(futures[future], reason)
+                tqdm.write(f"{futures[future].stem}: {reason or 'done'}", sys.stderr)
+            bar.update(len(done))
+            bar.refresh()  # its clock
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         while not all(future.done() for future in futures):
@@ -277,8 +281,8 @@ class Records(NamedTuple):
     """The records of a study."""
 
     about: Mapping[str, Any]  # study.json: its command, base model, questions and arms
-    cells: Mapping[tuple[str, str], DataFrame]  # by arm and decoding: a row per question
-    table: DataFrame  # cells.csv: a row per arm and decoding
+    cells: Mapping[tuple[str, str], Any]  # by arm and decoding: a DataFrame, a row per question
+    table: Any  # cells.csv: a DataFrame, a row per arm and decoding
     losses: Mapping[str, Mapping[str, float]]  # by arm: eval loss before and after
     evaluations: Mapping[str, tuple[dict, dict]]  # by arm: selected steps, sound and ended by step
     failures: Mapping[str, str]  # why arms failed
@@ -326,7 +330,7 @@ def read_records(folder: Path) -> Records:
     return Records(about, cells, DataFrame(rows).round(4), losses, evaluations, failures)
 
 
-def count_share(outcomes: Series) -> tuple[str, float, float]:
+def count_share(outcomes: Any) -> tuple[str, float, float]:
     """`(text, low, high)`: number of true outcomes, 95% interval of their share (Wilson 1927)."""
     from scipy.stats import binomtest
 
@@ -337,11 +341,9 @@ def count_share(outcomes: Series) -> tuple[str, float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """Do answers of `one` have more of an outcome than those of `other` (fewer, if sense is -1)?
-
-    Answers to one question are not independent, so it counts once, by the sum of differences over
-    cells. The effect is the net share of questions: those with more less those with fewer.
-    """
+    """Do answers of `one` have more of an outcome than those of `other` (fewer, if sense is -1)? A
+    question counts once, by the sum of differences over cells, whose answers are not independent.
+    The effect is the net share of questions: those with more less those with fewer."""
 
     one: str  # an arm or a decoding, as `other`
     other: str
@@ -376,7 +378,7 @@ class Query:
         low, high = max(-1.0, (net - spread) / total), min(1.0, (net + spread) / total)
         share = f"{net / size:+.0%} [{low:+.0%}, {high:+.0%}], p = {p:.2g}"
         style = ".3g" if outcome in ("points", "list items") else ".0%"
-        means = [sum(pair[side][outcome].mean() for pair in pairs) / len(pairs) for side in (0, 1)]
+        means = (sum(pair[at][outcome].mean() for pair in pairs) / len(pairs) for at in (0, 1))
         first, second = (format(mean, style) for mean in means)
         text = f"{outcome.replace('_', ' ')}: {one} {first}, {other} {second} (pairs of "
         text += f"cells: {len(pairs)}; +{more} -{fewer} of {size} questions, net {share})"
@@ -456,9 +458,7 @@ def check_decodings(records: Records) -> Result:
     """C15: two decodings of the same weights differ, with a Bonferroni correction for all pairs."""
     pairs = itertools.combinations(DISTINCT_DECODINGS, 2)
     found = [each for pair in pairs if (each := Query(*pair, within=TRAINING_ARMS).run(records))]
-    if not found:
-        raise LookupError
-    best = min(found, key=lambda each: each.p)
+    best = sorted(found, key=lambda each: each.p)[0]  # a LookupError if there is none
     is_absent = all(max(-each.low, each.high) < RELEVANT for each in found)
     verdict = "shown" if best.p * len(found) < 0.05 else "not shown" if is_absent else "undecidable"
     return verdict, f"{best.text}; smallest p of {len(found)} pairs of decodings"
