@@ -21,6 +21,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -200,6 +201,7 @@ def run_arm(study: Study, arm: str, running: list[subprocess.Popen]) -> str | No
                 streams = {"stdout": output, "stderr": output, "start_new_session": True}
                 running.append(process := subprocess.Popen([sys.executable, *command], **streams))
                 code = process.wait()
+            time.sleep(5 * (code == train.BUSY))
         if code:
             how = "killed, often for lack of memory" if code == -9 else f"exit code {code}"
             last = log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
@@ -265,7 +267,6 @@ def flatten_answer(record: Mapping[str, Any]) -> dict[str, Any]:
     facts = record.get("facts") or {"named": [], "missing": [], "wrong": []}
     points, max_points = len(facts["named"]), len(facts["named"]) + len(facts["missing"])
     sound, ended, text = not found, record["finish_reason"] == "stop", str(record["text"])
-    # The answer surprises the base model, continues as another speaker, or invents a medicine.
     drift = bool(found & {"surprisal", "leak", "invented-medicine"})
     # Slow, and only C4 needs it.
     items = infer.measure_list(text)[0] if record["arm"] in ("base", "week4") else math.nan
@@ -317,7 +318,7 @@ def read_records(folder: Path) -> Records:
                 lines = [flatten_answer(line) for line in read_cell(path)]
                 cells[arm, decoding] = DataFrame(lines).set_axis(range(len(about["questions"])))
     except Exception as error:  # whatever a corrupt file leads to
-        advice = "Run the study without --table; first remove a broken file (and a run's cells)."
+        advice = "Run without --table; first remove a broken file (of a run, its folder and cells)."
         raise data.UsageError(f"{path} cannot be read ({error!r}). {advice}") from None
     no_loss = {"eval_loss_before": math.nan, "eval_loss": math.nan}
     for (arm, decoding), own in cells.items():
@@ -424,8 +425,7 @@ def check_loss(records: Records) -> Result:
     """C1: the loss fell, and there are fewer sound and ended answers than of the base model."""
     verdict, text = compare(records, Query("week4", "base", GOOD, -1, ["story-collapse"]))
     before, after = records.losses["week4"].values()
-    if verdict == "shown" and after >= before:
-        verdict = "not shown"
+    verdict = "not shown" if verdict == "shown" and after >= before else verdict
     return verdict, f"eval loss {before:.3f} to {after:.3f}; {text}"
 
 

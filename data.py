@@ -14,6 +14,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -296,8 +297,8 @@ def _digest(*parts: str) -> str:
 
 # --- Shared by all scripts -----------------------------------------------------------------------
 
-# Failed writes of safetensors, tokenizers and torch, which raise no OSError.
-_WRITE_ERROR = re.compile(r"\(os error \d|PytorchStreamWriter failed|inline_container\.cc")
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
+_STORAGE_ERRORS += (errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
 _OUT_OF_MEMORY = re.compile(r"out of memory|an(?:'t|not) allocate memory|alloc_cpu|map segment")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 # Control characters except tab and newline, changes of text direction, and surrogates.
@@ -317,9 +318,11 @@ def writing(path: Path | None = None, part: Path | None = None) -> Iterator[None
             shutil.rmtree(part, ignore_errors=True)
             with contextlib.suppress(OSError):
                 part.unlink()
-        is_other = isinstance(error, (ConnectionError, FileNotFoundError))
-        number = getattr(error, "errno", None)  # errors of the network have none
-        if is_other or not (number or _WRITE_ERROR.search(str(error))):
+        # safetensors and tokenizers give the error number as text, and torch's writer gives none.
+        found = re.search(r"\(os error (\d+)", str(error))
+        number = int(found[1]) if found else getattr(error, "errno", None)
+        is_torch = re.search(r"PytorchStreamWriter failed|inline_container\.cc", str(error))
+        if isinstance(error, UsageError) or not (is_torch or number in _STORAGE_ERRORS):
             raise
         name = path or getattr(error, "filename", None) or "stdout"
         problem = f"{name} could not be written ({first_line(error)}). Earlier content is kept"
@@ -520,19 +523,22 @@ def parse_record(record: Any, flags: RowsFlags) -> tuple[str, list[Message], set
         found = ", ".join(map(str, record))[:200] or "none"
         raise UsageError(f"expected a question and an answer, found {found}")
     unused = {name for name in columns if columns[name] is not None} - {"system", *used}
-    turns: list[Any] = []
+    turns: list[tuple[str, Any]] = []  # with the place in the record
     for name, role in {"system": "system", **used}.items():
         value = columns.get(name)
         if isinstance(value, list):
-            turns += value
+            turns += [(f"turn {number} of {name}", each) for number, each in enumerate(value, 1)]
         elif value is not None:
-            turns.append({"role": role, "content": value})
+            turns.append((f"column {name}", {"role": role, "content": value}))
     messages: list[Message] = []
-    for number, turn in enumerate(turns, 1):
+    for where, turn in turns:
         message = _read_turn(turn)
-        is_late = message and message[0] == "system" != (messages or [message])[-1][0]
-        if not message or is_late:
-            raise UsageError(f"turn {number} cannot be trained on: {turn!r:.80}")
+        is_column = where.startswith("column")
+        is_odd = message and message[0] == "instruction" and not is_column
+        is_late = message and message[0] == "system" and {"user", "assistant"} & {*dict(messages)}
+        if not message or is_odd or is_late:
+            shown = turn["content"] if is_column else turn
+            raise UsageError(f"{where} cannot be trained on: {shown!r:.80}")
         messages.append(message)
         unused |= {f"{name} of a turn" for name in turn.keys() - USED_FIELDS if turn[name]}
     return "/".join(used), messages, unused
@@ -1228,7 +1234,7 @@ def format_audit(audit: Mapping[str, Any], examples: bool = False) -> str:
 class RowsFlags:
     """Flags for a user's own rows and questions, the same in data.py, train.py and ablate.py."""
 
-    rows: str | None = None  # Your own rows, instead of a mix: a file, or OWNER/NAME on the hub.
+    rows: str | None = None  # Your own rows, instead of a mix: a file, or OWNER/NAME[@COMMIT].
     conversational: str | None = None  # Source of the mix's conversational rows, as in --rows.
     encyclopedic: str | None = None  # Source of the mix's encyclopedic rows, as in --rows.
     question_column: str | None = None  # Column of the question, if its name is not recognised.

@@ -77,6 +77,7 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 }
 # What reading JSON of unknown content can raise.
 BAD_CONTENT = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+BAD_CONTENT += (OverflowError,)  # of an integer
 # The story's mistake: an added token enlarges the embedding, which the adapter then contains.
 ADDED_PAD_TOKEN = "[PAD]"
 PadName = Literal["native", "added"]
@@ -490,9 +491,10 @@ def read_probes(source: str | None = None) -> list[Probe]:
             name = str(record.get("id") or f"probe-{len(probes) + 1}")
             probes[question] = Probe(name, question, *lists)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
+            reason = data.escape_controls(str(error))
             expected = "Expected `question`, and if you like, `points` and `wrong_claims`"
             raise UsageError(
-                f"{place}: not a probe ({error}). {expected}, as in samples/README.md."
+                f"{place}: not a probe ({reason}). {expected}, as in samples/README.md."
             ) from None
     if not probes:
         raise UsageError(f"{source} contains no questions. Expected lines with `question`.")
@@ -753,7 +755,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, An
         config["r"] = int(config["r"])
         if not (config["r"] > 0 and config["lora_alpha"] > 0):
             raise ValueError(f"r {config['r']}, lora_alpha {config['lora_alpha']}")
-        content = {"base_model": config.get("base_model_name_or_path")}
+        content = {"base_model": str(config.get("base_model_name_or_path"))}
         if (folder / ADAPTER_RECORD).is_file():
             path = folder / ADAPTER_RECORD
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -1377,6 +1379,9 @@ def answer_file(
     }
     lines = read_answered(path, rows, expected) if path.exists() else []
     before = len(lines)
+    path = path.resolve()  # a link stays one
+    # A file that cannot be written is an error before the first question.
+    data.write_atomic(path, "".join(f"{line}\n" for line in lines))
     with tqdm(total=len(rows), initial=before, unit="question", desc="answering") as bar:
         for start in range(before, len(rows), QUESTIONS_PER_SAVE):
             batch = rows[start : start + QUESTIONS_PER_SAVE]

@@ -52,8 +52,8 @@ TARGET_MODULES: dict[TargetModules, list[str]] = {
 METRICS = {"answers": "eval_quality", "eval_loss": "eval_loss", "rouge_l": "eval_rouge_l"}
 LIBRARIES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets")
 ROWS_PER_STEP = 16
-LEAST = 1e-6  # of numbers above 0
-# Exit codes for ablate.py: the folder has a run with other values, or another process writes to it.
+LEAST = 1e-12  # of numbers above 0
+# Exit codes: the folder has a run with other values, or another process writes to it.
 OTHER_VALUES, BUSY = 3, 75
 # Flags that do not change what is learned. The rows have a fingerprint.
 NOT_IN_RECIPE = """name output_dir max_hours save_minutes merge gguf push_to_hub restart dry_run
@@ -115,7 +115,7 @@ class TrainConfig(data.RowsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive = "epochs max_steps learning_rate lora_alpha early_stopping_patience max_hours"
-        limits = dict.fromkeys(positive.split(), (LEAST, 1e6))
+        limits = dict.fromkeys(positive.split(), (LEAST, 1e9))
         # 1024: rows of the 3B model's k_proj.
         limits |= {"r": (1, 1024), "save_minutes": (0, 1e6), "eval_every": (0.001, 0.999)}
         least = int(self.metric_for_best_model == "rouge_l")
@@ -161,7 +161,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile]:
     parts = [profile.name, name_rows(config.rows) if config.rows else config.mix]
     parts += [config.target_modules] + ["pad-added"] * (config.pad == "added")
     if profile.base_model != data.PROFILES[profile.name].base_model:
-        parts.insert(1, name_rows(profile.base_model))
+        parts.insert(1, re.sub(r"[^\w.-]+", "-", Path(profile.base_model).name)[:50])
     num_probes = min(profile.num_probes, len(infer.read_probes(config.probes)))
     defaults = {"name": "-".join(parts), "num_probes": num_probes, "eval_every": profile.eval_every}
     defaults["per_device_train_batch_size"] = profile.per_device_train_batch_size
@@ -213,8 +213,9 @@ def count_base(profile: Profile) -> tuple[int, int]:
 
 
 def plan(config: TrainConfig, profile: Profile) -> dict[str, str]:
-    """Sizes, exact before anything is loaded; with --pad added, of an embedding in fp16."""
-    arch, embedding = profile.architecture, "float16" if config.pad == "added" else None
+    """Sizes, exact before anything is loaded; with --pad added, of an embedding in 16 bits."""
+    arch, dtype = profile.architecture, "bfloat16" if profile.name == "cpu" else "float16"
+    embedding = dtype if config.pad == "added" else None
     trainable, size = count_adapter(arch, config.target_modules, config.r, embedding)
     parameters, base_bytes = count_base(profile)
     # Three checkpoints, of which one is being replaced, two adapters, and exports.
@@ -580,7 +581,7 @@ def check_recipe(folder: Path, found: Log, recipe: Log) -> None:
             differences += f"  {name}: {found.get(name)!r} there, {recipe.get(name)!r} now\n"
     if differences:
         problem = f"{folder} contains a run with other values:\n{differences}"
-        advice = "Choose another --name, or start over with --restart, which renames that run."
+        advice = "Choose another --name, remove the folder, or rename it with --restart."
         raise UsageError(problem + advice, OTHER_VALUES)
 
 
@@ -654,11 +655,11 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
     if signals and not state["complete"]:
         raise infer.Interrupted(signals[0], f"Interrupted. {advice}")
     record = None
-    if state["complete"] or state["best_global_step"]:
+    if state["complete"] or state.get("best_global_step"):
         record = write_results(config, loaded, recipe, audit, state)
     if state["complete"]:
         return record
-    steps = f"{state['global_step']} of {state['max_steps']} steps"
+    steps = f"{state.get('global_step', 0)} of {trainer.state.max_steps} steps"
     so_far = f" The best weights so far are in {folder / 'adapter'}." if record else ""
     print(f"Stopped by --max-hours after {steps}. {advice}{so_far}")
     return None
@@ -888,8 +889,13 @@ def main(config: TrainConfig) -> None:
     print(format_values(values), flush=True)
     if config.dry_run:
         mix = config.load(profile) if has_files or is_online else None
-        if is_online or not needs_hub:
-            tokenizer = data.load_tokenizer(profile)
+        tokenizer = None
+        try:
+            tokenizer = mix and data.load_tokenizer(profile)  # maybe from the hub client's cache
+        except UsageError:
+            if is_online or is_local:
+                raise
+        if tokenizer:
             print(format_rows(config, data.audit_mix(data.fit_mix(mix, tokenizer), tokenizer)))
         else:
             infer.report("Rows, tokens and steps are not counted: the hub cannot be reached.")

@@ -456,7 +456,7 @@ def test_a_failed_arm_is_a_row_with_its_reason(tmp_path):
 @pytest.mark.parametrize("content", ["[" * 10_000, "[]", "{}", '{"command": 1}', '{"arms": 3}', ""])
 def test_a_corrupt_record_is_named_with_the_way_out(content, tmp_path):
     (tmp_path / "study.json").write_text(content)
-    with pytest.raises(data.UsageError, match=r"study\.json cannot be read .*Run the study without --table; first remove a broken file"):
+    with pytest.raises(data.UsageError, match=r"study\.json cannot be read .*Run without --table; first remove a broken file"):
         ablate.read_records(tmp_path)
 
 

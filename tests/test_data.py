@@ -218,6 +218,13 @@ def test_columns_with_other_names_are_named_by_flags(tmp_path):
         load(tmp_path / "rows.jsonl", records)[1].check_losses()
 
 
+def test_an_instruction_may_be_followed_by_a_chat_with_a_system_prompt(tmp_path):
+    turns = chat(("s", "Be brief."), ("u", "q?"))
+    records = [{"instruction": f"i{n}", "input": turns, "output": "a."} for n in range(2)]
+    rows, report = load(tmp_path / "rows.jsonl", records)
+    assert [row.messages[0] for row in rows] == [("system", "Be brief.")] * 2 and not report.dropped
+
+
 def test_an_instruction_that_is_the_same_everywhere_becomes_the_system_prompt(tmp_path):
     records = [{"instruction": "Be kind.", "input": f"q{n}", "output": "a"} for n in range(3)]
     rows, report = load(tmp_path / "rows.jsonl", [*records, records[0] | {"input": "N/A"}])
@@ -263,18 +270,22 @@ BAD_RECORDS = [
     (
         {"question": 1, "answer": "a"},
         "unreadable record",
-        "turn 1 cannot be trained on: {'role': 'user', 'content': 1}",
+        "column question cannot be trained on: 1",
     ),
-    ({"question": ["q"], "answer": "a"}, "unreadable record", "turn 1 cannot be trained on: 'q'"),
+    (
+        {"question": ["q"], "answer": "a"},
+        "unreadable record",
+        "turn 1 of question cannot be trained on: 'q'",
+    ),
     (
         {"question": "q?", "answer": "half \ud83d"},
         "unreadable record",
-        "turn 2 cannot be trained on: {'role': 'assistant', 'content': 'half \\ud83d'}",
+        "column answer cannot be trained on: 'half \\ud83d'",
     ),
     (
         {"messages": "hello"},
         "unreadable record",
-        "turn 1 cannot be trained on: {'role': 'chat', 'content': 'hello'}",
+        "column messages cannot be trained on: 'hello'",
     ),
     ({"messages": None}, "no question with an answer", "the question is empty"),
     ({"messages": []}, "no question with an answer", "the question is empty"),
@@ -283,42 +294,47 @@ BAD_RECORDS = [
     (
         {"messages": [{"role": "tool", "content": "x"}]},
         "unreadable record",
-        "turn 1 cannot be trained on: {'role': 'tool', 'content': 'x'}",
+        "turn 1 of messages cannot be trained on: {'role': 'tool', 'content': 'x'}",
     ),
     (
         {"messages": chat(("u", "q?"), ("s", "Be brief."), ("a", "a."))},
         "unreadable record",
-        "turn 2 cannot be trained on",
+        "turn 2 of messages cannot be trained on",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "unreadable record",
-        "turn 1 cannot be trained on",
+        "turn 1 of messages cannot be trained on",
     ),
     (
         {"messages": [{"role": "user", "content": [{"image": "x.png"}, {"text": "What is it?"}]}]},
         "unreadable record",
-        "turn 1 cannot be trained on",
+        "turn 1 of messages cannot be trained on",
     ),
     (
         {"messages": [{"role": "user", "text": "q?"}]},
         "unreadable record",
-        "turn 1 cannot be trained on",
+        "turn 1 of messages cannot be trained on",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "text": None}]}]},
         "unreadable record",
-        "turn 1 cannot be trained on",
+        "turn 1 of messages cannot be trained on",
     ),
     (
         {"messages": [*chat(("u", "q?")), {"role": "assistant", "content": "a", "weight": 0}]},
         "unreadable record",
-        "turn 2 cannot be trained on",
+        "turn 2 of messages cannot be trained on",
     ),
     (
         {"messages": [*chat(("u", "From 0 to 10?")), {"role": "assistant", "content": 0}]},
         "unreadable record",
-        "turn 2 cannot be trained on: {'role': 'assistant', 'content': 0}",
+        "turn 2 of messages cannot be trained on: {'role': 'assistant', 'content': 0}",
+    ),
+    (
+        {"messages": [{"role": "instruction", "content": "i"}, *chat(("u", "q?"), ("a", "a."))]},
+        "unreadable record",
+        "turn 1 of messages cannot be trained on: {'role': 'instruction'",
     ),
     (
         {"messages": chat(("a", "a."), ("u", "q?"))},

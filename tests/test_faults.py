@@ -52,6 +52,10 @@ def test_errors_of_other_kinds_are_not_taken_for_a_full_disk(tmp_path):
     for message in ("I/O error: No space left on device (os error 28)", "PytorchStreamWriter failed writing file data/0"):
         with pytest.raises(UsageError, match=r"x could not be written .*Free disk space"), data.writing(tmp_path / "x"):
             raise RuntimeError(message)
+        # Where contexts are nested, the innermost one names the file.
+        outer, inner = data.writing(), data.writing(tmp_path / "x")
+        with pytest.raises(UsageError, match=r"^\S+/x could not be written .*rerun\.$"), outer, inner:
+            raise RuntimeError(message)
 
 
 def test_a_cache_folder_is_made_once_and_what_a_killed_process_left_is_replaced(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def test_libraries_print_no_banner_and_log_errors_only(capfd, caplog):
     with infer.quiet_libraries():
         print("==((====))==  Unsloth")
         logging.getLogger("bitsandbytes.backends.cpu.ops").warning("no kernels")
-        logging.getLogger("transformers.modeling_utils").error("a real error")
+        logging.getLogger("xformers.ops").error("a real error")
         print("a message of ours", file=sys.stderr)
     stdout, stderr = capfd.readouterr()
     assert stdout == "" and stderr == "a message of ours\n"
@@ -384,6 +384,13 @@ def test_of_an_adapters_folder_nothing_but_weights_and_plain_numbers_is_followed
         [answer] = infer.answer_requests(loaded, [request])
         answers.append(answer.token_ids)
     assert answers[0] == answers[1] and not (tmp_path / "exploded").exists()
+
+
+def test_an_adapter_that_names_no_base_model_needs_the_flag(tmp_path):
+    adapter = make_adapter(tmp_path / "a", {"base_model_name_or_path": None})
+    with pytest.raises(data.UsageError, match="Give the same base model with --base-model"):
+        infer.check_adapter(adapter, "cpu")
+    assert infer.check_adapter(adapter, "cpu", "smollm2-135m-instruct").profile == data.PROFILES["cpu"]
 
 
 @pytest.mark.parametrize(

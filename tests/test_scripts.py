@@ -179,7 +179,7 @@ REFUSED = {
     ),
     "base model without sizes": (["data.py", "--profile", "cpu", "--base-model", "sizes"], "its config.json has no valid sizes (KeyError('num_hidden_layers'))"),
     # ablate.py
-    "no records": (["ablate.py", "--table"], "'No such file or directory')). Run the study without --table"),
+    "no records": (["ablate.py", "--table"], "'No such file or directory')). Run without --table"),
     "study name": (["ablate.py", "--name", "a/b"], "letters, digits"),
     "rows and a source of the mix": (["ablate.py", "--rows", "q.jsonl", "--encyclopedic", "q.jsonl"], "--rows replaces the mix"),
     "evaluations of a study": (["ablate.py", "--eval-every", "1"], "--eval-every 1.0: expected 0.001 to 0.999"),
