@@ -268,8 +268,8 @@ def flatten_answer(record: Mapping[str, Any]) -> dict[str, Any]:
     points, max_points = len(facts["named"]), len(facts["named"]) + len(facts["missing"])
     sound, ended, text = not found, record["finish_reason"] == "stop", str(record["text"])
     drift = bool(found & {"surprisal", "leak", "invented-medicine"})
-    # Slow, and only C4 needs it.
-    items = infer.measure_list(text)[0] if record["arm"] in ("base", "week4") else math.nan
+    is_in_c4 = record["arm"] in ("base", "week4") and record["decoding_arm"] in DISTINCT_DECODINGS
+    items = infer.measure_list(text)[0] if is_in_c4 else math.nan  # slow
     values = {"text": text, "verdict": str(record["verdict"]), "list items": items}
     values |= {"stop_ids": set(map(int, record["stop_ids"])), "repeats": bool(record["repeats"])}
     values |= {GOOD: sound and ended, "sound": sound, "unsound": not sound, "ended": ended}
@@ -525,8 +525,8 @@ def decide_claims(records: Records) -> dict[str, Result]:
 NOTES = """*Sound and ended*: no defect of form is found, and the stop token ended the answer. It
 *drifts* if it surprises the base model, continues as another speaker, or invents a medicine. With
 `+a -b`, the first has more on *a* questions and less on *b*. Intervals are 95%: Wilson's for shares
-(C2, C12), Agresti and Min's for *net*; p is of two-sided sign tests. Eval loss is on rows held out
-from the arm's sources. None of this says that an answer is medically correct or medical advice."""
+(C2, C12), Agresti and Min's for *net*; p is of two-sided sign tests. Only C6 depends on particular
+questions, with lists of points. Eval loss is on held-out rows of the arm. Not medical advice."""
 
 
 def escape_markdown(text: str) -> str:

@@ -487,7 +487,8 @@ def read_probes(source: str | None = None) -> list[Probe]:
                     if isinstance(point.phrases, str) or isinstance(point.unless_after, str):
                         raise TypeError(f"{point.name}: expected lists of phrases")
                     for phrase in (point.name, *point.phrases, *point.unless_after):
-                        compile_phrase(phrase)
+                        if not phrase.strip():
+                            raise TypeError("a name or phrase is empty")
             name = str(record.get("id") or f"probe-{len(probes) + 1}")
             probes[question] = Probe(name, question, *lists)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
@@ -514,8 +515,6 @@ _CLAUSE_END = re.compile(r"[.!?;:,\n]|\bbut\b", re.I)
 @functools.cache
 def compile_phrase(phrase: str) -> re.Pattern[str]:
     """A pattern of whole words, singular or plural, in which a hyphen is equal to a space."""
-    if not phrase.strip():
-        raise TypeError("a name or phrase is empty")
     parts = []
     for part in phrase.split("..."):
         words = [re.escape(word) + "(?:e?s)?" for word in re.split(r"[\s-]+", part.strip())]
