@@ -294,6 +294,7 @@ def read_records(folder: Path) -> Records:
     from pandas import DataFrame
 
     path, cells, rows, losses, evaluations, failures = folder / "study.json", {}, [], {}, {}, {}
+    names = {"eval_loss_before": "before", "eval_loss": "chosen"}
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         about |= {name: str(about[name]) for name in ("command", "base_model")}
@@ -305,7 +306,6 @@ def read_records(folder: Path) -> Records:
             path = folder / "runs" / arm / "run.json"
             if path.is_file():
                 numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
-                names = {"eval_loss_before": "before", "eval_loss": "chosen"}
                 losses[arm] = {n: float(numbers[at]["eval_loss"]) for n, at in names.items()}
                 path = path.with_name("metrics.jsonl")
                 lines = [each for each in read_cell(path) if each.get("eval_answers")]
@@ -320,10 +320,9 @@ def read_records(folder: Path) -> Records:
     except Exception as error:  # whatever a corrupt file leads to
         advice = "Run without --table; first remove a broken file (of a run, its folder and cells)."
         raise data.UsageError(f"{path} cannot be read ({error!r}). {advice}") from None
-    no_loss = {"eval_loss_before": math.nan, "eval_loss": math.nan}
     for (arm, decoding), own in cells.items():
-        row = {"arm": arm, "decoding": decoding, **losses.get(arm, no_loss), "answers": len(own)}
-        row |= own[COUNTS].sum().astype(int)
+        row = {"arm": arm, "decoding": decoding, **losses.get(arm, dict.fromkeys(names, math.nan))}
+        row |= {"answers": len(own)} | dict(own[COUNTS].sum().astype(int))
         row["share"], row["interval_low"], row["interval_high"] = count_share(own[GOOD])
         rows.append(row | {"mean_tokens": own.tokens.mean(), "repeats": own.repeats[0]})
     if not cells:
@@ -635,7 +634,7 @@ def draw_picture(records: Records, path: Path) -> None:
         for part, (label, (colour, shade)) in zip(parts, colours.items(), strict=True):
             share = (part / own.answers).fillna(0)
             bars = grid.barh(arms, share, 0.8, left, color=colour, label=None if place else label)
-            texts = [f"{each:.0%}" if each >= 0.2 else "" for each in share]
+            texts = [f"{each:.0%}" if each >= 0.28 else "" for each in share]
             grid.bar_label(bars, texts, label_type="center", color=shade, fontsize=9)
             left += share
     grid.set_xticks([1.06 * place + 0.5 for place in range(len(MAIN_DECODINGS))], MAIN_DECODINGS)
@@ -643,15 +642,16 @@ def draw_picture(records: Records, path: Path) -> None:
     grid.set(xlim=(0, 3.12), ylim=(len(arms) - 0.5, -0.5), frame_on=False)
     grid.legend(loc="upper center", bbox_to_anchor=(0.35, 0), ncols=2, frameon=False)
     points = cells[(cells.decoding == "kit") & cells.eval_loss.notna()]
-    points = points.assign(share=points[GOOD] / points.answers).sort_values(["share", "eval_loss"])
+    share = points[GOOD] / points.answers
+    height = (share - share.min()) / (share.max() - share.min())
+    points = points.assign(share=share, tie=points.eval_loss * (height - share.rank(pct=True)))
     losses.scatter(points.eval_loss, points.share, color="#08519c", zorder=3)
-    for place, point in enumerate(points.itertuples()):
-        # Beside the axes, in the order of the points, at equal distances.
+    for place, point in enumerate(points.sort_values(["share", "tie"]).itertuples()):
+        # Beside the axes; of equal shares in the order in which their lines do not cross.
         at, end = (point.eval_loss, point.share), (1.04, (place + 0.5) / len(points))
         line = {"arrowstyle": "-", "color": "0.7", "relpos": (0, 0.5)}
         losses.annotate(point.arm, at, end, "data", "axes fraction", line, va="center")
     losses.set(xlabel="eval loss (nats per token)", ylabel="share sound and ended under kit")
-    losses.spines[["top", "right"]].set_visible(False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=125, metadata={"Software": None})
     data.write_atomic(path, image.getvalue())
