@@ -323,20 +323,20 @@ def read_records(folder: Path) -> Records:
     for (arm, decoding), own in cells.items():
         row = {"arm": arm, "decoding": decoding, **losses.get(arm, dict.fromkeys(names, math.nan))}
         row |= {"answers": len(own)} | dict(own[COUNTS].sum().astype(int))
-        row["share"], row["interval_low"], row["interval_high"] = count_share(own[GOOD])
+        row["share"], row["interval_low"], row["interval_high"], _ = count_share(own[GOOD])
         rows.append(row | {"mean_tokens": own.tokens.mean(), "repeats": own.repeats[0]})
     if not cells:
         raise data.UsageError(f"{folder} has no finished cells. Run python ablate.py. {failures}")
     return Records(about, cells, DataFrame(rows).round(4), losses, evaluations, failures)
 
 
-def count_share(outcomes: Any) -> tuple[str, float, float]:
-    """`(text, low, high)`: number of true outcomes, 95% interval of their share (Wilson 1927)."""
+def count_share(outcomes: Any) -> tuple[str, float, float, float]:
+    """`(text, low, high, p)`: number and 95% interval (Wilson 1927) of a share, p against half."""
     from scipy.stats import binomtest
 
-    count, total = int(outcomes.sum()), len(outcomes)
-    share = binomtest(count, total).proportion_ci(method="wilson")
-    return f"{count} of {total} ({share.low:.0%} to {share.high:.0%})", share.low, share.high
+    test = binomtest(int(outcomes.sum()), len(outcomes))
+    share = test.proportion_ci(method="wilson")
+    return f"{test.k} of {test.n} ({share.low:.0%} to {share.high:.0%})", *share, test.pvalue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,9 +415,9 @@ def compare(records: Records, *queries: Query) -> Result:
 
 def count_most(records: Records, arm: str, decoding: str, outcome: str) -> Result:
     """The second decision rule: whether the interval of a cell's share is above or below half."""
-    text, low, high = count_share(records.cells[arm, decoding][outcome])
+    text, low, high, p = count_share(records.cells[arm, decoding][outcome])
     verdict = "shown" if low > 0.5 else "the opposite" if high < 0.5 else "undecidable"
-    return verdict, f"{outcome.replace('_', ' ')}: {arm} under {decoding} {text}"
+    return verdict, f"{outcome.replace('_', ' ')}: {arm} under {decoding} {text}, p = {p:.2g}"
 
 
 def check_loss(records: Records) -> Result:

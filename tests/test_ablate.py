@@ -206,12 +206,12 @@ def compare_pairs(larger, smaller, ties, sense=1):
 
 def test_intervals_and_p_by_hand():
     # Wilson (1927) by its formula; the sign test by the binomial coefficients.
-    for count, total in ((0, 10), (4, 10), (10, 10), (55, 110)):
+    for count, total, p in ((0, 10, 2 / 1024), (4, 10, 772 / 1024), (10, 10, 2 / 1024), (55, 110, 1)):
         z, share = 1.959964, count / total
         centre, half = share + z * z / 2 / total, z * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4)
         expected = [max(0, (centre - half) / (1 + z * z / total)), min(1, (centre + half) / (1 + z * z / total))]
-        text, *limits = ablate.count_share(pandas.Series([True] * count + [False] * (total - count)))
-        assert limits == pytest.approx(expected, abs=1e-6) and text.startswith(f"{count} of {total} (")
+        text, *numbers = ablate.count_share(pandas.Series([True] * count + [False] * (total - count)))
+        assert numbers == pytest.approx([*expected, p], abs=1e-6) and text.startswith(f"{count} of {total} (")
     for larger, smaller, p in ((0, 0, 1), (3, 0, 0.25), (8, 1, 20 / 512), (5, 5, 1), (0, 7, 2 / 128)):
         assert compare_pairs(larger, smaller, 1)[0].p == pytest.approx(p)
 
