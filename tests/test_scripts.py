@@ -288,6 +288,12 @@ def test_the_t4_run_is_planned_anywhere_without_a_network(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rows_of_the_hub_are_not_counted_offline(tmp_path):
+    ran = call_script("train.py", "--profile", "cpu", "--rows", "owner/name", "--dry-run", cwd=tmp_path)
+    assert ran.returncode == 0 and "hub cannot be reached" in ran.stderr
+    assert "adapter file" in ran.stdout and not re.search(r"(?m)^rows +[\d,]+ of", ran.stdout)
+
+
 def test_the_cpu_run_is_planned_from_its_rows(tmp_path):
     ran = call_script("train.py", "--profile", "cpu", "--dry-run", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
