@@ -226,7 +226,7 @@ def run_study(study: Study, arms: Sequence[str], workers: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)) // workers or 1))
     pool = ThreadPoolExecutor(workers)
     try:
-        for arm in arms:
+        for arm in sorted(arms, key="base".__eq__):  # the shortest arm last, beside a long one
             failure = study.folder / "failures" / f"{arm}.txt"
             failure.unlink(missing_ok=True)
             if study.missing(arm):
@@ -440,7 +440,7 @@ def check_cap(records: Records) -> Result:
 
 def check_pad(records: Records) -> Result:
     """C11: by the exact sizes for Llama 3.2 3B."""
-    arch, dtypes = data.PROFILES["t4"].architecture, (None, "float16", "float32")
+    arch, dtypes = data.PROFILES["t4"].architecture, (None, "F16", "F32")
     sizes = [train.count_adapter(arch, "attention", 16, dtype)[1] for dtype in dtypes]
     text = "Llama 3.2 3B: {:,} bytes; with an added token {:,} (16-bit), {:,} (fp32)".format(*sizes)
     return ("shown" if sizes[1] >= 10 * sizes[0] else "not shown"), text

@@ -146,7 +146,7 @@ class Profile:
     train_sampling_strategy: Literal["random", "sequential"] = "random"  # see `train.order_rows`
     padding_free: bool = True  # Unsloth packs a GPU's batch into one row
     pad_to_multiple_of: int | None = None  # the CPU's matrix library caches a kernel per length
-    joined_lora: bool = False  # one product for LoRA and frozen weights, see `train.join_lora`
+    fused_lora: bool = False  # one sum of LoRA and frozen weights, see `train.fuse_lora`
     eager_attention_tokens: int = 0  # longest row for which eager attention is used
     eval_every: float = 0.2  # share of the steps between two evaluations
     num_probes: int = 26  # questions asked at each evaluation
@@ -181,7 +181,7 @@ PROFILES: dict[ProfileName, Profile] = {
         train_sampling_strategy="sequential",
         padding_free=False,
         pad_to_multiple_of=8,
-        joined_lora=True,
+        fused_lora=True,
         eager_attention_tokens=256,
         eval_every=0.5,
         num_probes=8,

@@ -36,7 +36,6 @@ import statistics
 import subprocess
 import sys
 import time
-import types
 import unicodedata
 import warnings
 import zlib
@@ -561,18 +560,18 @@ def check_facts(text: str, probe: Probe) -> Facts:
     return Facts(tuple(named), tuple(missing), tuple(wrong))
 
 
-def measure_quality(judged: Sequence[JudgedAnswer]) -> types.SimpleNamespace:
+def measure_quality(judged: Sequence[JudgedAnswer]) -> dict[str, int]:
     """Counts of judged answers, and of points and wrong claims of their probes."""
     facts = [each.facts for each in judged if each.facts]
-    return types.SimpleNamespace(
-        num_answers=len(judged),
-        num_sound=sum(each.sound for each in judged),
-        num_ended=sum(each.ended for each in judged),
-        num_sound_and_ended=sum(each.sound and each.ended for each in judged),
-        num_named=sum(len(each.named) for each in facts),
-        num_points=sum(len(each.named) + len(each.missing) for each in facts),
-        num_wrong_claims=sum(len(each.wrong) for each in facts),
-    )
+    return {
+        "answers": len(judged),
+        "sound": sum(each.sound for each in judged),
+        "ended": sum(each.ended for each in judged),
+        "sound_and_ended": sum(each.sound and each.ended for each in judged),
+        "points": sum(len(each.named) for each in facts),
+        "max_points": sum(len(each.named) + len(each.missing) for each in facts),
+        "wrong_claims": sum(len(each.wrong) for each in facts),
+    }
 
 
 # --- Environment and loading ---------------------------------------------------------------------

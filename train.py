@@ -16,7 +16,6 @@ import functools
 import hashlib
 import importlib.metadata
 import io
-import itertools
 import json
 import math
 import os
@@ -56,14 +55,13 @@ LEAST = 1e-12  # of numbers above 0
 # Exit codes: the folder has a run with other values, or another process writes to it.
 OTHER_VALUES, BUSY = 3, 75
 # Flags that do not change what is learned. The rows have a fingerprint.
-NOT_IN_RECIPE = """name output_dir max_hours save_minutes merge gguf push_to_hub restart dry_run
-    rows question_column answer_column conversational encyclopedic
-    per_device_train_batch_size""".split()
+NOT_IN_RECIPE = """name output_dir max_hours save_minutes merge gguf push_to_hub dry_run rows
+    question_column answer_column conversational encyclopedic per_device_train_batch_size""".split()
 MEMORY_ADVICE = (
     "Lower --per-device-train-batch-size (a step keeps its rows), then --r, or use "
     "--target-modules attention. With another --r or --target-modules, choose another --name."
 )
-SIGNALS: list[int] = []  # received in training
+STARTED = time.monotonic()  # of --max-hours
 
 CARD = """---
 {{ card_data }}
@@ -109,7 +107,6 @@ class TrainConfig(data.RowsConfig):
     merge: bool = False  # Also write base model and adapter as one 16-bit model.
     gguf: str | None = None  # Also write a GGUF file, quantized by this method (q4_k_m).
     push_to_hub: str | None = None  # Also upload the adapter to OWNER/NAME, private if it is new.
-    restart: bool = False  # Train from the beginning. An existing run is kept under another name.
     dry_run: bool = False  # Print the plan and stop. Loads no weights, writes nothing.
 
     def __post_init__(self) -> None:
@@ -149,7 +146,7 @@ class TrainConfig(data.RowsConfig):
 
 
 def name_rows(source: str) -> str:
-    """The name of a file or repository, as part of a folder's name."""
+    """A file's or repository's name as part of a folder's name, without suffix or commit."""
     stem = Path(source.partition("@")[0]).stem
     return re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII)[:50] or "rows"
 
@@ -176,7 +173,7 @@ def count_adapter(
     """`(trainable parameters, bytes of adapter_model.safetensors)`, exact, without torch. The file
     has 8 bytes, a JSON header padded to a multiple of 8, and the tensors, wider dtypes first, then
     by name. With --pad added, embedding and head are among them, one row longer, in the dtype
-    `embedding`."""
+    `embedding` (F32, F16 or BF16)."""
     tensors = []  # (minus the bytes of a value, name, dtype, shape), which sort as in the file
     for module in TARGET_MODULES[target_modules]:
         block = "self_attn" if module in TARGET_MODULES["attention"] else "mlp"
@@ -187,10 +184,8 @@ def count_adapter(
             tensors.append((-4, f"{name}B.weight", "F32", (rows, r)))
     trainable = sum(math.prod(shape) for *_, shape in tensors)
     if embedding:
-        dtypes = {"float32": (4, "F32"), "float16": (2, "F16"), "bfloat16": (2, "BF16")}
-        size, dtype = dtypes[embedding]
-        shape = (arch.vocab_size + 1, arch.hidden_size)
-        tensors += [(-size, name, dtype, shape) for name in infer.EMBEDDINGS]
+        size, shape = 4 if embedding == "F32" else 2, (arch.vocab_size + 1, arch.hidden_size)
+        tensors += [(-size, name, embedding, shape) for name in infer.EMBEDDINGS]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for size, name, dtype, shape in sorted(tensors):
@@ -214,9 +209,9 @@ def count_base(profile: Profile) -> tuple[int, int]:
 
 def plan(config: TrainConfig, profile: Profile) -> dict[str, str]:
     """Sizes, exact before anything is loaded; with --pad added, of an embedding in 16 bits."""
-    arch, dtype = profile.architecture, "bfloat16" if profile.name == "cpu" else "float16"
-    embedding = dtype if config.pad == "added" else None
-    trainable, size = count_adapter(arch, config.target_modules, config.r, embedding)
+    dtype = "BF16" if profile.name == "cpu" else "F16"
+    adapter = (config.target_modules, config.r, dtype if config.pad == "added" else None)
+    trainable, size = count_adapter(profile.architecture, *adapter)
     parameters, base_bytes = count_base(profile)
     # Three checkpoints, of which one is being replaced, two adapters, and exports.
     disk = 5 * size + 24 * trainable + 8 * parameters * bool(config.merge or config.gguf)
@@ -230,6 +225,12 @@ def plan(config: TrainConfig, profile: Profile) -> dict[str, str]:
     }
 
 
+def format_values(values: Log) -> str:
+    """Names and values in two columns."""
+    lines = (f"{name:<30}{value}" for name, value in values.items() if value is not None)
+    return data.escape_controls("\n".join(lines))
+
+
 def format_rows(config: TrainConfig, audit: Log) -> str:
     """The audit of the rows, and the steps that they make."""
     rows, batch = audit["train_rows"], config.per_device_train_batch_size
@@ -239,20 +240,15 @@ def format_rows(config: TrainConfig, audit: Log) -> str:
     return f"\n{data.format_audit(audit)}\n\n{format_values(values)}\n"
 
 
-def format_values(values: Log) -> str:
-    """Names and values in two columns."""
-    lines = (f"{name:<30}{value}" for name, value in values.items() if value is not None)
-    return data.escape_controls("\n".join(lines))
-
-
 # --- Model and answers ---------------------------------------------------------------------------
 
 
-def add_lora(model: Any, config: TrainConfig, profile: Profile) -> Any:
-    """`model` with LoRA matrices, initialized by the seed; nothing else is trainable."""
+def add_lora(model: Any, config: TrainConfig, profile: Profile, longest_row: int = 0) -> Any:
+    """`model` with LoRA matrices, initialized by the seed, for rows of up to `longest_row` tokens;
+    nothing else is trainable."""
     from unsloth import FastLanguageModel
 
-    return FastLanguageModel.get_peft_model(
+    model = FastLanguageModel.get_peft_model(
         model,
         r=config.r,
         target_modules=TARGET_MODULES[config.target_modules],
@@ -260,56 +256,36 @@ def add_lora(model: Any, config: TrainConfig, profile: Profile) -> Any:
         use_gradient_checkpointing=profile.use_gradient_checkpointing,
         random_state=config.seed,
     )
+    if profile.fused_lora:
+        fuse_lora(model)
+    # Eager attention keeps its (B, heads, T, T) weights for the backward pass. While they are small
+    # it is faster: training takes 1.18 times as long without.
+    if 0 < longest_row <= profile.eager_attention_tokens:
+        model.set_attn_implementation("eager")
+    return model
 
 
-def join_lora(model: Any) -> None:
-    """Computes base and LoRA in one product: [x, x A'] [W, s B]' instead of x W' + s (x A') B'.
-    Training takes 1.08 times as long without (`tests.bench train --measures`), and in bfloat16, the
-    sum of two products loses what is below half a unit in the last place of the larger one. The
-    frozen weight W (out, in) becomes a view of the joined matrix (out, in + r)."""
+def fuse_lora(model: Any) -> None:
+    """Adds LoRA's update within the product of the frozen weight, which is rounded once. In
+    bfloat16, PEFT's sum of two rounded products loses what is below half a unit in the last place
+    of the larger one. Training takes 1.08 times as long without (`tests.bench train --measures`).
+    """
     import torch
     from peft.tuners.lora import Linear
 
-    class JoinedProduct(torch.autograd.Function):
-        """x (..., in), joined (out, in + r), A (r, in), B (out, r) -> (..., out)."""
-
-        @staticmethod
-        def forward(ctx: Any, x: Any, joined: Any, a: Any, b: Any, scaling: float) -> Any:
-            num_in, a = a.shape[1], a.to(joined.dtype)
-            rows = x.to(joined.dtype).reshape(-1, num_in)
-            low = rows @ a.T
-            joined[:, num_in:] = b * scaling
-            ctx.save_for_backward(rows, low, a)
-            ctx.joined, ctx.scaling, ctx.x_shape, ctx.x_dtype = joined, scaling, x.shape, x.dtype
-            return (torch.cat([rows, low], dim=1) @ joined.T).view(*x.shape[:-1], -1)
-
-        @staticmethod
-        def backward(ctx: Any, d_out: Any) -> Any:
-            rows, low, a = ctx.saved_tensors
-            num_in, d_x = a.shape[1], None
-            d_out = d_out.reshape(-1, d_out.shape[-1])
-            if ctx.needs_input_grad[0]:
-                d_joined = d_out @ ctx.joined
-                d_low = d_joined[:, num_in:].contiguous()
-                d_x = torch.addmm(d_joined[:, :num_in], d_low, a)
-                d_x = d_x.view(ctx.x_shape).to(ctx.x_dtype)
-            else:
-                d_low = d_out @ ctx.joined[:, num_in:]
-            d_b = (d_out.T @ low).float() * ctx.scaling
-            return d_x, None, (d_low.T @ rows).float(), d_b, None
-
     def forward(layer: Linear, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """x (..., in) -> (..., out)."""
         if layer.disable_adapters:
             return layer.base_layer(x)
+        weight = layer.base_layer.weight
         a, b = (matrices["default"].weight for matrices in (layer.lora_A, layer.lora_B))
-        return JoinedProduct.apply(x, layer.joined, a, b, layer.scaling["default"])
+        scaled_b = (b * layer.scaling["default"]).to(weight.dtype)
+        rows = x.to(weight.dtype).flatten(0, -2)
+        update = rows @ a.to(weight.dtype).T @ scaled_b.T
+        return torch.addmm(update, rows, weight.T).unflatten(0, x.shape[:-1])
 
     for layer in model.modules():
         if isinstance(layer, Linear):
-            weight = layer.base_layer.weight
-            zeros = weight.new_zeros(len(weight), layer.r["default"])
-            layer.joined = torch.cat([weight.data, zeros], dim=1)
-            weight.data = layer.joined[:, : weight.shape[1]]
             layer.forward = functools.partial(forward, layer)
 
 
@@ -317,12 +293,12 @@ def choose_checkpointing(profile: Profile, batch_size: int, longest_row: int) ->
     """The profile; without gradient checkpointing if the GPU's memory has room for activations."""
     import torch
 
-    if not profile.use_gradient_checkpointing:
-        return profile
     arch = profile.architecture
     # What autograd keeps for LoRA on all linear layers in 16 bits; a test measures it.
     per_token = arch.num_hidden_layers * (26 * arch.hidden_size + 8 * arch.intermediate_size)
     needed = count_base(profile)[1] + batch_size * longest_row * per_token
+    if not profile.use_gradient_checkpointing:
+        return profile
     has_room = needed < 0.8 * torch.cuda.get_device_properties(0).total_memory
     return dataclasses.replace(profile, use_gradient_checkpointing=False) if has_room else profile
 
@@ -372,16 +348,9 @@ def evaluate_answers(
         data.write_atomic(config.folder / "samples" / f"{step}.jsonl", lines)
     found = infer.measure_quality(judged)
     tie_break = 1 / (1 + eval_loss) if math.isfinite(eval_loss) else 0.0
-    return metrics | {
-        "eval_quality": found.num_sound + (found.num_named + tie_break) / (found.num_points + 1),
-        "eval_answers": found.num_answers,
-        "eval_sound": found.num_sound,
-        "eval_ended": found.num_ended,
-        "eval_sound_and_ended": found.num_sound_and_ended,
-        "eval_points": found.num_named,
-        "eval_max_points": found.num_points,
-        "eval_wrong_claims": found.num_wrong_claims,
-    }
+    points = (found["points"] + tie_break) / (found["max_points"] + 1)
+    metrics |= {f"eval_{name}": count for name, count in found.items()}
+    return metrics | {"eval_quality": found["sound"] + points}
 
 
 def describe_evaluation(now: Log, before: Log | None) -> str:
@@ -402,16 +371,6 @@ def describe_evaluation(now: Log, before: Log | None) -> str:
 # --- Training ------------------------------------------------------------------------------------
 
 
-def stop_after_step(number: int, frame: object) -> None:
-    """Handles a signal in training, or of --max-hours. A second Ctrl-C ends the run at once."""
-    SIGNALS.append(number)
-    if SIGNALS.count(signal.SIGINT) > 1:
-        raise infer.Interrupted(number)
-    # Not by print, which the signal may have interrupted.
-    with contextlib.suppress(OSError):  # the terminal may have been closed
-        os.write(2, b"\nStopping after this step. Ctrl-C again stops at once.\n")
-
-
 def make_callback(config: TrainConfig, recipe: Log) -> Any:
     """Shows progress, writes metrics.jsonl, saves in time, and stops training after a signal."""
     from transformers.trainer_callback import ExportableState, TrainerCallback
@@ -420,6 +379,16 @@ def make_callback(config: TrainConfig, recipe: Log) -> Any:
         """Its state in trainer_state.json is the recipe and the seconds of training so far."""
 
         seconds, began = 0.0, time.monotonic()
+        signals: tuple[int, ...] = ()
+
+        def handle_signal(self, number: int, frame: object) -> None:
+            """Stops after this step. A second Ctrl-C ends the run at once."""
+            self.signals += (number,)
+            if self.signals.count(signal.SIGINT) > 1:
+                raise infer.Interrupted(number)
+            # Not by print, which the signal may have interrupted.
+            with contextlib.suppress(OSError):  # the terminal may have been closed
+                os.write(2, b"\nStopping after this step. Ctrl-C again stops at once.\n")
 
         def state(self) -> dict[str, Any]:
             seconds = round(self.seconds + time.monotonic() - self.began, 1)
@@ -432,10 +401,12 @@ def make_callback(config: TrainConfig, recipe: Log) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.update()
-            self.stops = bool(SIGNALS) and state.global_step < state.max_steps
+            now, limit = time.monotonic(), 0.95 * 3600 * (config.max_hours or math.inf)
+            is_last = state.global_step == state.max_steps
+            self.stops = not is_last and (bool(self.signals) or now - STARTED >= limit)
             # A run that is killed in an evaluation resumes one step before it.
             before = (state.global_step + 1) % state.eval_steps == 0
-            due = time.monotonic() - self.saved >= 60 * config.save_minutes
+            due = now - self.saved >= 60 * config.save_minutes
             control.should_save |= self.stops or before or due
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -505,7 +476,6 @@ def make_sft_config(config: TrainConfig, profile: Profile, eval_steps: int) -> A
         report_to="none",
         disable_tqdm=True,  # our callback shows the progress
         torch_empty_cache_steps=None,
-        ddp_find_unused_parameters=False,
     )
 
 
@@ -581,12 +551,12 @@ def check_recipe(folder: Path, found: Log, recipe: Log) -> None:
             differences += f"  {name}: {found.get(name)!r} there, {recipe.get(name)!r} now\n"
     if differences:
         problem = f"{folder} contains a run with other values:\n{differences}"
-        advice = "Choose another --name, remove the folder, or rename it with --restart."
+        advice = "Choose another --name, or remove the folder."
         raise UsageError(problem + advice, OTHER_VALUES)
 
 
 def prepare_trainer(
-    config: TrainConfig, loaded: infer.LoadedModel, mix: data.Mix, longest_row: int, recipe: Log
+    config: TrainConfig, loaded: infer.LoadedModel, mix: data.Mix, longest_row: int
 ) -> Any:
     """Adds LoRA to the base model; returns a trainer that answers questions at each evaluation."""
     from transformers import EarlyStoppingCallback
@@ -594,13 +564,7 @@ def prepare_trainer(
     profile, tokenizer = loaded.profile, loaded.tokenizer
     if config.pad == "added":
         infer.add_pad_token(loaded.model, tokenizer)
-    model = loaded.model = add_lora(loaded.model, config, profile)
-    if profile.joined_lora:
-        join_lora(model)
-    # Eager attention keeps its (B, heads, T, T) weights for the backward pass. While they are small
-    # it is faster: training takes 1.18 times as long without.
-    if longest_row <= profile.eager_attention_tokens:
-        model.set_attn_implementation("eager")
+    model = loaded.model = add_lora(loaded.model, config, profile, longest_row)
     lora = model.peft_config["default"]
     lora.base_model_name_or_path = profile.hub_id  # not this machine's cache
     lora.target_modules = sorted(lora.target_modules)  # a set, whose order varies
@@ -613,7 +577,6 @@ def prepare_trainer(
     args = make_sft_config(config, profile, config.count_steps(len(rows))[1])
     evaluate = functools.partial(evaluate_answers, config, loaded, mix)
     trainer = make_trainer(model, tokenizer, args, rows, held_out, evaluate)
-    trainer.add_callback(make_callback(config, recipe))
     if config.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     return trainer
@@ -621,9 +584,8 @@ def prepare_trainer(
 
 def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Log | None:
     """Trains, from a checkpoint if there is one. Returns the record; None after --max-hours."""
-    folder, checkpoint, state = config.folder, None, {"complete": False}
-    if not config.restart:
-        checkpoint, state = find_checkpoint(folder)
+    folder = config.folder
+    checkpoint, state = find_checkpoint(folder)
     if checkpoint:
         check_recipe(folder, state["recipe"], recipe)
         print(f"resuming {folder} after step {state['global_step']} of {state['max_steps']}")
@@ -638,22 +600,19 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
     with infer.quiet_libraries():
         loaded = infer.LoadedModel(model, tokenizer, profile, system_prompt=mix.system_prompt)
         loaded.probes = infer.read_probes(config.probes)
-        trainer = prepare_trainer(config, loaded, mix, longest, recipe)
+        trainer = prepare_trainer(config, loaded, mix, longest)
+        trainer.add_callback(callback := make_callback(config, recipe))
     trainer.args.eval_on_start = checkpoint is None
     if not state["complete"]:
-        infer.handle_signals(stop_after_step)
+        infer.handle_signals(callback.handle_signal)
         with data.writing(folder), infer.quiet_libraries():
-            if config.restart and folder.exists():
-                names = (f"{folder.name}.old-{number}" for number in itertools.count(1))
-                folder.rename(next(e for e in map(folder.with_name, names) if not e.exists()))
             folder.mkdir(parents=True, exist_ok=True)
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         infer.handle_signals()
         state = find_checkpoint(folder)[1]
-    signals = [number for number in SIGNALS if number != signal.SIGALRM]
-    advice = f"Run the same command (without --restart) to resume {folder}."
-    if signals and not state["complete"]:
-        raise infer.Interrupted(signals[0], f"Interrupted. {advice}")
+    advice = f"Run the same command to resume {folder}."
+    if callback.signals and not state["complete"]:
+        raise infer.Interrupted(callback.signals[0], f"Interrupted. {advice}")
     record = None
     if state["complete"] or state.get("best_global_step"):
         record = write_results(config, loaded, recipe, audit, state)
@@ -672,7 +631,7 @@ def select_steps(folder: Path, state: Log) -> dict[str, Any]:
     chosen = next((line for line in lines if line["step"] == state["best_global_step"]), None)
     if not chosen or not math.isfinite(chosen["eval_loss"]):  # diverged weights still give answers
         problem = "the eval loss is not a number, so there are no weights to select"
-        advice = "Lower --learning-rate, and start over with --restart."
+        advice = "Remove the folder, and lower --learning-rate."
         raise UsageError(f"{folder}: {problem}. {advice}")
     selected = {}
     for name, key in METRICS.items():
@@ -836,16 +795,15 @@ def upload(config: TrainConfig, adapter: Path | None = None) -> None:
 def train(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> None:
     """Trains, unless the run is complete, exports, and prints the results."""
     folder, path, adapter = config.folder, config.folder / "run.json", config.folder / "adapter"
-    if path.is_file() and not config.restart:
+    if path.is_file():
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             record["recipe"].items(), record["numbers"]["chosen"]["step"]
         except infer.BAD_CONTENT as error:
-            problem = f"{path} is broken ({error!r}). Start over with --restart."
-            raise UsageError(problem) from None
+            raise UsageError(f"{path} is broken ({error!r}). Remove the folder.") from None
         check_recipe(folder, record["recipe"], recipe)
         infer.check_adapter(adapter)
-        print(f"{folder} is already trained with these values (--restart trains it again).")
+        print(f"{folder} is already trained with these values. Remove it to train again.")
     elif (record := run(config, profile, mix, recipe)) is None:
         return
     for checkpoint in folder.glob("*checkpoint-*"):
@@ -870,18 +828,14 @@ selected  step {numbers["chosen"]["step"]} by {config.metric_for_best_model}; {c
 
 def main(config: TrainConfig) -> None:
     """Resolves the values, prints them and the plan, and trains unless it is a dry run."""
-    SIGNALS.clear()
     infer.handle_signals()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("Several processes are not supported. Use one, without torchrun.")
-    if config.max_hours:
-        signal.signal(signal.SIGALRM, stop_after_step)
-        signal.setitimer(signal.ITIMER_REAL, 0.95 * 3600 * config.max_hours)
     config, profile = resolve(config)
     folder, recipe, sources = config.folder, config.recipe(), config.sources(profile)
-    is_local = profile.base_model == data.SMALL_MODEL or Path(profile.base_model).is_dir()
     suffixes = [Path(each).suffix.lower() for each in sources.values()]
     has_files = all(suffix in data.FILE_SUFFIXES for suffix in suffixes)
+    is_local = profile.base_model == data.SMALL_MODEL or Path(profile.base_model).is_dir()
     needs_hub = config.push_to_hub or not (is_local and has_files)
     is_online = needs_hub and data.reaches_hub()
     infer.prepare_environment(profile, offline=not is_online)
@@ -889,13 +843,8 @@ def main(config: TrainConfig) -> None:
     print(format_values(values), flush=True)
     if config.dry_run:
         mix = config.load(profile) if has_files or is_online else None
-        tokenizer = None
-        try:
-            tokenizer = mix and data.load_tokenizer(profile)  # maybe from the hub client's cache
-        except UsageError:
-            if is_online or is_local:
-                raise
-        if tokenizer:
+        if is_online or not needs_hub:
+            tokenizer = data.load_tokenizer(profile)
             print(format_rows(config, data.audit_mix(data.fit_mix(mix, tokenizer), tokenizer)))
         else:
             infer.report("Rows, tokens and steps are not counted: the hub cannot be reached.")

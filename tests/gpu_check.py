@@ -30,6 +30,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -160,11 +161,7 @@ def make_kit_trainer(method, base_model, profile_name, folder):
     longest = max(len(row["input_ids"]) for row in rows)
     with infer.quiet_libraries():
         profile = train.choose_checkpointing(profile, config.per_device_train_batch_size, longest)
-        model = train.add_lora(model, config, profile)
-        if profile.joined_lora:
-            train.join_lora(model)
-        if longest <= profile.eager_attention_tokens:
-            model.set_attn_implementation("eager")
+        model = train.add_lora(model, config, profile, longest)
         args = train.make_sft_config(config, profile, NUM_STEPS)
         args.eval_strategy, args.save_strategy, args.metric_for_best_model = "no", "no", None
         args.eval_on_start = False
@@ -368,7 +365,8 @@ def digest_run(folder):
 def check_training(config, limit):
     """A complete training, and the same question to its adapter in two processes."""
     folder, started = config.folder / "full", time.time()
-    ran = run_quietly(train_command(config, "full", "--restart"), limit)
+    shutil.rmtree(folder, ignore_errors=True)
+    ran = run_quietly(train_command(config, "full"), limit)
     ended = time.time()
     ask = [sys.executable, str(ROOT / "infer.py"), QUESTION, "--adapter", str(folder.resolve() / "adapter"), "--json"]
     if config.rehearse:
@@ -390,8 +388,9 @@ def check_resume(config, limit):
     folder = config.folder / "killed"
     command = train_command(config, "killed", "--save-minutes", "0")
     last = int(command[command.index("--max-steps") + 1])
+    shutil.rmtree(folder, ignore_errors=True)
     with (config.folder / "killed.txt").open("w") as log:
-        process = subprocess.Popen([*command, "--restart"], stdout=log, stderr=log, cwd=ROOT)
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
         deadline = time.monotonic() + limit
         while not any((folder / f"checkpoint-{n}" / "trainer_state.json").is_file() for n in range(last // 2, last)):
             if process.poll() is not None or time.monotonic() > deadline:

@@ -145,7 +145,7 @@ def test_the_same_run_again_is_told_to_be_done_and_another_is_refused(trained):
     assert again.returncode == 0 and "already trained" in again.stdout
     other = call_script("train.py", *trained.flags, "--r", "8", cwd=trained.cwd)
     assert other.returncode == 3
-    assert "r: 16 there, 8 now" in other.stderr and "--restart" in other.stderr
+    assert "r: 16 there, 8 now" in other.stderr and "remove the folder" in other.stderr
     rows = trained.cwd / "conversational.jsonl"
     whole = rows.read_text(encoding="utf-8")
     try:

@@ -38,8 +38,8 @@ def test_the_readme_and_the_report_are_short():
 # lower a number here when a script has become smaller, and raise one only by what others lose.
 MOST = {
     "data.py": (1381, 50),
-    "infer.py": (1707, 66),
-    "train.py": (916, 33),
+    "infer.py": (1706, 66),
+    "train.py": (865, 32),
     "ablate.py": (700, 28),
 }
 

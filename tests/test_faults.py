@@ -166,7 +166,7 @@ def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes
     process.send_signal(signal.SIGINT)
     assert process.wait() == 128 + signal.SIGINT
     said = (tmp_path / "words.txt").read_text()
-    assert "Stopping after this step." in said and "Interrupted. Run the same command (without --restart) to resume" in said
+    assert "Stopping after this step." in said and "Interrupted. Run the same command to resume" in said
     assert "Traceback" not in said
     assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "samples", "checkpoint-1"}
     other = call_script("train.py", *trained.flags, "--r", "8", "--seed", "1", cwd=tmp_path)
@@ -181,7 +181,7 @@ def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     said = (tmp_path / "words.txt").read_text()
-    assert "resuming runs/train/tiny after step 1 of 4" in said and "Interrupted. Run the same command (without --restart)" in said
+    assert "resuming runs/train/tiny after step 1 of 4" in said and "Interrupted. Run the same command" in said
 
     # The newest checkpoint is cut by something else: the one before it serves.
     newest = faults.list_checkpoints(folder)[0]

@@ -403,5 +403,5 @@ def test_quality_counts():
 
     facts = infer.Facts(("a",), ("b", "c"), ("d",))
     quality = infer.measure_quality([judged(SOUND, "stop", facts), judged(SOUND, "length"), judged("pain " * 30, "stop")])
-    assert (quality.num_answers, quality.num_sound, quality.num_ended, quality.num_sound_and_ended) == (3, 2, 2, 1)
-    assert (quality.num_named, quality.num_points, quality.num_wrong_claims) == (1, 3, 1)
+    expected = {"answers": 3, "sound": 2, "ended": 2, "sound_and_ended": 1, "points": 1, "max_points": 3, "wrong_claims": 1}
+    assert quality == expected

@@ -45,7 +45,7 @@ ROWS, ROUNDS = (16, 48, 96), 3
 
 # The kit without one of its measures each: the fields of `data.Profile` that take it away.
 MEASURES = {
-    "joined LoRA": {"joined_lora": False},
+    "fused LoRA": {"fused_lora": False},
     "eager attention": {"eager_attention_tokens": 0},
     "padding to 8, not 32": {"pad_to_multiple_of": 32},
 }
@@ -119,11 +119,7 @@ def make_kit_trainer(recipe, count, folder):
     with infer.quiet_libraries():
         rows, profile = take_rows(tokenizer, count), data.PROFILES["cpu"]
         recipe = dataclasses.replace(recipe, output_dir=folder)
-        model = train.add_lora(model, recipe, profile)
-        if profile.joined_lora:
-            train.join_lora(model)
-        if max(len(row["input_ids"]) for row in rows[0]) <= profile.eager_attention_tokens:
-            model.set_attn_implementation("eager")
+        model = train.add_lora(model, recipe, profile, max(len(row["input_ids"]) for row in rows[0]))
         args = train.make_sft_config(recipe, profile, recipe.count_steps(count)[1])
         args.save_strategy, args.metric_for_best_model = "no", None
         trainer = train.make_trainer(model, tokenizer, args, *rows)
