@@ -54,7 +54,7 @@ from data import Profile, ProfileChoice, ProfileName, UsageError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 RUNS = Path("runs")
@@ -1037,33 +1037,6 @@ def cut_answer(
     return (list(ids[:cap]), "length") if end is None else (list(ids[: end + 1]), "stop")
 
 
-def _read_prompts(
-    loaded: LoadedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> DynamicCache:
-    """Keys and values of the prompts (B, T) except their last token, where `generate` continues.
-    Each distinct prompt is read once, in its own forward pass of shape (1, T - 1)."""
-    import torch
-    from transformers import DynamicCache
-
-    rows, parts = [tuple(row) for row in input_ids.tolist()], {}
-    for place, row in enumerate(rows):
-        if row not in parts:
-            mask = attention_mask[place : place + 1, :-1]
-            parts[row] = loaded.model(
-                input_ids=input_ids[place : place + 1, :-1],
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                past_key_values=DynamicCache(config=loaded.model.config),
-                use_cache=True,
-                logits_to_keep=1,
-            ).past_key_values.layers
-    cache = DynamicCache(config=loaded.model.config)
-    for number, layers in enumerate(zip(*(parts[row] for row in rows), strict=True)):
-        keys = torch.cat([each.keys for each in layers])
-        cache.update(keys, torch.cat([each.values for each in layers]), number)
-    return cache
-
-
 def answer_requests(
     loaded: LoadedModel,
     requests: Sequence[Request],
@@ -1116,17 +1089,14 @@ def answer_requests(
         ids = {"input_ids": [prompts[row[0]] for row in rows]}
         shape = {"padding": "max_length", "max_length": width, "padding_side": "left"}
         inputs = tokenizer.pad(ids, **shape, return_attention_mask=True, return_tensors="pt")
-        inputs = dict(inputs.to(model.device))
         padding = [width - len(prompts[row[0]]) for row in batch]
         decodings = [requests[row[0]].decoding for row in batch]
         # An id that ends no row, as `has_ended` does that; an empty list would mean the model's.
         no_id, pad = model.config.vocab_size, tokenizer.pad_token_id
         # Not inference mode, since a later training step may need tensors that the model caches.
         with torch.no_grad():
-            if loaded.profile.shares_prompts:
-                inputs["past_key_values"] = _read_prompts(loaded, **inputs)
             output = model.generate(
-                **inputs,
+                **inputs.to(model.device),
                 generation_config=make_generation_config(max(longest), [no_id], pad),
                 logits_processor=[make_row_processor(decodings, width, padding, overruled)],
                 stopping_criteria=[has_ended],
