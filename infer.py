@@ -459,6 +459,11 @@ class Point:
     guideline: str = ""  # the published reference
     unless_after: Sequence[str] = ()  # a wrong claim after one of these phrases is excused
 
+    def __post_init__(self) -> None:
+        for phrases in (self.phrases, self.unless_after):
+            if isinstance(phrases, str) or not all(map(str.strip, (self.name, *phrases))):
+                raise TypeError(f"{self.name!r}: expected a name and lists of phrases, none empty")
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -480,23 +485,14 @@ def read_probes(source: str | None = None) -> list[Probe]:
             check_question(question)
             if question in probes:
                 raise UsageError("an earlier line has the same question")
-            lists = []
-            for name in ("points", "wrong_claims"):
-                lists.append([Point(**each) for each in record.get(name) or ()])
-                for point in lists[-1]:
-                    if isinstance(point.phrases, str) or isinstance(point.unless_after, str):
-                        raise TypeError(f"{point.name}: expected lists of phrases")
-                    for phrase in (point.name, *point.phrases, *point.unless_after):
-                        if not phrase.strip():
-                            raise TypeError("a name or phrase is empty")
+            points = [Point(**each) for each in record.get("points") or ()]
+            wrong_claims = [Point(**each) for each in record.get("wrong_claims") or ()]
             name = str(record.get("id") or f"probe-{len(probes) + 1}")
-            probes[question] = Probe(name, question, *lists)
+            probes[question] = Probe(name, question, points, wrong_claims)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
-            reason = data.escape_controls(str(error))
-            expected = "Expected `question`, and if you like, `points` and `wrong_claims`"
-            raise UsageError(
-                f"{place}: not a probe ({reason}). {expected}, as in samples/README.md."
-            ) from None
+            problem = f"{place}: not a probe ({data.escape_controls(str(error))})"
+            expected = "Expected question and, optionally, `points` and `wrong_claims`"
+            raise UsageError(f"{problem}. {expected}: see samples/README.md.") from None
     if not probes:
         raise UsageError(f"{source} contains no questions. Expected lines with `question`.")
     return list(probes.values())
@@ -512,24 +508,20 @@ _DENIAL = re.compile(r"(?:\W++[\w'’]++){0,2}?\W+(?:not\b|no\b|never\b|\w+n['�
 _CLAUSE_END = re.compile(r"[.!?;:,\n]|\bbut\b", re.I)
 
 
-@functools.cache
-def compile_phrase(phrase: str) -> re.Pattern[str]:
-    """A pattern of whole words, singular or plural, in which a hyphen is equal to a space."""
-    parts = []
-    for part in phrase.split("..."):
-        words = [re.escape(word) + "(?:e?s)?" for word in re.split(r"[\s-]+", part.strip())]
-        parts.append(r"[\s-]+".join(words))
-    # Possessive, since a run of dashes or apostrophes could be split in exponentially many ways.
-    up_to_six_words = r"\b(?:[^\w.!?]++[\w'’-]++){0,6}?[^\w.!?]+"
-    return re.compile(r"\b" + up_to_six_words.join(parts) + r"\b", re.I)
+# Possessive, since a run of dashes or apostrophes could be split in exponentially many ways.
+_UP_TO_SIX_WORDS = r"\b(?:[^\w.!?]++[\w'’-]++){0,6}?[^\w.!?]+"
 
 
 def find_mention(text: str, phrases: Iterable[str], *, or_denied_after: bool = False) -> int | None:
     """Where the first phrase begins that is not negated earlier in its clause, or None. With
-    `or_denied_after`, neither does a phrase count that the words right after it deny."""
+    `or_denied_after`, neither does a phrase count that the words right after it deny. Words are
+    singular or plural, and a hyphen is equal to a space."""
     places = []
     for phrase in phrases:
-        for match in compile_phrase(phrase).finditer(text):
+        parts = [re.split(r"[\s-]+", part.strip()) for part in phrase.split("...")]
+        forms = [[re.escape(word) + "(?:e?s)?" for word in words] for words in parts]
+        pattern = _UP_TO_SIX_WORDS.join(map(r"[\s-]+".join, forms))
+        for match in re.finditer(rf"\b{pattern}\b", text, re.I):
             before = _CLAUSE_END.split(text[: match.start()])[-1]
             after = _CLAUSE_END.split(text[match.end() :], maxsplit=1)[0]
             if not (_NEGATION.search(before) or (or_denied_after and _DENIAL.match(after))):
@@ -840,16 +832,14 @@ def register_grouped_attention() -> None:
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """(B, heads, T, D), keys and values (B, groups, S, D) -> (B, T, heads, D)."""
-        heads = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=kwargs["scaling"], enable_gqa=True
-        )
+        is_causal = attention_mask is None and query.shape[2] > 1
+        options = {"is_causal": is_causal, "scale": kwargs["scaling"], "enable_gqa": True}
+        attention = torch.nn.functional.scaled_dot_product_attention
+        heads = attention(query, key, value, attention_mask, **options)
         return heads.transpose(1, 2).contiguous(), None
 
-    def always_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
-
     AttentionInterface.register("grouped", attend)
-    AttentionMaskInterface.register("grouped", always_mask)
+    AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 @dataclass
@@ -867,8 +857,7 @@ class LoadedModel:
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[LoadedModel]:
         """A context with the base model alone."""
-        has_adapter = hasattr(self.model, "disable_adapter")
-        with self.model.disable_adapter() if has_adapter else contextlib.nullcontext():
+        with getattr(self.model, "disable_adapter", contextlib.nullcontext)():
             yield dataclasses.replace(self, adapter_sha256=None)
 
 
@@ -1062,14 +1051,6 @@ def answer_requests(
         words = [token for token in kept if token not in stops[place]]
         return kept, reason, tokenizer.decode(words, skip_special_tokens=False).strip()
 
-    def write_first(ids: list[int]) -> None:
-        nonlocal written
-        text = cut(0, ids)[2]
-        # Incomplete characters wait for the next token; trailing spaces are stripped.
-        if not text.endswith("\ufffd") and text.startswith(written):
-            on_text(text[len(written) :])
-            written = text
-
     def generate(batch: list[list[int]], width: int) -> tuple[list[list[int]], list[list[bool]]]:
         """New ids of each row, meaningless after its end, and `overruled` of the processor."""
         rows = batch + batch[-1:] * (ROWS - len(batch))
@@ -1078,10 +1059,15 @@ def answer_requests(
 
         def has_ended(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             """`input_ids` (B, T) -> (B,): whether all answers of a row have ended."""
+            nonlocal written
             steps = len(overruled)
             progress(sum(steps <= cap for cap in longest))
             if on_text and batch[0][0] == 0:
-                write_first(input_ids[0, width:].tolist())
+                text = cut(0, input_ids[0, width:].tolist())[2]
+                # Incomplete characters wait for the next token; trailing spaces are stripped.
+                if not text.endswith("\ufffd") and text.startswith(written):
+                    on_text(text[len(written) :])
+                    written = text
             newest = zip(rows, input_ids[:, -1].tolist(), strict=True)
             ended = [all(t in stops[n] or steps >= caps[n] for n in row) for row, t in newest]
             return torch.tensor(ended, device=input_ids.device)
