@@ -202,6 +202,7 @@ CHECKS: dict[str, Check] = {
 class JudgedAnswer:
     """The verdict on an answer, and what it is based on."""
 
+    measures: dict[str, Measure]  # in the order of `CHECKS`
     findings: list[dict[str, Any]]  # name, score, span (characters of the text) and message
     score: float  # the largest measure in units of its threshold: sound answers are below 1
     ended: bool  # by the stop token, rather than the limit of tokens
@@ -403,26 +404,6 @@ def measure_medicine(text: str, question: str = "") -> Measure:
     return len(spans), min(spans.values(), default=(0, 0))
 
 
-def measure_answer(
-    text: str, question: str = "", finish_reason: str = "stop", surprisal: Measure = NOTHING
-) -> dict[str, Measure]:
-    """Every measure of an answer, in the order of `CHECKS`; loads no model. `surprisal` is the
-    result of `measure_surprisal`, if a model has read the answer."""
-    plain = _MARKDOWN.sub(lambda found: " " * len(found[0]), text)
-    is_broken_off = finish_reason == "stop" and text.split()[-1:] and text.split()[-1] in _DANGLING
-    # Letters, numbers, and symbols such as emoji.
-    has_words = any(kind[0] in "LN" or kind == "So" for kind in map(unicodedata.category, text))
-    return {
-        "empty": (float(bool(is_broken_off) or not has_words), (max(0, len(text) - 90), len(text))),
-        "loop": measure_loop(plain),
-        "repetition": measure_repetition(plain),
-        "list": measure_list(text, question),
-        "leak": measure_leak(text, question),
-        "invented-medicine": measure_medicine(text, question),
-        "surprisal": surprisal,
-    }
-
-
 def judge(
     text: str,
     question: str = "",
@@ -431,8 +412,21 @@ def judge(
     *,
     probe: Probe | None = None,
 ) -> JudgedAnswer:
-    """The verdict on an answer by `measure_answer` and `CHECKS`, with the facts of its `probe`."""
-    measures = measure_answer(text, question, finish_reason, surprisal)
+    """The verdict on an answer, with the facts of its `probe`; loads no model. `surprisal` is the
+    result of `measure_surprisal` in units of the reference, if a model has read the answer."""
+    plain = _MARKDOWN.sub(lambda found: " " * len(found[0]), text)
+    is_broken_off = finish_reason == "stop" and text.split()[-1:] and text.split()[-1] in _DANGLING
+    # Letters, numbers, and symbols such as emoji.
+    has_words = any(kind[0] in "LN" or kind == "So" for kind in map(unicodedata.category, text))
+    measures = {
+        "empty": (float(bool(is_broken_off) or not has_words), (max(0, len(text) - 90), len(text))),
+        "loop": measure_loop(plain),
+        "repetition": measure_repetition(plain),
+        "list": measure_list(text, question),
+        "leak": measure_leak(text, question),
+        "invented-medicine": measure_medicine(text, question),
+        "surprisal": surprisal,
+    }
     findings = []
     for name, (score, (start, end)) in measures.items():
         if score >= CHECKS[name].threshold:
@@ -444,7 +438,7 @@ def judge(
             findings.append(finding | {"message": message})
     score = max(score / CHECKS[name].threshold for name, (score, _) in measures.items())
     facts = check_facts(text, probe) if probe else None
-    return JudgedAnswer(findings, score, finish_reason == "stop", facts=facts)
+    return JudgedAnswer(measures, findings, score, finish_reason == "stop", facts=facts)
 
 
 # --- Facts ---------------------------------------------------------------------------------------
@@ -713,8 +707,8 @@ def find_adapter(name: str | None) -> Path:
     if name is None:
         run = LATEST.read_text(errors="replace").strip() if LATEST.is_file() else ""
         if not RUN_NAME.fullmatch(run):
-            problem = f"There is no adapter yet: {LATEST} names no run."
-            raise UsageError(f"{problem} Train one: python train.py, or ask with --base.")
+            problem = f"There is no adapter yet: {LATEST} names no run"
+            raise UsageError(f"{problem}. Train one: python train.py, or ask with --base.")
         name = str(TRAIN_RUNS / run / "adapter")
     reason = "Give a folder such as runs/train/NAME/adapter, or a hub id."
     if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -730,51 +724,45 @@ def find_adapter(name: str | None) -> Path:
     return Path(name)
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any], AdapterRecord]:
-    """Shapes of the weights, PEFT's config, and the record; without kit.json, of the base model
-    alone. Raises UsageError if a file is missing, unreadable or corrupt."""
-    import safetensors
-
-    path = folder / WEIGHTS
-    try:
-        path.open("rb").close()  # safetensors would call an unreadable file missing
-        with safetensors.safe_open(path, framework="np") as file:
-            names = file.keys()
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        path = folder / CONFIG
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["r"] = int(config["r"])
-        if not (config["r"] > 0 and config["lora_alpha"] > 0):
-            raise ValueError(f"r {config['r']}, lora_alpha {config['lora_alpha']}")
-        content = {"base_model": str(config.get("base_model_name_or_path"))}
-        if (folder / ADAPTER_RECORD).is_file():
-            path = folder / ADAPTER_RECORD
-            content = json.loads(path.read_text(encoding="utf-8"))
-        record = AdapterRecord(**content)
-        if not isinstance(record.base_model, str) or record.profile not in (None, *data.PROFILES):
-            raise ValueError(f"base model {record.base_model}, profile {record.profile}")
-        decoding = record.decoding and Decoding(**record.decoding)
-        return shapes, config, dataclasses.replace(record, decoding=decoding)
-    except (*BAD_CONTENT, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or f"{error!r:.300}"
-        expected = "safetensors: a pickle, such as adapter_model.bin, can run code"
-        problem = f"{path} of an adapter cannot be read ({reason})"
-        raise UsageError(f"{problem}. Expected a complete folder with {expected}.") from None
-
-
 def check_adapter(
     folder: Path, choice: ProfileChoice = "auto", base_model: str | None = None
 ) -> Adapter:
     """The adapter in a folder, with --profile and --base-model; loads no weights. Raises UsageError
-    as `read_adapter`, or if it is not plain LoRA, or was trained on another base model."""
-    shapes, config, record = read_adapter(folder)
+    if a file is missing or corrupt, if it is not plain LoRA, or fits another base model."""
+    import safetensors
+
+    path, record_path = folder / WEIGHTS, folder / ADAPTER_RECORD
+    try:
+        path.open("rb").close()  # safetensors would call an unreadable file missing
+        with safetensors.safe_open(path, framework="np") as file:
+            names = file.offset_keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        path = folder / CONFIG
+        config = json.loads(path.read_text(encoding="utf-8"))
+        r, lora_alpha = int(config["r"]), config["lora_alpha"]
+        if not (r > 0 and lora_alpha > 0):
+            raise ValueError(f"r {r}, lora_alpha {lora_alpha}")
+        content = {"base_model": str(config.get("base_model_name_or_path"))}
+        if record_path.is_file():
+            path = record_path
+            content = json.loads(path.read_text(encoding="utf-8"))
+        record = AdapterRecord(**content)
+        own = record.base_model
+        if not isinstance(own, str) or record.profile not in (None, *data.PROFILES):
+            raise ValueError(f"base model {own}, profile {record.profile}")
+        decoding = record.decoding and Decoding(**record.decoding)
+        record = dataclasses.replace(record, decoding=decoding)
+    except (*BAD_CONTENT, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or f"{error!r:.300}"
+        problem = f"{path} of an adapter cannot be read ({reason})"
+        expected = "complete safetensors: a pickle, such as adapter_model.bin, can run code"
+        raise UsageError(f"{problem}. Expected {expected}.") from None
     found = {name: config.get(name) for name in PLAIN_LORA}
     other = [f"{n} {v!r:.40}" for n, v in found.items() if v and v not in PLAIN_LORA[n]]
     if other:
         advice = "Merge the adapter into its base model with the program that made it."
         raise UsageError(f"{folder}: expected plain LoRA, found {', '.join(other)}. {advice}")
 
-    own = record.base_model
     known = [each for each in data.PROFILES.values() if data.is_same_base(own, each.base_model)]
     is_hub_id = known or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", own)
     is_folder = not is_hub_id or (base_model and Path(base_model).is_dir())
@@ -790,7 +778,7 @@ def check_adapter(
     if record.load_in_4bit is not None and record.profile == profile.name:
         profile = dataclasses.replace(profile, load_in_4bit=record.load_in_4bit)
 
-    arch, r, modules = profile.architecture, config["r"], set()
+    arch, modules = profile.architecture, set()
     misfit = f"{folder} does not fit {profile.base_model} with r {r}"
     for name, shape in shapes.items():
         lora, expected = LORA_TENSOR.fullmatch(name), None
@@ -805,7 +793,7 @@ def check_adapter(
             raise UsageError(f"{misfit}: {name[:100]}: {found}.")
     if not modules:
         raise UsageError(f"{misfit}: it contains no LoRA tensors.")
-    lora = {"r": r, "lora_alpha": config["lora_alpha"], "target_modules": sorted(modules)}
+    lora = {"r": r, "lora_alpha": lora_alpha, "target_modules": sorted(modules)}
     lora["use_rslora"] = bool(config.get("use_rslora"))
     return Adapter(folder, record, profile, lora)
 
@@ -873,10 +861,9 @@ def load_for_inference(
         record = adapter.record
         prompt = data.prompt_fingerprint(loaded.tokenizer, record.system_prompt)
         if record.prompt_fingerprint not in (None, prompt):
-            raise UsageError(
-                f"{adapter.folder} was trained with the prompt {record.prompt_fingerprint}, and "
-                f"this kit renders {prompt}. Use the version that trained it, or train it again."
-            )
+            problem = f"{adapter.folder} was trained with the prompt {record.prompt_fingerprint}"
+            advice = "Use the version that trained it, or train it again."
+            raise UsageError(f"{problem}, and this kit renders {prompt}. {advice}")
         if record.pad == "added":
             add_pad_token(loaded.model, loaded.tokenizer)
         # Not the folder's own config, which may name modules to import and paths to read.
@@ -994,11 +981,10 @@ def encode_request(loaded: LoadedModel, request: Request) -> list[int]:
     check_question(question)
     prompt = data.encode_prompt(loaded.tokenizer, question, request.history, loaded.system_prompt)
     if len(prompt) + cap > data.MAX_SEQ_LENGTH:
-        raise UsageError(
-            f'The question "{data.escape_controls(question[:40])}..." has a prompt of '
-            f"{len(prompt)} tokens; with an answer of up to {cap}, this exceeds the maximum of "
-            f"{data.MAX_SEQ_LENGTH}. Shorten the question, or the answer with --max-new-tokens."
-        )
+        shown = f'The question "{data.escape_controls(question[:40])}..." has a prompt of'
+        most = f"with an answer of up to {cap}, this exceeds the maximum of {data.MAX_SEQ_LENGTH}"
+        advice = "Shorten the question, or the answer with --max-new-tokens."
+        raise UsageError(f"{shown} {len(prompt)} tokens; {most}. {advice}")
     return prompt
 
 
@@ -1042,6 +1028,7 @@ def answer_requests(
     import torch
 
     model, tokenizer, written = loaded.model, loaded.tokenizer, ""
+    answers: dict[int, Answer] = {}
     prompts = [encode_request(loaded, request) for request in requests]
     stops = [stop_ids(each.decoding, model, tokenizer) for each in requests]
     caps = [request.decoding.max_new_tokens for request in requests]
@@ -1051,8 +1038,9 @@ def answer_requests(
         words = [token for token in kept if token not in stops[place]]
         return kept, reason, tokenizer.decode(words, skip_special_tokens=False).strip()
 
-    def generate(batch: list[list[int]], width: int) -> tuple[list[list[int]], list[list[bool]]]:
-        """New ids of each row, meaningless after its end, and `overruled` of the processor."""
+    def answer_batch(batch: list[list[int]], width: int) -> None:
+        """Generates the answers of up to `ROWS` rows; each row is a list of places."""
+        started = time.perf_counter()
         rows = batch + batch[-1:] * (ROWS - len(batch))
         longest = [max(caps[place] for place in row) for row in batch]
         overruled: list[list[bool]] = []
@@ -1088,34 +1076,31 @@ def answer_requests(
                 stopping_criteria=[has_ended],
             )
         progress(sum(max(0, cap - len(overruled)) for cap in longest))
-        return output[:, width:].tolist(), overruled
+        seconds = round(time.perf_counter() - started, 3)
+        for row, place in ((row, place) for row, each in enumerate(batch) for place in each):
+            kept, reason, text = cut(place, output[row, width:].tolist())
+            answers[place] = Answer(
+                question=requests[place].question,
+                text=text,
+                token_ids=kept,
+                finish_reason=reason,
+                prompt_tokens=len(prompts[place]),
+                answer_tokens=len(kept),
+                num_overruled=sum(step[row] for step in overruled[: len(kept)]),
+                decoding=requests[place].decoding,
+                model=loaded.profile.base_model,
+                adapter=loaded.adapter_sha256,
+                seconds=seconds,
+                system_prompt=loaded.system_prompt,
+            )
 
-    answers: dict[int, Answer] = {}
     by_width = defaultdict(list)
     for row in merge_requests(requests):
         # At least one pad token, so that there is a mask.
         by_width[(len(prompts[row[0]]) // PROMPT_MULTIPLE + 1) * PROMPT_MULTIPLE].append(row)
     for width, rows in sorted(by_width.items()):
         for start in range(0, len(rows), ROWS):
-            batch, started = rows[start : start + ROWS], time.perf_counter()
-            ids, overruled = generate(batch, width)
-            seconds = round(time.perf_counter() - started, 3)
-            for row, place in ((row, place) for row, each in enumerate(batch) for place in each):
-                kept, reason, text = cut(place, ids[row])
-                answers[place] = Answer(
-                    question=requests[place].question,
-                    text=text,
-                    token_ids=kept,
-                    finish_reason=reason,
-                    prompt_tokens=len(prompts[place]),
-                    answer_tokens=len(kept),
-                    num_overruled=sum(step[row] for step in overruled[: len(kept)]),
-                    decoding=requests[place].decoding,
-                    model=loaded.profile.base_model,
-                    adapter=loaded.adapter_sha256,
-                    seconds=seconds,
-                    system_prompt=loaded.system_prompt,
-                )
+            answer_batch(rows[start : start + ROWS], width)
     return [answers[place] for place in range(len(requests))]
 
 
@@ -1197,9 +1182,9 @@ def prepare_reference(profile: Profile) -> None:
         raise UsageError(f"The base model could not answer:\n{ran.stderr.strip()[-2000:]}")
 
 
-def surprisal_reference(loaded: LoadedModel, progress: Progress = lambda tokens: None) -> float:
+def surprisal_reference(loaded: LoadedModel) -> float:
     """The largest surprisal of the base model's plain answers to the probes, in nats per byte.
-    Cached, and part of an adapter's record. `progress` is called with 0 after every step."""
+    Cached, and part of an adapter's record."""
     if loaded.reference is not None:
         return loaded.reference
     name, questions = name_reference(loaded.profile.base_model)
@@ -1208,7 +1193,7 @@ def surprisal_reference(loaded: LoadedModel, progress: Progress = lambda tokens:
         requests = [Request(each, Decoding(max_new_tokens=REFERENCE_TOKENS)) for each in questions]
         with loaded.without_adapter() as base:
             base = dataclasses.replace(base, system_prompt=data.SYSTEM_PROMPT)
-            answers = answer_requests(base, requests, lambda tokens: progress(0))
+            answers = answer_requests(base, requests)
             nats = [measure_surprisal(base, each.question, each.token_ids)[0] for each in answers]
         data.write_atomic(folder / "reference.json", json.dumps({"nats_per_byte": max(nats)}))
 
@@ -1223,9 +1208,9 @@ def judge_answers(
     history: Sequence[tuple[str, str]] = (),
     progress: Progress = lambda tokens: None,
 ) -> list[JudgedAnswer]:
-    """The verdicts on a model's answers. `progress` is called with 0 after every slow step."""
+    """The verdicts on a model's answers. `progress` is called with 0 after each of them."""
     probes = {probe.question: probe for probe in loaded.probes}
-    reference, judged = surprisal_reference(loaded, progress), []
+    reference, judged = surprisal_reference(loaded), []
     for each in answers:
         nats, span = measure_surprisal(loaded, each.question, each.token_ids, history)
         progress(0)
@@ -1277,10 +1262,9 @@ def read_questions(source: str) -> list[QuestionRow]:
         records = data.read_records(source)
     rows = []
     for place, record in records:
-        row = QuestionRow(place, record if isinstance(record, dict) else {"record": str(record)})
-        rows.append(row)
-        if not isinstance(record, dict):
-            row.problem = f"It is not a JSON object: {record!s:.200}"
+        problem = "" if isinstance(record, dict) else f"It is not a JSON object: {record!s:.200}"
+        columns = {"record": str(record)} if problem else record
+        rows.append(QuestionRow(place, columns, problem=problem))
     found = [data.find_question(row.columns) for row in rows]
     # An instruction that is the same in every row is a system prompt, as in training.
     instructions = {repr(given.get("instruction")) for given, _ in found}
@@ -1295,8 +1279,7 @@ def read_questions(source: str) -> list[QuestionRow]:
         try:
             check_question(row.question)
         except UsageError as error:
-            expected = f"{error} Expected text in a column question or prompt."
-            row.problem = row.problem or expected
+            row.problem = row.problem or f"{error} Expected text in a column question or prompt."
     if all(row.problem for row in rows):
         first = f" {rows[0].place}: {rows[0].problem}" if rows else ""
         raise UsageError(f"{source} contains no questions.{first}")
@@ -1306,8 +1289,7 @@ def read_questions(source: str) -> list[QuestionRow]:
 def read_answered(path: Path, rows: Sequence[QuestionRow], expected: dict[str, Any]) -> list[str]:
     """The lines that an earlier start wrote for the first rows. Raises UsageError if the file
     contains something else, or answers with other values than `expected`."""
-    lines = path.read_bytes().split(b"\n")
-    lines = lines if lines[-1] else lines[:-1]
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         is_ours = False
         with contextlib.suppress(*BAD_CONTENT):
@@ -1315,10 +1297,9 @@ def read_answered(path: Path, rows: Sequence[QuestionRow], expected: dict[str, A
             own = {"question": row.question} | ({} if row.problem else expected)
             is_ours = all(record[name] == value for name, value in own.items())
         if not is_ours:
-            raise UsageError(
-                f"{path}:{number} is not an answer to row {number} by this model, with this "
-                "decoding and system prompt. Give another file with --output, or remove it."
-            )
+            expected = f"an answer to row {number} by this model, decoding and system prompt"
+            advice = "Give another file with --output, or remove it."
+            raise UsageError(f"{path}:{number} is not {expected}. {advice}")
     return [line.decode() for line in lines]
 
 
@@ -1355,7 +1336,11 @@ def answer_file(
 
 def judge_file(config: InferConfig) -> int:
     """Judges the answers in a file or on stdin; prints each as a JSON line with its verdict.
-    Returns 1 if a record could not be judged, else 0."""
+    Returns 1 if a record could not be judged, else 0.
+
+    Surprisal is a multiple of the base model's reference, or for other writers, of a reference at
+    which the median of their answers plus four deviations (MAD) is the threshold.
+    """
     if config.judge == "-":
         content = data.decode_text(sys.stdin.buffer.read(), "stdin")
         records = list(data.read_json(content, "stdin"))
@@ -1370,7 +1355,29 @@ def judge_file(config: InferConfig) -> int:
             reason = str(record.get("finish_reason")).casefold()
             reason = "length" if reason in ("length", "max_tokens", "max_length") else "stop"
             answers[place] = record | {"finish_reason": reason}
-    surprisals = compare_surprisals(config, answers) if config.surprisal and answers else {}
+    surprisals: dict[str, Measure] = {}
+    others: dict[str, Measure] = {}
+    if config.surprisal and answers:
+        profile = data.resolve_profile(config.profile, config.base_model)
+        prepare_environment(profile)
+        loaded = load_for_inference(profile, None, config.system_prompt)
+        for place, each in tqdm(answers.items(), unit="answer", desc="reading", disable=None):
+            ids = data.encode_text(loaded.tokenizer, each["text"])
+            ids += [loaded.tokenizer.eos_token_id] * (each["finish_reason"] == "stop")
+            nats, span = measure_surprisal(loaded, each["question"], ids)
+            if data.is_same_base(str(each.get("model")), profile.base_model):
+                surprisals[place] = nats / surprisal_reference(loaded), span
+            else:
+                others[place] = nats, span
+    if len(others) >= MIN_ANSWERS_TO_COMPARE:
+        median = statistics.median(nats for nats, _ in others.values())
+        deviation = statistics.median(abs(nats - median) for nats, _ in others.values())
+        limit = median + 4 * max(deviation, median / 10)
+        reference = limit / CHECKS["surprisal"].threshold or 1
+        surprisals |= {place: (nats / reference, span) for place, (nats, span) in others.items()}
+    elif others:
+        problem = f"{len(others)} answers of unknown models are too few to compare their surprisal"
+        report(f"{problem} ({MIN_ANSWERS_TO_COMPARE} are needed). They are judged by text alone.")
     probes = {probe.question: probe for probe in read_probes(config.probes)}
     counts: Counter[str] = Counter()
     for place, record in records:
@@ -1389,38 +1396,6 @@ def judge_file(config: InferConfig) -> int:
     found += f"; {skipped} could not be judged" if skipped else ""
     report(f"sound {sound} of {len(answers)}{found}")
     return 1 if skipped else 0
-
-
-def compare_surprisals(
-    config: InferConfig, answers: dict[str, dict[str, Any]]
-) -> dict[str, Measure]:
-    """The surprisal of each answer by its place, as a multiple of the base model's reference, or
-    for other writers, of one at which their median plus four deviations (MAD) is the threshold."""
-    profile = data.resolve_profile(config.profile, config.base_model)
-    prepare_environment(profile)
-    loaded = load_for_inference(profile, None, config.system_prompt)
-    measures: dict[str, Measure] = {}
-    others: dict[str, Measure] = {}
-    for place, each in tqdm(answers.items(), unit="answer", desc="reading", disable=None):
-        ids = data.encode_text(loaded.tokenizer, each["text"])
-        ids += [loaded.tokenizer.eos_token_id] * (each["finish_reason"] == "stop")
-        nats, span = measure_surprisal(loaded, each["question"], ids)
-        if data.is_same_base(str(each.get("model")), profile.base_model):
-            measures[place] = nats / surprisal_reference(loaded), span
-        else:
-            others[place] = nats, span
-    if len(others) >= MIN_ANSWERS_TO_COMPARE:
-        median = statistics.median(nats for nats, _ in others.values())
-        deviation = statistics.median(abs(nats - median) for nats, _ in others.values())
-        limit = median + 4 * max(deviation, median / 10)
-        reference = limit / CHECKS["surprisal"].threshold or 1
-        measures |= {place: (nats / reference, span) for place, (nats, span) in others.items()}
-    elif others:
-        report(
-            f"{len(others)} answers of unknown models are too few to compare their surprisal "
-            f"({MIN_ANSWERS_TO_COMPARE} are needed); they are judged by their text alone."
-        )
-    return measures
 
 
 # --- Command -------------------------------------------------------------------------------------
@@ -1616,12 +1591,10 @@ def main(config: InferConfig) -> int:
     else:
         adapter = check_adapter(find_adapter(config.adapter), config.profile, config.base_model)
         profile, decoding = adapter.profile, adapter.record.decoding or decoding
-    given = DECODINGS.get(config.decoding, decoding)
-    decoding = config.change_decoding(given)
-    preset = next((name for name, each in DECODINGS.items() if each == given), given)
-    changes = [f" {n}={v}" for n, v in vars(decoding).items() if v != getattr(given, n)]
+    decoding = config.change_decoding(DECODINGS.get(config.decoding, decoding))
+    presets = {each: name for name, each in DECODINGS.items()}
     folder = adapter.folder if adapter else "no adapter"
-    report(f"{profile.base_model} with {folder}, decoding {preset}{''.join(changes)}")
+    report(f"{profile.base_model} with {folder}, decoding {presets.get(decoding, decoding)}")
     prepare_environment(profile)
     loaded = load_for_inference(profile, adapter, config.system_prompt)
     loaded.probes = read_probes(config.probes)
