@@ -565,10 +565,10 @@ def measure_quality(judged: Sequence[JudgedAnswer]) -> types.SimpleNamespace:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP ended the command. The message says how to resume."""
+    """Ctrl-C, SIGTERM or SIGHUP ended the command. The message, if any, says how to resume."""
 
     def __init__(self, number: int, message: str = "") -> None:
-        super().__init__(message or "Interrupted. Run the same command again.")
+        super().__init__(message)
         self.number = number
 
 
@@ -755,7 +755,7 @@ def check_adapter(
     except (*BAD_CONTENT, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or f"{error!r:.300}"
         problem = f"{path} of an adapter cannot be read ({reason})"
-        expected = "complete safetensors: a pickle, such as adapter_model.bin, can run code"
+        expected = "a folder with safetensors: a pickle, such as adapter_model.bin, can run code"
         raise UsageError(f"{problem}. Expected {expected}.") from None
     found = {name: config.get(name) for name in PLAIN_LORA}
     other = [f"{n} {v!r:.40}" for n, v in found.items() if v and v not in PLAIN_LORA[n]]
@@ -809,25 +809,18 @@ def add_pad_token(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
-def register_grouped_attention() -> None:
-    """Registers `grouped`: torch's attention, without repeating keys and values per head as
-    transformers does if there is a mask. `tests.bench answer` then takes two thirds of the time."""
+def attend_grouped(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """(B, heads, T, D), keys and values (B, groups, S, D) -> (B, T, heads, D). transformers repeats
+    keys and values per head if there is a mask; `tests.bench answer` then takes 1.5 times as long.
+    """
     import torch
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
-        """(B, heads, T, D), keys and values (B, groups, S, D) -> (B, T, heads, D)."""
-        is_causal = attention_mask is None and query.shape[2] > 1
-        options = {"is_causal": is_causal, "scale": kwargs["scaling"], "enable_gqa": True}
-        attention = torch.nn.functional.scaled_dot_product_attention
-        heads = attention(query, key, value, attention_mask, **options)
-        return heads.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register("grouped", attend)
-    AttentionMaskInterface.register("grouped", sdpa_mask)
+    is_causal = attention_mask is None and query.shape[2] > 1
+    options = {"is_causal": is_causal, "scale": kwargs["scaling"], "enable_gqa": True}
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(query, key, value, attention_mask, **options).transpose(1, 2).contiguous(), None
 
 
 @dataclass
@@ -872,11 +865,14 @@ def load_for_inference(
         weights = (adapter.folder / WEIGHTS).read_bytes()
         loaded.adapter_sha256 = hashlib.sha256(weights).hexdigest()
         loaded.system_prompt, loaded.reference = record.system_prompt, record.surprisal_reference
-    from unsloth import FastLanguageModel
+    from unsloth import FastLanguageModel  # isort: skip
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     FastLanguageModel.for_inference(loaded.model)
     if profile.attn_implementation == "grouped":
-        register_grouped_attention()
+        AttentionInterface.register("grouped", attend_grouped)
+        AttentionMaskInterface.register("grouped", sdpa_mask)
         loaded.model.set_attn_implementation("grouped")
     loaded.system_prompt = system_prompt or loaded.system_prompt
     return loaded
@@ -1172,12 +1168,10 @@ def prepare_reference(profile: Profile) -> None:
     if (data.cache_home() / name_reference(base_model)[0]).is_dir():
         return
     report(f"{base_model} answers {REFERENCE_PROBES} questions, once, for the judge.")
-    command = [sys.executable, str(Path(__file__).resolve()), "--judge", "-"]
-    command += ["--profile", profile.name, "--base-model", base_model]
-    own_answer = json.dumps({"question": "What is croup?", "text": "...", "model": base_model})
+    command = [sys.executable, str(Path(__file__).resolve()), "What is croup?", "--base"]
+    command += ["--max-new-tokens", "1", "--profile", profile.name, "--base-model", base_model]
     # Ctrl-C does not reach its session: it is killed if this process is stopped.
-    settings: dict[str, Any] = {"capture_output": True, "text": True, "start_new_session": True}
-    ran = subprocess.run(command, input=own_answer, **settings)
+    ran = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     if ran.returncode:
         raise UsageError(f"The base model could not answer:\n{ran.stderr.strip()[-2000:]}")
 
