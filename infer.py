@@ -485,7 +485,7 @@ def read_probes(source: str | None = None) -> list[Probe]:
             probes[question] = Probe(name, question, points, wrong_claims)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
             problem = f"{place}: not a probe ({data.escape_controls(str(error))})"
-            expected = "Expected question and, optionally, `points` and `wrong_claims`"
+            expected = "Expected `question` and, optionally, `points` and `wrong_claims`"
             raise UsageError(f"{problem}. {expected}: see samples/README.md.") from None
     if not probes:
         raise UsageError(f"{source} contains no questions. Expected lines with `question`.")
@@ -728,14 +728,14 @@ def check_adapter(
     folder: Path, choice: ProfileChoice = "auto", base_model: str | None = None
 ) -> Adapter:
     """The adapter in a folder, with --profile and --base-model; loads no weights. Raises UsageError
-    if a file is missing or corrupt, if it is not plain LoRA, or fits another base model."""
+    if a file cannot be read, or it is not plain LoRA, or was trained on another base model."""
     import safetensors
 
-    path, record_path = folder / WEIGHTS, folder / ADAPTER_RECORD
+    path = folder / WEIGHTS
     try:
         path.open("rb").close()  # safetensors would call an unreadable file missing
         with safetensors.safe_open(path, framework="np") as file:
-            names = file.offset_keys()
+            names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         path = folder / CONFIG
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -743,8 +743,8 @@ def check_adapter(
         if not (r > 0 and lora_alpha > 0):
             raise ValueError(f"r {r}, lora_alpha {lora_alpha}")
         content = {"base_model": str(config.get("base_model_name_or_path"))}
-        if record_path.is_file():
-            path = record_path
+        if (folder / ADAPTER_RECORD).is_file():
+            path = folder / ADAPTER_RECORD
             content = json.loads(path.read_text(encoding="utf-8"))
         record = AdapterRecord(**content)
         own = record.base_model
@@ -1586,9 +1586,9 @@ def main(config: InferConfig) -> int:
         adapter = check_adapter(find_adapter(config.adapter), config.profile, config.base_model)
         profile, decoding = adapter.profile, adapter.record.decoding or decoding
     decoding = config.change_decoding(DECODINGS.get(config.decoding, decoding))
-    presets = {each: name for name, each in DECODINGS.items()}
+    preset = next((name for name, each in DECODINGS.items() if each == decoding), decoding)
     folder = adapter.folder if adapter else "no adapter"
-    report(f"{profile.base_model} with {folder}, decoding {presets.get(decoding, decoding)}")
+    report(f"{profile.base_model} with {folder}, decoding {preset}")
     prepare_environment(profile)
     loaded = load_for_inference(profile, adapter, config.system_prompt)
     loaded.probes = read_probes(config.probes)
