@@ -188,13 +188,13 @@ class Check(NamedTuple):
 
 # How each threshold was chosen: docs/judge.md.
 CHECKS: dict[str, Check] = {
-    "empty": Check(1, "it says nothing, or stops mid-sentence: {}"),
-    "loop": Check(20, "it repeats itself word for word: {}"),
-    "repetition": Check(1.5, "it says nearly the same again and again: {}"),
-    "list": Check(21, "a list does not end: {}"),
-    "leak": Check(1, "this is not part of an answer: {}"),
-    "invented-medicine": Check(1, "no medicine has this name: {}"),
-    "surprisal": Check(2.5, "the base model finds this unlikely: {}"),
+    "empty": Check(1, 'it says nothing, or stops mid-sentence: "{}"'),
+    "loop": Check(20, 'it repeats itself word for word: "{}"'),
+    "repetition": Check(1.5, 'it says nearly the same again and again: "{}"'),
+    "list": Check(21, 'a list does not end: "{}"'),
+    "leak": Check(1, 'this is not part of an answer: "{}"'),
+    "invented-medicine": Check(1, 'no medicine has this name: "{}"'),
+    "surprisal": Check(2.5, 'the base model finds this unlikely: "{}"'),
 }
 
 
@@ -415,11 +415,11 @@ def judge(
     """The verdict on an answer, with the facts of its `probe`; loads no model. `surprisal` is the
     result of `measure_surprisal` in units of the reference, if a model has read the answer."""
     plain = _MARKDOWN.sub(lambda found: " " * len(found[0]), text)
-    is_broken_off = finish_reason == "stop" and text.split()[-1:] and text.split()[-1] in _DANGLING
+    is_broken_off = finish_reason == "stop" and not _DANGLING.isdisjoint(text.split()[-1:])
     # Letters, numbers, and symbols such as emoji.
     has_words = any(kind[0] in "LN" or kind == "So" for kind in map(unicodedata.category, text))
     measures = {
-        "empty": (float(bool(is_broken_off) or not has_words), (max(0, len(text) - 90), len(text))),
+        "empty": (float(is_broken_off or not has_words), (max(0, len(text) - 90), len(text))),
         "loop": measure_loop(plain),
         "repetition": measure_repetition(plain),
         "list": measure_list(text, question),
@@ -433,9 +433,8 @@ def judge(
             quote = " ".join(text[start:end].split())
             if len(quote) > 90:
                 quote = f"{quote[:60]} ... {quote[-30:]}"
-            message = CHECKS[name].message.format(f'"{quote}"')
             finding = {"name": name, "score": round(score, 4), "span": (start, end)}
-            findings.append(finding | {"message": message})
+            findings.append(finding | {"message": CHECKS[name].message.format(quote)})
     score = max(score / CHECKS[name].threshold for name, (score, _) in measures.items())
     facts = check_facts(text, probe) if probe else None
     return JudgedAnswer(measures, findings, score, finish_reason == "stop", facts=facts)
@@ -1439,8 +1438,8 @@ class InferConfig:
             raise ValueError("--judge takes no --adapter, and --questions no --json. Remove it.")
         if self.base and (self.adapter or self.compare == "models"):
             raise ValueError("--base asks without an adapter. Remove it, or the other flag.")
-        questions = self.questions and self.questions.resolve()
-        if self.output and (not questions or self.output.resolve() == questions):
+        output = self.output and self.output.resolve()
+        if output and (not self.questions or output == self.questions.resolve()):
             raise ValueError(f"--output {self.output} needs --questions, and is another file.")
         if self.system_prompt is not None and not self.system_prompt.strip():
             raise ValueError("--system-prompt is empty. Give a value.")
