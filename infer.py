@@ -1449,8 +1449,7 @@ class InferConfig:
 
     def change_decoding(self, decoding: Decoding) -> Decoding:
         """`decoding` with the fields given as flags. Raises ValueError as `Decoding`."""
-        names = [each.name for each in dataclasses.fields(Decoding) if each.name != "stop"]
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {n: v for n, v in vars(self).items() if n in vars(decoding) and v is not None}
         return dataclasses.replace(decoding, **given)
 
 

@@ -38,7 +38,7 @@ def test_the_readme_and_the_report_are_short():
 # lower a number here when a script has become smaller, and raise one only by what others lose.
 MOST = {
     "data.py": (1381, 50),
-    "infer.py": (1629, 61),
+    "infer.py": (1628, 61),
     "train.py": (916, 33),
     "ablate.py": (700, 28),
 }
