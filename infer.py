@@ -53,7 +53,7 @@ from data import Profile, ProfileChoice, ProfileName, UsageError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 RUNS = Path("runs")
@@ -187,13 +187,13 @@ class Check(NamedTuple):
 
 # How each threshold was chosen: docs/judge.md.
 CHECKS: dict[str, Check] = {
-    "empty": Check(1, "it says nothing, or stops mid-sentence: {}"),
-    "loop": Check(20, "it repeats itself word for word: {}"),
-    "repetition": Check(1.5, "it says nearly the same again and again: {}"),
-    "list": Check(21, "a list does not end: {}"),
-    "leak": Check(1, "this is not part of an answer: {}"),
-    "invented-medicine": Check(1, "no medicine has this name: {}"),
-    "surprisal": Check(2.5, "the base model finds this unlikely: {}"),
+    "empty": Check(1, 'it says nothing, or stops mid-sentence: "{}"'),
+    "loop": Check(20, 'it repeats itself word for word: "{}"'),
+    "repetition": Check(1.5, 'it says nearly the same again and again: "{}"'),
+    "list": Check(21, 'a list does not end: "{}"'),
+    "leak": Check(1, 'this is not part of an answer: "{}"'),
+    "invented-medicine": Check(1, 'no medicine has this name: "{}"'),
+    "surprisal": Check(2.5, 'the base model finds this unlikely: "{}"'),
 }
 
 
@@ -201,6 +201,7 @@ CHECKS: dict[str, Check] = {
 class JudgedAnswer:
     """The verdict on an answer, and what it is based on."""
 
+    measures: dict[str, Measure]  # in the order of `CHECKS`
     findings: list[dict[str, Any]]  # name, score, span (characters of the text) and message
     score: float  # the largest measure in units of its threshold: sound answers are below 1
     ended: bool  # by the stop token, rather than the limit of tokens
@@ -402,26 +403,6 @@ def measure_medicine(text: str, question: str = "") -> Measure:
     return len(spans), min(spans.values(), default=(0, 0))
 
 
-def measure_answer(
-    text: str, question: str = "", finish_reason: str = "stop", surprisal: Measure = NOTHING
-) -> dict[str, Measure]:
-    """Every measure of an answer, in the order of `CHECKS`; loads no model. `surprisal` is the
-    result of `measure_surprisal`, if a model has read the answer."""
-    plain = _MARKDOWN.sub(lambda found: " " * len(found[0]), text)
-    is_broken_off = finish_reason == "stop" and text.split()[-1:] and text.split()[-1] in _DANGLING
-    # Letters, numbers, and symbols such as emoji.
-    has_words = any(kind[0] in "LN" or kind == "So" for kind in map(unicodedata.category, text))
-    return {
-        "empty": (float(bool(is_broken_off) or not has_words), (max(0, len(text) - 90), len(text))),
-        "loop": measure_loop(plain),
-        "repetition": measure_repetition(plain),
-        "list": measure_list(text, question),
-        "leak": measure_leak(text, question),
-        "invented-medicine": measure_medicine(text, question),
-        "surprisal": surprisal,
-    }
-
-
 def judge(
     text: str,
     question: str = "",
@@ -430,20 +411,32 @@ def judge(
     *,
     probe: Probe | None = None,
 ) -> JudgedAnswer:
-    """The verdict on an answer by `measure_answer` and `CHECKS`, with the facts of its `probe`."""
-    measures = measure_answer(text, question, finish_reason, surprisal)
+    """The verdict on an answer, with the facts of its `probe`; loads no model. `surprisal` is the
+    result of `measure_surprisal` in units of the reference, if a model has read the answer."""
+    plain = _MARKDOWN.sub(lambda found: " " * len(found[0]), text)
+    is_broken_off = finish_reason == "stop" and not _DANGLING.isdisjoint(text.split()[-1:])
+    # Letters, numbers, and symbols such as emoji.
+    has_words = any(kind[0] in "LN" or kind == "So" for kind in map(unicodedata.category, text))
+    measures = {
+        "empty": (float(is_broken_off or not has_words), (max(0, len(text) - 90), len(text))),
+        "loop": measure_loop(plain),
+        "repetition": measure_repetition(plain),
+        "list": measure_list(text, question),
+        "leak": measure_leak(text, question),
+        "invented-medicine": measure_medicine(text, question),
+        "surprisal": surprisal,
+    }
     findings = []
     for name, (score, (start, end)) in measures.items():
         if score >= CHECKS[name].threshold:
             quote = " ".join(text[start:end].split())
             if len(quote) > 90:
                 quote = f"{quote[:60]} ... {quote[-30:]}"
-            message = CHECKS[name].message.format(f'"{quote}"')
             finding = {"name": name, "score": round(score, 4), "span": (start, end)}
-            findings.append(finding | {"message": message})
+            findings.append(finding | {"message": CHECKS[name].message.format(quote)})
     score = max(score / CHECKS[name].threshold for name, (score, _) in measures.items())
     facts = check_facts(text, probe) if probe else None
-    return JudgedAnswer(findings, score, finish_reason == "stop", facts=facts)
+    return JudgedAnswer(measures, findings, score, finish_reason == "stop", facts=facts)
 
 
 # --- Facts ---------------------------------------------------------------------------------------
@@ -457,6 +450,11 @@ class Point:
     phrases: Sequence[str]  # lower case; `...` stands for up to six words of the same sentence
     guideline: str = ""  # the published reference
     unless_after: Sequence[str] = ()  # a wrong claim after one of these phrases is excused
+
+    def __post_init__(self) -> None:
+        for phrases in (self.phrases, self.unless_after):
+            if isinstance(phrases, str) or not all(map(str.strip, (self.name, *phrases))):
+                raise TypeError(f"{self.name!r}: expected a name and lists of phrases, none empty")
 
 
 @dataclass(frozen=True)
@@ -479,23 +477,14 @@ def read_probes(source: str | None = None) -> list[Probe]:
             check_question(question)
             if question in probes:
                 raise UsageError("an earlier line has the same question")
-            lists = []
-            for name in ("points", "wrong_claims"):
-                lists.append([Point(**each) for each in record.get(name) or ()])
-                for point in lists[-1]:
-                    if isinstance(point.phrases, str) or isinstance(point.unless_after, str):
-                        raise TypeError(f"{point.name}: expected lists of phrases")
-                    for phrase in (point.name, *point.phrases, *point.unless_after):
-                        if not phrase.strip():
-                            raise TypeError("a name or phrase is empty")
+            points = [Point(**each) for each in record.get("points") or ()]
+            wrong_claims = [Point(**each) for each in record.get("wrong_claims") or ()]
             name = str(record.get("id") or f"probe-{len(probes) + 1}")
-            probes[question] = Probe(name, question, *lists)
+            probes[question] = Probe(name, question, points, wrong_claims)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
-            reason = data.escape_controls(str(error))
-            expected = "Expected `question`, and if you like, `points` and `wrong_claims`"
-            raise UsageError(
-                f"{place}: not a probe ({reason}). {expected}, as in samples/README.md."
-            ) from None
+            problem = f"{place}: not a probe ({data.escape_controls(str(error))})"
+            expected = "Expected `question` and, optionally, `points` and `wrong_claims`"
+            raise UsageError(f"{problem}. {expected}: see samples/README.md.") from None
     if not probes:
         raise UsageError(f"{source} contains no questions. Expected lines with `question`.")
     return list(probes.values())
@@ -511,24 +500,20 @@ _DENIAL = re.compile(r"(?:\W++[\w'’]++){0,2}?\W+(?:not\b|no\b|never\b|\w+n['�
 _CLAUSE_END = re.compile(r"[.!?;:,\n]|\bbut\b", re.I)
 
 
-@functools.cache
-def compile_phrase(phrase: str) -> re.Pattern[str]:
-    """A pattern of whole words, singular or plural, in which a hyphen is equal to a space."""
-    parts = []
-    for part in phrase.split("..."):
-        words = [re.escape(word) + "(?:e?s)?" for word in re.split(r"[\s-]+", part.strip())]
-        parts.append(r"[\s-]+".join(words))
-    # Possessive, since a run of dashes or apostrophes could be split in exponentially many ways.
-    up_to_six_words = r"\b(?:[^\w.!?]++[\w'’-]++){0,6}?[^\w.!?]+"
-    return re.compile(r"\b" + up_to_six_words.join(parts) + r"\b", re.I)
+# Possessive, since a run of dashes or apostrophes could be split in exponentially many ways.
+_UP_TO_SIX_WORDS = r"\b(?:[^\w.!?]++[\w'’-]++){0,6}?[^\w.!?]+"
 
 
 def find_mention(text: str, phrases: Iterable[str], *, or_denied_after: bool = False) -> int | None:
     """Where the first phrase begins that is not negated earlier in its clause, or None. With
-    `or_denied_after`, neither does a phrase count that the words right after it deny."""
+    `or_denied_after`, neither does a phrase count that the words right after it deny. Words are
+    singular or plural, and a hyphen is equal to a space."""
     places = []
     for phrase in phrases:
-        for match in compile_phrase(phrase).finditer(text):
+        parts = [re.split(r"[\s-]+", part.strip()) for part in phrase.split("...")]
+        forms = [[re.escape(word) + "(?:e?s)?" for word in words] for words in parts]
+        pattern = _UP_TO_SIX_WORDS.join(map(r"[\s-]+".join, forms))
+        for match in re.finditer(rf"\b{pattern}\b", text, re.I):
             before = _CLAUSE_END.split(text[: match.start()])[-1]
             after = _CLAUSE_END.split(text[match.end() :], maxsplit=1)[0]
             if not (_NEGATION.search(before) or (or_denied_after and _DENIAL.match(after))):
@@ -578,10 +563,10 @@ def measure_quality(judged: Sequence[JudgedAnswer]) -> dict[str, int]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP ended the command. The message says how to resume."""
+    """Ctrl-C, SIGTERM or SIGHUP ended the command. The message, if any, says how to resume."""
 
     def __init__(self, number: int, message: str = "") -> None:
-        super().__init__(message or "Interrupted. Run the same command again.")
+        super().__init__(message)
         self.number = number
 
 
@@ -720,8 +705,8 @@ def find_adapter(name: str | None) -> Path:
     if name is None:
         run = LATEST.read_text(errors="replace").strip() if LATEST.is_file() else ""
         if not RUN_NAME.fullmatch(run):
-            problem = f"There is no adapter yet: {LATEST} names no run."
-            raise UsageError(f"{problem} Train one: python train.py, or ask with --base.")
+            problem = f"There is no adapter yet: {LATEST} names no run"
+            raise UsageError(f"{problem}. Train one: python train.py, or ask with --base.")
         name = str(TRAIN_RUNS / run / "adapter")
     reason = "Give a folder such as runs/train/NAME/adapter, or a hub id."
     if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -737,9 +722,11 @@ def find_adapter(name: str | None) -> Path:
     return Path(name)
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any], AdapterRecord]:
-    """Shapes of the weights, PEFT's config, and the record; without kit.json, of the base model
-    alone. Raises UsageError if a file is missing, unreadable or corrupt."""
+def check_adapter(
+    folder: Path, choice: ProfileChoice = "auto", base_model: str | None = None
+) -> Adapter:
+    """The adapter in a folder, with --profile and --base-model; loads no weights. Raises UsageError
+    if a file cannot be read, or it is not plain LoRA, or was trained on another base model."""
     import safetensors
 
     path = folder / WEIGHTS
@@ -750,38 +737,30 @@ def read_adapter(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, An
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         path = folder / CONFIG
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["r"] = int(config["r"])
-        if not (config["r"] > 0 and config["lora_alpha"] > 0):
-            raise ValueError(f"r {config['r']}, lora_alpha {config['lora_alpha']}")
+        r, lora_alpha = int(config["r"]), config["lora_alpha"]
+        if not (r > 0 and lora_alpha > 0):
+            raise ValueError(f"r {r}, lora_alpha {lora_alpha}")
         content = {"base_model": str(config.get("base_model_name_or_path"))}
         if (folder / ADAPTER_RECORD).is_file():
             path = folder / ADAPTER_RECORD
             content = json.loads(path.read_text(encoding="utf-8"))
         record = AdapterRecord(**content)
-        if not isinstance(record.base_model, str) or record.profile not in (None, *data.PROFILES):
-            raise ValueError(f"base model {record.base_model}, profile {record.profile}")
+        own = record.base_model
+        if not isinstance(own, str) or record.profile not in (None, *data.PROFILES):
+            raise ValueError(f"base model {own}, profile {record.profile}")
         decoding = record.decoding and Decoding(**record.decoding)
-        return shapes, config, dataclasses.replace(record, decoding=decoding)
+        record = dataclasses.replace(record, decoding=decoding)
     except (*BAD_CONTENT, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or f"{error!r:.300}"
-        expected = "safetensors: a pickle, such as adapter_model.bin, can run code"
         problem = f"{path} of an adapter cannot be read ({reason})"
-        raise UsageError(f"{problem}. Expected a complete folder with {expected}.") from None
-
-
-def check_adapter(
-    folder: Path, choice: ProfileChoice = "auto", base_model: str | None = None
-) -> Adapter:
-    """The adapter in a folder, with --profile and --base-model; loads no weights. Raises UsageError
-    as `read_adapter`, or if it is not plain LoRA, or was trained on another base model."""
-    shapes, config, record = read_adapter(folder)
+        expected = "a folder with safetensors: a pickle, such as adapter_model.bin, can run code"
+        raise UsageError(f"{problem}. Expected {expected}.") from None
     found = {name: config.get(name) for name in PLAIN_LORA}
     other = [f"{n} {v!r:.40}" for n, v in found.items() if v and v not in PLAIN_LORA[n]]
     if other:
         advice = "Merge the adapter into its base model with the program that made it."
         raise UsageError(f"{folder}: expected plain LoRA, found {', '.join(other)}. {advice}")
 
-    own = record.base_model
     known = [each for each in data.PROFILES.values() if data.is_same_base(own, each.base_model)]
     is_hub_id = known or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", own)
     is_folder = not is_hub_id or (base_model and Path(base_model).is_dir())
@@ -797,7 +776,7 @@ def check_adapter(
     if record.load_in_4bit is not None and record.profile == profile.name:
         profile = dataclasses.replace(profile, load_in_4bit=record.load_in_4bit)
 
-    arch, r, modules = profile.architecture, config["r"], set()
+    arch, modules = profile.architecture, set()
     misfit = f"{folder} does not fit {profile.base_model} with r {r}"
     for name, shape in shapes.items():
         lora, expected = LORA_TENSOR.fullmatch(name), None
@@ -812,7 +791,7 @@ def check_adapter(
             raise UsageError(f"{misfit}: {name[:100]}: {found}.")
     if not modules:
         raise UsageError(f"{misfit}: it contains no LoRA tensors.")
-    lora = {"r": r, "lora_alpha": config["lora_alpha"], "target_modules": sorted(modules)}
+    lora = {"r": r, "lora_alpha": lora_alpha, "target_modules": sorted(modules)}
     lora["use_rslora"] = bool(config.get("use_rslora"))
     return Adapter(folder, record, profile, lora)
 
@@ -828,27 +807,18 @@ def add_pad_token(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
-def register_grouped_attention() -> None:
-    """Registers `grouped`: torch's attention, without repeating keys and values per head as
-    transformers does if there is a mask. `tests.bench answer` then takes two thirds of the time."""
+def attend_grouped(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """(B, heads, T, D), keys and values (B, groups, S, D) -> (B, T, heads, D). transformers repeats
+    keys and values per head if there is a mask; `tests.bench answer` then takes 1.5 times as long.
+    """
     import torch
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    def attend(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
-        """(B, heads, T, D), keys and values (B, groups, S, D) -> (B, T, heads, D)."""
-        heads = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=kwargs["scaling"], enable_gqa=True
-        )
-        return heads.transpose(1, 2).contiguous(), None
-
-    def always_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
-
-    AttentionInterface.register("grouped", attend)
-    AttentionMaskInterface.register("grouped", always_mask)
+    is_causal = attention_mask is None and query.shape[2] > 1
+    options = {"is_causal": is_causal, "scale": kwargs["scaling"], "enable_gqa": True}
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(query, key, value, attention_mask, **options).transpose(1, 2).contiguous(), None
 
 
 @dataclass
@@ -866,8 +836,7 @@ class LoadedModel:
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[LoadedModel]:
         """A context with the base model alone."""
-        has_adapter = hasattr(self.model, "disable_adapter")
-        with self.model.disable_adapter() if has_adapter else contextlib.nullcontext():
+        with getattr(self.model, "disable_adapter", contextlib.nullcontext)():
             yield dataclasses.replace(self, adapter_sha256=None)
 
 
@@ -883,10 +852,9 @@ def load_for_inference(
         record = adapter.record
         prompt = data.prompt_fingerprint(loaded.tokenizer, record.system_prompt)
         if record.prompt_fingerprint not in (None, prompt):
-            raise UsageError(
-                f"{adapter.folder} was trained with the prompt {record.prompt_fingerprint}, and "
-                f"this kit renders {prompt}. Use the version that trained it, or train it again."
-            )
+            problem = f"{adapter.folder} was trained with the prompt {record.prompt_fingerprint}"
+            advice = "Use the version that trained it, or train it again."
+            raise UsageError(f"{problem}, and this kit renders {prompt}. {advice}")
         if record.pad == "added":
             add_pad_token(loaded.model, loaded.tokenizer)
         # Not the folder's own config, which may name modules to import and paths to read.
@@ -895,11 +863,14 @@ def load_for_inference(
         weights = (adapter.folder / WEIGHTS).read_bytes()
         loaded.adapter_sha256 = hashlib.sha256(weights).hexdigest()
         loaded.system_prompt, loaded.reference = record.system_prompt, record.surprisal_reference
-    from unsloth import FastLanguageModel
+    from unsloth import FastLanguageModel  # isort: skip
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     FastLanguageModel.for_inference(loaded.model)
     if profile.attn_implementation == "grouped":
-        register_grouped_attention()
+        AttentionInterface.register("grouped", attend_grouped)
+        AttentionMaskInterface.register("grouped", sdpa_mask)
         loaded.model.set_attn_implementation("grouped")
     loaded.system_prompt = system_prompt or loaded.system_prompt
     return loaded
@@ -1004,11 +975,10 @@ def encode_request(loaded: LoadedModel, request: Request) -> list[int]:
     check_question(question)
     prompt = data.encode_prompt(loaded.tokenizer, question, request.history, loaded.system_prompt)
     if len(prompt) + cap > data.MAX_SEQ_LENGTH:
-        raise UsageError(
-            f'The question "{data.escape_controls(question[:40])}..." has a prompt of '
-            f"{len(prompt)} tokens; with an answer of up to {cap}, this exceeds the maximum of "
-            f"{data.MAX_SEQ_LENGTH}. Shorten the question, or the answer with --max-new-tokens."
-        )
+        shown = f'The question "{data.escape_controls(question[:40])}..." has a prompt of'
+        most = f"with an answer of up to {cap}, this exceeds the maximum of {data.MAX_SEQ_LENGTH}"
+        advice = "Shorten the question, or the answer with --max-new-tokens."
+        raise UsageError(f"{shown} {len(prompt)} tokens; {most}. {advice}")
     return prompt
 
 
@@ -1036,33 +1006,6 @@ def cut_answer(
     return (list(ids[:cap]), "length") if end is None else (list(ids[: end + 1]), "stop")
 
 
-def _read_prompts(
-    loaded: LoadedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> DynamicCache:
-    """Keys and values of the prompts (B, T) except their last token, where `generate` continues.
-    Each distinct prompt is read once, in its own forward pass of shape (1, T - 1)."""
-    import torch
-    from transformers import DynamicCache
-
-    rows, parts = [tuple(row) for row in input_ids.tolist()], {}
-    for place, row in enumerate(rows):
-        if row not in parts:
-            mask = attention_mask[place : place + 1, :-1]
-            parts[row] = loaded.model(
-                input_ids=input_ids[place : place + 1, :-1],
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                past_key_values=DynamicCache(config=loaded.model.config),
-                use_cache=True,
-                logits_to_keep=1,
-            ).past_key_values.layers
-    cache = DynamicCache(config=loaded.model.config)
-    for number, layers in enumerate(zip(*(parts[row] for row in rows), strict=True)):
-        keys = torch.cat([each.keys for each in layers])
-        cache.update(keys, torch.cat([each.values for each in layers]), number)
-    return cache
-
-
 def answer_requests(
     loaded: LoadedModel,
     requests: Sequence[Request],
@@ -1079,6 +1022,7 @@ def answer_requests(
     import torch
 
     model, tokenizer, written = loaded.model, loaded.tokenizer, ""
+    answers: dict[int, Answer] = {}
     prompts = [encode_request(loaded, request) for request in requests]
     stops = [stop_ids(each.decoding, model, tokenizer) for each in requests]
     caps = [request.decoding.max_new_tokens for request in requests]
@@ -1088,26 +1032,24 @@ def answer_requests(
         words = [token for token in kept if token not in stops[place]]
         return kept, reason, tokenizer.decode(words, skip_special_tokens=False).strip()
 
-    def write_first(ids: list[int]) -> None:
-        nonlocal written
-        text = cut(0, ids)[2]
-        # Incomplete characters wait for the next token; trailing spaces are stripped.
-        if not text.endswith("\ufffd") and text.startswith(written):
-            on_text(text[len(written) :])
-            written = text
-
-    def generate(batch: list[list[int]], width: int) -> tuple[list[list[int]], list[list[bool]]]:
-        """New ids of each row, meaningless after its end, and `overruled` of the processor."""
+    def answer_batch(batch: list[list[int]], width: int) -> None:
+        """Generates the answers of up to `ROWS` rows; each row is a list of places."""
+        started = time.perf_counter()
         rows = batch + batch[-1:] * (ROWS - len(batch))
         longest = [max(caps[place] for place in row) for row in batch]
         overruled: list[list[bool]] = []
 
         def has_ended(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             """`input_ids` (B, T) -> (B,): whether all answers of a row have ended."""
+            nonlocal written
             steps = len(overruled)
             progress(sum(steps <= cap for cap in longest))
             if on_text and batch[0][0] == 0:
-                write_first(input_ids[0, width:].tolist())
+                text = cut(0, input_ids[0, width:].tolist())[2]
+                # Incomplete characters wait for the next token; trailing spaces are stripped.
+                if not text.endswith("\ufffd") and text.startswith(written):
+                    on_text(text[len(written) :])
+                    written = text
             newest = zip(rows, input_ids[:, -1].tolist(), strict=True)
             ended = [all(t in stops[n] or steps >= caps[n] for n in row) for row, t in newest]
             return torch.tensor(ended, device=input_ids.device)
@@ -1115,50 +1057,44 @@ def answer_requests(
         ids = {"input_ids": [prompts[row[0]] for row in rows]}
         shape = {"padding": "max_length", "max_length": width, "padding_side": "left"}
         inputs = tokenizer.pad(ids, **shape, return_attention_mask=True, return_tensors="pt")
-        inputs = dict(inputs.to(model.device))
         padding = [width - len(prompts[row[0]]) for row in batch]
         decodings = [requests[row[0]].decoding for row in batch]
         # An id that ends no row, as `has_ended` does that; an empty list would mean the model's.
         no_id, pad = model.config.vocab_size, tokenizer.pad_token_id
         # Not inference mode, since a later training step may need tensors that the model caches.
         with torch.no_grad():
-            if loaded.profile.shares_prompts:
-                inputs["past_key_values"] = _read_prompts(loaded, **inputs)
             output = model.generate(
-                **inputs,
+                **inputs.to(model.device),
                 generation_config=make_generation_config(max(longest), [no_id], pad),
                 logits_processor=[make_row_processor(decodings, width, padding, overruled)],
                 stopping_criteria=[has_ended],
             )
         progress(sum(max(0, cap - len(overruled)) for cap in longest))
-        return output[:, width:].tolist(), overruled
+        seconds = round(time.perf_counter() - started, 3)
+        for row, place in ((row, place) for row, each in enumerate(batch) for place in each):
+            kept, reason, text = cut(place, output[row, width:].tolist())
+            answers[place] = Answer(
+                question=requests[place].question,
+                text=text,
+                token_ids=kept,
+                finish_reason=reason,
+                prompt_tokens=len(prompts[place]),
+                answer_tokens=len(kept),
+                num_overruled=sum(step[row] for step in overruled[: len(kept)]),
+                decoding=requests[place].decoding,
+                model=loaded.profile.base_model,
+                adapter=loaded.adapter_sha256,
+                seconds=seconds,
+                system_prompt=loaded.system_prompt,
+            )
 
-    answers: dict[int, Answer] = {}
     by_width = defaultdict(list)
     for row in merge_requests(requests):
         # At least one pad token, so that there is a mask.
         by_width[(len(prompts[row[0]]) // PROMPT_MULTIPLE + 1) * PROMPT_MULTIPLE].append(row)
     for width, rows in sorted(by_width.items()):
         for start in range(0, len(rows), ROWS):
-            batch, started = rows[start : start + ROWS], time.perf_counter()
-            ids, overruled = generate(batch, width)
-            seconds = round(time.perf_counter() - started, 3)
-            for row, place in ((row, place) for row, each in enumerate(batch) for place in each):
-                kept, reason, text = cut(place, ids[row])
-                answers[place] = Answer(
-                    question=requests[place].question,
-                    text=text,
-                    token_ids=kept,
-                    finish_reason=reason,
-                    prompt_tokens=len(prompts[place]),
-                    answer_tokens=len(kept),
-                    num_overruled=sum(step[row] for step in overruled[: len(kept)]),
-                    decoding=requests[place].decoding,
-                    model=loaded.profile.base_model,
-                    adapter=loaded.adapter_sha256,
-                    seconds=seconds,
-                    system_prompt=loaded.system_prompt,
-                )
+            answer_batch(rows[start : start + ROWS], width)
     return [answers[place] for place in range(len(requests))]
 
 
@@ -1230,19 +1166,17 @@ def prepare_reference(profile: Profile) -> None:
     if (data.cache_home() / name_reference(base_model)[0]).is_dir():
         return
     report(f"{base_model} answers {REFERENCE_PROBES} questions, once, for the judge.")
-    command = [sys.executable, str(Path(__file__).resolve()), "--judge", "-"]
-    command += ["--profile", profile.name, "--base-model", base_model]
-    own_answer = json.dumps({"question": "What is croup?", "text": "...", "model": base_model})
+    command = [sys.executable, str(Path(__file__).resolve()), "What is croup?", "--base"]
+    command += ["--max-new-tokens", "1", "--profile", profile.name, "--base-model", base_model]
     # Ctrl-C does not reach its session: it is killed if this process is stopped.
-    settings: dict[str, Any] = {"capture_output": True, "text": True, "start_new_session": True}
-    ran = subprocess.run(command, input=own_answer, **settings)
+    ran = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     if ran.returncode:
         raise UsageError(f"The base model could not answer:\n{ran.stderr.strip()[-2000:]}")
 
 
-def surprisal_reference(loaded: LoadedModel, progress: Progress = lambda tokens: None) -> float:
+def surprisal_reference(loaded: LoadedModel) -> float:
     """The largest surprisal of the base model's plain answers to the probes, in nats per byte.
-    Cached, and part of an adapter's record. `progress` is called with 0 after every step."""
+    Cached, and part of an adapter's record."""
     if loaded.reference is not None:
         return loaded.reference
     name, questions = name_reference(loaded.profile.base_model)
@@ -1251,7 +1185,7 @@ def surprisal_reference(loaded: LoadedModel, progress: Progress = lambda tokens:
         requests = [Request(each, Decoding(max_new_tokens=REFERENCE_TOKENS)) for each in questions]
         with loaded.without_adapter() as base:
             base = dataclasses.replace(base, system_prompt=data.SYSTEM_PROMPT)
-            answers = answer_requests(base, requests, lambda tokens: progress(0))
+            answers = answer_requests(base, requests)
             nats = [measure_surprisal(base, each.question, each.token_ids)[0] for each in answers]
         data.write_atomic(folder / "reference.json", json.dumps({"nats_per_byte": max(nats)}))
 
@@ -1266,9 +1200,9 @@ def judge_answers(
     history: Sequence[tuple[str, str]] = (),
     progress: Progress = lambda tokens: None,
 ) -> list[JudgedAnswer]:
-    """The verdicts on a model's answers. `progress` is called with 0 after every slow step."""
+    """The verdicts on a model's answers. `progress` is called with 0 after each of them."""
     probes = {probe.question: probe for probe in loaded.probes}
-    reference, judged = surprisal_reference(loaded, progress), []
+    reference, judged = surprisal_reference(loaded), []
     for each in answers:
         nats, span = measure_surprisal(loaded, each.question, each.token_ids, history)
         progress(0)
@@ -1320,10 +1254,9 @@ def read_questions(source: str) -> list[QuestionRow]:
         records = data.read_records(source)
     rows = []
     for place, record in records:
-        row = QuestionRow(place, record if isinstance(record, dict) else {"record": str(record)})
-        rows.append(row)
-        if not isinstance(record, dict):
-            row.problem = f"It is not a JSON object: {record!s:.200}"
+        problem = "" if isinstance(record, dict) else f"It is not a JSON object: {record!s:.200}"
+        columns = {"record": str(record)} if problem else record
+        rows.append(QuestionRow(place, columns, problem=problem))
     found = [data.find_question(row.columns) for row in rows]
     # An instruction that is the same in every row is a system prompt, as in training.
     instructions = {repr(given.get("instruction")) for given, _ in found}
@@ -1338,8 +1271,7 @@ def read_questions(source: str) -> list[QuestionRow]:
         try:
             check_question(row.question)
         except UsageError as error:
-            expected = f"{error} Expected text in a column question or prompt."
-            row.problem = row.problem or expected
+            row.problem = row.problem or f"{error} Expected text in a column question or prompt."
     if all(row.problem for row in rows):
         first = f" {rows[0].place}: {rows[0].problem}" if rows else ""
         raise UsageError(f"{source} contains no questions.{first}")
@@ -1349,8 +1281,7 @@ def read_questions(source: str) -> list[QuestionRow]:
 def read_answered(path: Path, rows: Sequence[QuestionRow], expected: dict[str, Any]) -> list[str]:
     """The lines that an earlier start wrote for the first rows. Raises UsageError if the file
     contains something else, or answers with other values than `expected`."""
-    lines = path.read_bytes().split(b"\n")
-    lines = lines if lines[-1] else lines[:-1]
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         is_ours = False
         with contextlib.suppress(*BAD_CONTENT):
@@ -1358,10 +1289,9 @@ def read_answered(path: Path, rows: Sequence[QuestionRow], expected: dict[str, A
             own = {"question": row.question} | ({} if row.problem else expected)
             is_ours = all(record[name] == value for name, value in own.items())
         if not is_ours:
-            raise UsageError(
-                f"{path}:{number} is not an answer to row {number} by this model, with this "
-                "decoding and system prompt. Give another file with --output, or remove it."
-            )
+            expected = f"an answer to row {number} by this model, decoding and system prompt"
+            advice = "Give another file with --output, or remove it."
+            raise UsageError(f"{path}:{number} is not {expected}. {advice}")
     return [line.decode() for line in lines]
 
 
@@ -1398,7 +1328,11 @@ def answer_file(
 
 def judge_file(config: InferConfig) -> int:
     """Judges the answers in a file or on stdin; prints each as a JSON line with its verdict.
-    Returns 1 if a record could not be judged, else 0."""
+    Returns 1 if a record could not be judged, else 0.
+
+    Surprisal is a multiple of the base model's reference, or for other writers, of a reference at
+    which the median of their answers plus four deviations (MAD) is the threshold.
+    """
     if config.judge == "-":
         content = data.decode_text(sys.stdin.buffer.read(), "stdin")
         records = list(data.read_json(content, "stdin"))
@@ -1413,7 +1347,29 @@ def judge_file(config: InferConfig) -> int:
             reason = str(record.get("finish_reason")).casefold()
             reason = "length" if reason in ("length", "max_tokens", "max_length") else "stop"
             answers[place] = record | {"finish_reason": reason}
-    surprisals = compare_surprisals(config, answers) if config.surprisal and answers else {}
+    surprisals: dict[str, Measure] = {}
+    others: dict[str, Measure] = {}
+    if config.surprisal and answers:
+        profile = data.resolve_profile(config.profile, config.base_model)
+        prepare_environment(profile)
+        loaded = load_for_inference(profile, None, config.system_prompt)
+        for place, each in tqdm(answers.items(), unit="answer", desc="reading", disable=None):
+            ids = data.encode_text(loaded.tokenizer, each["text"])
+            ids += [loaded.tokenizer.eos_token_id] * (each["finish_reason"] == "stop")
+            nats, span = measure_surprisal(loaded, each["question"], ids)
+            if data.is_same_base(str(each.get("model")), profile.base_model):
+                surprisals[place] = nats / surprisal_reference(loaded), span
+            else:
+                others[place] = nats, span
+    if len(others) >= MIN_ANSWERS_TO_COMPARE:
+        median = statistics.median(nats for nats, _ in others.values())
+        deviation = statistics.median(abs(nats - median) for nats, _ in others.values())
+        limit = median + 4 * max(deviation, median / 10)
+        reference = limit / CHECKS["surprisal"].threshold or 1
+        surprisals |= {place: (nats / reference, span) for place, (nats, span) in others.items()}
+    elif others:
+        problem = f"{len(others)} answers of unknown models are too few to compare their surprisal"
+        report(f"{problem} ({MIN_ANSWERS_TO_COMPARE} are needed). They are judged by text alone.")
     probes = {probe.question: probe for probe in read_probes(config.probes)}
     counts: Counter[str] = Counter()
     for place, record in records:
@@ -1432,38 +1388,6 @@ def judge_file(config: InferConfig) -> int:
     found += f"; {skipped} could not be judged" if skipped else ""
     report(f"sound {sound} of {len(answers)}{found}")
     return 1 if skipped else 0
-
-
-def compare_surprisals(
-    config: InferConfig, answers: dict[str, dict[str, Any]]
-) -> dict[str, Measure]:
-    """The surprisal of each answer by its place, as a multiple of the base model's reference, or
-    for other writers, of one at which their median plus four deviations (MAD) is the threshold."""
-    profile = data.resolve_profile(config.profile, config.base_model)
-    prepare_environment(profile)
-    loaded = load_for_inference(profile, None, config.system_prompt)
-    measures: dict[str, Measure] = {}
-    others: dict[str, Measure] = {}
-    for place, each in tqdm(answers.items(), unit="answer", desc="reading", disable=None):
-        ids = data.encode_text(loaded.tokenizer, each["text"])
-        ids += [loaded.tokenizer.eos_token_id] * (each["finish_reason"] == "stop")
-        nats, span = measure_surprisal(loaded, each["question"], ids)
-        if data.is_same_base(str(each.get("model")), profile.base_model):
-            measures[place] = nats / surprisal_reference(loaded), span
-        else:
-            others[place] = nats, span
-    if len(others) >= MIN_ANSWERS_TO_COMPARE:
-        median = statistics.median(nats for nats, _ in others.values())
-        deviation = statistics.median(abs(nats - median) for nats, _ in others.values())
-        limit = median + 4 * max(deviation, median / 10)
-        reference = limit / CHECKS["surprisal"].threshold or 1
-        measures |= {place: (nats / reference, span) for place, (nats, span) in others.items()}
-    elif others:
-        report(
-            f"{len(others)} answers of unknown models are too few to compare their surprisal "
-            f"({MIN_ANSWERS_TO_COMPARE} are needed); they are judged by their text alone."
-        )
-    return measures
 
 
 # --- Command -------------------------------------------------------------------------------------
@@ -1513,8 +1437,8 @@ class InferConfig:
             raise ValueError("--judge takes no --adapter, and --questions no --json. Remove it.")
         if self.base and (self.adapter or self.compare == "models"):
             raise ValueError("--base asks without an adapter. Remove it, or the other flag.")
-        questions = self.questions and self.questions.resolve()
-        if self.output and (not questions or self.output.resolve() == questions):
+        output = self.output and self.output.resolve()
+        if output and (not self.questions or output == self.questions.resolve()):
             raise ValueError(f"--output {self.output} needs --questions, and is another file.")
         if self.system_prompt is not None and not self.system_prompt.strip():
             raise ValueError("--system-prompt is empty. Give a value.")
@@ -1524,8 +1448,7 @@ class InferConfig:
 
     def change_decoding(self, decoding: Decoding) -> Decoding:
         """`decoding` with the fields given as flags. Raises ValueError as `Decoding`."""
-        names = [each.name for each in dataclasses.fields(Decoding) if each.name != "stop"]
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {n: v for n, v in vars(self).items() if n in vars(decoding) and v is not None}
         return dataclasses.replace(decoding, **given)
 
 

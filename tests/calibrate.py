@@ -70,8 +70,9 @@ def judge_labelled(labelled):
     pairs = []
     for record in labelled:
         surprisal = (recorded[key_of(record)] / recorded["reference"], (0, 0))
-        measures = infer.measure_answer(record["text"], record["question"], record["finish_reason"], surprisal)
-        pairs.append((record, {name: score / infer.CHECKS[name].threshold for name, (score, _) in measures.items()}))
+        judged = infer.judge(record["text"], record["question"], record["finish_reason"], surprisal)
+        scores = {name: score / infer.CHECKS[name].threshold for name, (score, _) in judged.measures.items()}
+        pairs.append((record, scores))
     return pairs
 
 

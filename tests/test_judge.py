@@ -30,7 +30,7 @@ def found(text, question="", finish_reason="stop"):
 def test_a_sound_answer_has_no_findings():
     judged = judge(SOUND, "What is the first-line treatment of hypertension in adults?")
     assert judged.sound and judged.ended and judged.verdict == "sound" and judged.score < 1
-    assert set(infer.measure_answer(SOUND)) == set(CHECKS) and len(CHECKS) <= 7
+    assert set(judged.measures) == set(CHECKS) and len(CHECKS) <= 7
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_a_sound_answer_has_no_findings():
     ["", "pain " * 50, "é" * 3 + " \U0001f600 word " * 40, "**a**  b\n" * 40, "1. x\n" * 30, "患者" * 200],
 )
 def test_spans_lie_in_the_text(text):
-    for score, (start, end) in infer.measure_answer(text).values():
+    for score, (start, end) in judge(text).measures.values():
         assert score >= 0 and 0 <= start <= end <= len(text)
 
 
