@@ -355,9 +355,9 @@ def reaches_hub() -> bool:
         return True
     try:
         socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
+        return True
     except OSError:
         return False
-    return True
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -374,14 +374,13 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
         expected = f"Expected a file ({', '.join(FILE_SUFFIXES)}) or a hub id (owner/name)."
         raise UsageError(f"{source[:300]!r} {problem}. {expected}")
     try:
-        if suffix in (".jsonl", ".json"):
-            return read_json(decode_text(path.read_bytes(), source), source)
-        if suffix in (".csv", ".tsv"):
-            return _read_csv(decode_text(path.read_bytes(), source), source)
         if suffix == ".parquet":
             import pyarrow.parquet
 
             records = pyarrow.parquet.read_table(path).to_pylist()
+        elif suffix in FILE_SUFFIXES:
+            text = decode_text(path.read_bytes(), source)
+            return read_json(text, source) if "json" in suffix else _read_csv(text, source)
         else:
             if not reaches_hub():
                 # Before the hub client is imported, which would retry for 30 s.
@@ -431,12 +430,11 @@ def read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
-    lines = [f"{line}\n" for line in text.split("\n")]
-    header = next(filter(str.strip, lines), "")
+    header = next(filter(str.strip, text.split("\n")), "")
     place, names = f"{source}:1", None
     try:
-        widths = {each: len(next(csv.reader([header], delimiter=each))) for each in ",;\t|"}
-        delimiter = max(widths, key=widths.__getitem__)
+        delimiter = max(",;\t|", key=lambda each: len(next(csv.reader([header], delimiter=each))))
+        lines = io.StringIO(text)  # which a lone carriage return does not end
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         for fields in reader:
             if not any(map(str.strip, fields)):
