@@ -75,9 +75,9 @@ FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 QUESTION_COLUMNS = ("question", "prompt", "patient", "query", "input", "context", "user", "human")
 ANSWER_COLUMNS = ("answer", "response", "completion", "output", "doctor", "assistant")
-ROLES = {
+COLUMN_RANKS = {n: rank for rank, n in enumerate(CHAT_COLUMNS + QUESTION_COLUMNS + ANSWER_COLUMNS)}
+ROLES = {  # of a turn; of a column also `instruction`
     **dict.fromkeys(("system", "developer"), "system"),
-    "instruction": "instruction",  # of a column: part of the question, or a system prompt
     **dict.fromkeys(("user", "human", "patient"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "ai", "bot", "model", "doctor"), "assistant"),
 }
@@ -457,34 +457,32 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
 # --- Records to messages -------------------------------------------------------------------------
 
 
-def _find_column(columns: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    there = [name for name in names if name in columns]
-    return min(there, key=lambda name: columns[name] is None, default=None)
-
-
 def find_question(record: dict, given: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
-    """`(columns, roles)`: values by their names in lower case, None if they count as empty; and the
-    roles of the question's columns, of which an instruction may be one."""
+    """`(columns, roles)`: values by their names in lower case, None if they count as empty, those
+    to be used first; and the roles of the question's columns, of which an instruction may be one.
+    """
     columns = {str(name).strip().casefold(): value for name, value in record.items()}
     for name, value in columns.items():
         is_empty = isinstance(value, str) and value.strip().casefold() in EMPTY_TEXTS
         if is_empty or value != value or value == []:  # NaN differs from itself
             columns[name] = None
+    ranks = {name: (columns[name] is None, COLUMN_RANKS.get(name, 0)) for name in columns}
+    columns = {name: columns[name] for name in sorted(columns, key=ranks.__getitem__)}
     if given is not None:
         return columns, {name: "user" for name in columns if name == given.strip().casefold()}
     # A prompt beside an instruction and its input is a rendering of the two.
     is_both = columns.get("instruction") and {"input", "context"} & columns.keys()
-    names = [name for name in QUESTION_COLUMNS if not (is_both and name == "prompt")]
+    names = [n for n in columns if n in QUESTION_COLUMNS and not (is_both and n == "prompt")]
     # An instruction without another column for the question is the question.
-    roles = {"instruction": "instruction", _find_column(columns, names) or "instruction": "user"}
+    roles = {"instruction": "instruction", next(iter(names), "instruction"): "user"}
     return columns, {name: role for name, role in roles.items() if name in columns}
 
 
-def _read_turn(turn: Any) -> Message | None:
-    """The message of one turn, or None if it cannot be trained on."""
+def _read_turn(turn: Any, role: str | None) -> Message | None:
+    """The message of a turn, or of a column with a `role`; None if it cannot be trained on."""
     if not isinstance(turn, dict) or not {"content", "value"} & turn.keys():
         return None
-    role = ROLES.get(str(turn.get("role") or turn.get("from")).casefold())
+    role = role or ROLES.get(str(turn.get("role") or turn.get("from")).casefold())
     if not role or turn.get("tool_calls") or turn.get("weight") == 0:
         return None
     content = turn.get("value") if turn.get("content") is None else turn["content"]
@@ -511,34 +509,31 @@ def parse_record(record: Any, flags: RowsFlags) -> tuple[str, list[Message], set
         raise UsageError(f"two columns differ only in case: {', '.join(record):.100}")
     given = flags.answer_column
     answers = ANSWER_COLUMNS if given is None else [given.strip().casefold()]
-    answer = _find_column(columns, answers)
-    chat = None if flags.question_column or given else _find_column(columns, CHAT_COLUMNS)
-    if chat and (columns[chat] is not None or not answer):
-        used = {chat: "chat"}
+    answer = next((name for name in columns if name in answers), None)
+    chat = next((name for name in columns if name in CHAT_COLUMNS), None)
+    is_chat = chat and not (flags.question_column or given)
+    if is_chat and (columns[chat] is not None or not answer):
+        used = {chat: None}
     elif answer and used:
         used |= {answer: "assistant"}
     else:
         found = ", ".join(map(str, record))[:200] or "none"
         raise UsageError(f"expected a question and an answer, found {found}")
     unused = {name for name in columns if columns[name] is not None} - {"system", *used}
-    turns: list[tuple[str, Any]] = []  # with the place in the record
+    messages: list[Message] = []
     for name, role in {"system": "system", **used}.items():
         value = columns.get(name)
-        if isinstance(value, list):
-            turns += [(f"turn {number} of {name}", each) for number, each in enumerate(value, 1)]
-        elif value is not None:
-            turns.append((f"column {name}", {"role": role, "content": value}))
-    messages: list[Message] = []
-    for where, turn in turns:
-        message = _read_turn(turn)
-        is_column = where.startswith("column")
-        is_odd = message and message[0] == "instruction" and not is_column
-        is_late = message and message[0] == "system" and {"user", "assistant"} & {*dict(messages)}
-        if not message or is_odd or is_late:
-            shown = turn["content"] if is_column else turn
-            raise UsageError(f"{where} cannot be trained on: {shown!r:.80}")
-        messages.append(message)
-        unused |= {f"{name} of a turn" for name in turn.keys() - USED_FIELDS if turn[name]}
+        has_turns = isinstance(value, list)
+        turns = value if has_turns else [{"content": value}] * (value is not None)
+        for number, turn in enumerate(turns, 1):
+            message = _read_turn(turn, None if has_turns else role)
+            is_after = {"user", "assistant"} & dict(messages).keys()
+            if not message or (message[0] == "system" and is_after):
+                where = f"turn {number} of {name}" if has_turns else f"column {name}"
+                shown = turn if has_turns else value
+                raise UsageError(f"{where} cannot be trained on: {shown!r:.80}")
+            messages.append(message)
+            unused |= {f"{each} of a turn" for each in turn.keys() - USED_FIELDS if turn[each]}
     return "/".join(used), messages, unused
 
 
