@@ -586,14 +586,9 @@ def complete_messages(
     return (("system", prompt), *turns), log
 
 
-def load_source(
-    name: SourceName, source: str, flags: RowsFlags, is_default: bool = False
-) -> tuple[list[Row], Report]:
-    """The readable rows of a source, before cleaning, and the report on them. The flags that name
-    columns do not apply to a profile's own source (`is_default`)."""
+def load_source(name: SourceName, source: str, flags: RowsFlags) -> tuple[list[Row], Report]:
+    """The readable rows of a source, before cleaning, and the report on them."""
     report = Report(source, "other" if flags.clean == "auto" else flags.clean)
-    if is_default:
-        flags = dataclasses.replace(flags, question_column=None, answer_column=None)
     parsed: list[tuple[str, str, list[Message]]] = []
     for place, record in read_records(source):
         report.num_read += 1
@@ -630,7 +625,6 @@ def load_source(
 
 # --- Cleaning ------------------------------------------------------------------------------------
 
-STORY = ("chatdoctor", "wikidoc")  # datasets with rules of their own
 # ChatDoctor's anonymiser replaced "Dr" and the rest of that sentence by its own name.
 _NAME = r"chat\s*doctor"
 _CHAT_DOCTOR = re.compile(_NAME, re.I)
@@ -704,23 +698,6 @@ _TEXT_DEFECTS: dict[str, re.Pattern[str]] = {
 }
 
 
-def _repair(text: str, cleaning: str) -> tuple[str, list[str]]:
-    """The text with its characters repaired, and the rules that acted."""
-    import ftfy
-
-    if _PLAIN_ASCII.fullmatch(text):
-        repaired = text
-    elif cleaning == "other":  # `fix_text` would also replace full-width characters
-        repaired = ftfy.fix_encoding(text)
-    else:
-        repaired = ftfy.fix_text(text, uncurl_quotes=False)
-    rules = ["wrongly decoded text repaired"] * (repaired != text)
-    for rule, (pattern, replacement) in _REPLACEMENTS.items() if cleaning == "chatdoctor" else ():
-        repaired, count = pattern.subn(replacement, repaired)
-        rules += [rule] * bool(count)
-    return repaired.strip(), rules
-
-
 def _strip_closing(text: str) -> tuple[str, list[str]]:
     rules = []
     while True:
@@ -762,17 +739,28 @@ def _find_defect(turns: Sequence[Message], cleaning: str) -> str | None:
     return None
 
 
-def clean_row(row: Row, cleaning: str) -> tuple[Row | None, list[str]]:
-    """The cleaned row, and the rules that acted; None in its place if the last one dropped it."""
+def clean_row(row: Row, report: Report) -> Row | None:
+    """The cleaned row, or None if a rule dropped it. Logs what the rules changed or dropped."""
+    import ftfy
+
+    cleaning = report.cleaning
     if cleaning == "none":
-        return row, []
-    first = 1 if cleaning in STORY else 0  # the story's system prompt is ours
+        return row
+    first = 1 if cleaning in INSTRUCTIONS else 0  # the story's system prompt is ours
     turns, rules = [], []
-    for role, text in row.messages[first:]:
-        text, acted = _repair(text, cleaning)
-        rules += acted
+    for role, given in row.messages[first:]:
+        text = given
+        if not _PLAIN_ASCII.fullmatch(text):
+            if cleaning == "other":  # `fix_text` would also replace full-width characters
+                text = ftfy.fix_encoding(text)
+            else:
+                text = ftfy.fix_text(text, uncurl_quotes=False)
+        rules += ["wrongly decoded text repaired"] * (text != given)
         if cleaning == "chatdoctor":
-            start = 0
+            for rule, (pattern, replacement) in _REPLACEMENTS.items():
+                text, count = pattern.subn(replacement, text)
+                rules += [rule] * count
+            text, start = text.strip(), 0
             while (found := _OPENING.match(text, start)) and found.end() < len(text):
                 rules.append(f"{found.lastgroup} removed")
                 start = found.end()
@@ -781,27 +769,16 @@ def clean_row(row: Row, cleaning: str) -> tuple[Row | None, list[str]]:
         if cleaning == "chatdoctor" and role == "assistant":
             text, acted = _strip_closing(text)
             rules += acted
-        turns.append((role, re.sub(r"[ \t]{2,}", " ", text).strip() if cleaning in STORY else text))
-    rules = list(dict.fromkeys(rules))
-    defect = _find_defect(turns, cleaning) if cleaning in STORY else None
+        turns.append((role, (re.sub(r"[ \t]{2,}", " ", text) if first else text).strip()))
+    defect = _find_defect(turns, cleaning) if first else None
+    messages = row.messages if defect else (*row.messages[:first], *turns)
+    changed = (a for (_, a), (_, b) in zip(row.messages, messages, strict=True) if a != b)
+    shown = next(changed, row.answer)
+    for rule in dict.fromkeys(rules):
+        report.log(rule, row.place, shown)
     if defect:
-        return None, [*rules, defect]
-    return dataclasses.replace(row, messages=(*row.messages[:first], *turns)), rules
-
-
-def clean_rows(rows: Iterable[Row], report: Report) -> list[Row]:
-    """The rows that `clean_row` keeps, in their order. Logs what the rules changed or dropped."""
-    kept = []
-    for row in rows:
-        cleaned, rules = clean_row(row, report.cleaning)
-        kept += [cleaned] if cleaned else []
-        after = (cleaned or row).messages
-        changed = (a for (_, a), (_, b) in zip(row.messages, after, strict=True) if a != b)
-        text = next(changed, row.answer)
-        for rule in rules:
-            is_last = not cleaned and rule == rules[-1]
-            report.log(rule, row.place, text, "dropped" if is_last else "modified")
-    return kept
+        report.log(defect, row.place, shown, "dropped")
+    return None if defect else dataclasses.replace(row, messages=messages)
 
 
 # Questions that differ only in these words are the same question.
@@ -825,7 +802,7 @@ def drop_repeats(
     kept = []
     for row in sorted(rows, key=lambda row: row.key):
         report, rule, action, probe = reports[row.source], None, "dropped", None
-        is_story = report.cleaning in STORY
+        is_story = report.cleaning in INSTRUCTIONS
         words = _WORD.findall(row.question.casefold())
         content = " ".join(word for word in words if word not in _FILLER) or " ".join(words)
         for _, text in row.messages[1::2]:
@@ -1286,8 +1263,11 @@ class RowsConfig(RowsFlags):
         cleaned: list[Row] = []
         reports: dict[SourceName, Report] = {}
         for name, source in self.sources(profile).items():
-            read, reports[name] = load_source(name, source, self, getattr(self, name) is None)
-            cleaned += clean_rows(read, reports[name])
+            flags = self
+            if getattr(self, name) is None:  # the columns of the profile's own source are known
+                flags = dataclasses.replace(self, question_column=None, answer_column=None)
+            read, reports[name] = load_source(name, source, flags)
+            cleaned += filter(None, (clean_row(row, reports[name]) for row in read))
         questions = []
         for place, record in read_records(self.probes or str(PROBES)):
             question = record.get("question") if isinstance(record, dict) else None

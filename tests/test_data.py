@@ -44,6 +44,12 @@ def prepare(path, **flags):
     return data.RowsConfig(rows=str(path), **flags).load(data.PROFILES["cpu"])
 
 
+def clean_row(row, cleaning):
+    """The cleaned row, or None, and the rules that acted."""
+    report = data.Report("rows", cleaning)
+    return data.clean_row(row, report), list(report.rules)
+
+
 def counted(report):
     return {rule: found["rows"] for rule, found in report.rules.items()}
 
@@ -203,7 +209,7 @@ def test_a_format_becomes_messages(name, tmp_path):
     rows, report = load(tmp_path / "rows.jsonl", [record, filler])
     assert rows[0].messages == messages
     assert list(report.rules) == rules
-    assert data.clean_row(rows[0], "other") == (rows[0], [])
+    assert clean_row(rows[0], "other") == (rows[0], [])
 
 
 def test_columns_with_other_names_are_named_by_flags(tmp_path):
@@ -633,7 +639,7 @@ def test_every_row_read_is_kept_or_dropped_by_a_rule(records, clean, tmp_path, s
 
 
 def clean(answer, question="What is it?", cleaning="chatdoctor"):
-    row, rules = data.clean_row(make_row(question, answer), cleaning)
+    row, rules = clean_row(make_row(question, answer), cleaning)
     return (row.answer if row else None), rules
 
 
@@ -755,17 +761,17 @@ def test_the_story_s_datasets_are_recognised(tmp_path):
 def test_a_destroyed_question_is_dropped_and_its_greeting_removed():
     answer = "It is a simple cold and will pass."
     assert clean(answer, "I have a fever and  ChatDoctor.  What is it?")[0] is None
-    row, _ = data.clean_row(make_row("Hello doctor, I have a fever.", answer), "chatdoctor")
+    row, _ = clean_row(make_row("Hello doctor, I have a fever.", answer), "chatdoctor")
     assert row.question == "I have a fever."
 
 
 def test_cleaning_looks_at_every_turn():
     turns = [*PAIR, ("user", "And 37?"), ("assistant", "No, and this sentence stops")]
     row = data.Row((STORY[0], *turns), "conversational")
-    assert data.clean_row(row, "wikidoc") == (None, ["answer under 5 words"])
+    assert clean_row(row, "wikidoc") == (None, ["answer under 5 words"])
     turns[1] = ("assistant", "Yes, that is a fever, Itâ€™s clear.")
     row = data.Row((STORY[0], *turns), "conversational")
-    assert data.clean_row(row, "wikidoc") == (
+    assert clean_row(row, "wikidoc") == (
         None,
         ["wrongly decoded text repaired", "stops mid-sentence"],
     )
@@ -776,7 +782,7 @@ def test_no_shipped_row_is_changed_by_cleaning():
         path = getattr(data.PROFILES["cpu"], name)
         rows, report = load(path, name=name)
         assert report.cleaning == {"conversational": "chatdoctor", "encyclopedic": "wikidoc"}[name]
-        assert data.clean_rows(rows, report) == rows
+        assert [data.clean_row(row, report) for row in rows] == rows
 
 
 # --- Repeated questions
