@@ -277,7 +277,6 @@ class Mix:
 
     train: list[Row]
     eval: list[Row]
-    not_drawn: dict[SourceName, int]  # rows that are neither
     reports: dict[SourceName, Report] = field(default_factory=dict)
 
     @property
@@ -829,12 +828,7 @@ def drop_repeats(
 # --- Mix and split -------------------------------------------------------------------------------
 
 
-def draw_mix(
-    rows: Sequence[Row],
-    wanted: Mapping[SourceName, int | None],
-    seed: int,
-    reports: dict[SourceName, Report] | None = None,
-) -> Mix:
+def draw_mix(rows: Sequence[Row], wanted: Mapping[SourceName, int | None], seed: int) -> Mix:
     """The rows of a run: first the evaluation split of each source, then the mix, shuffled by the
     sha256 of seed and row. Raises UsageError if there are too few rows."""
     pools: dict[SourceName, list[Row]] = {}
@@ -858,9 +852,7 @@ def draw_mix(
     for name, pool in pools.items():
         train += sorted(pool, key=lambda row: _digest(str(seed), row.key))[: counts[name]]
     train.sort(key=lambda row: _digest("order", str(seed), row.key))
-    held_out.sort(key=lambda row: row.key)
-    not_drawn = {name: len(pools[name]) - counts[name] for name in counts}
-    return Mix(train, held_out, not_drawn, reports or {})
+    return Mix(train, sorted(held_out, key=lambda row: row.key))
 
 
 # --- Rendering -----------------------------------------------------------------------------------
@@ -906,8 +898,8 @@ def encode_prompt(
     return encode_row(tokenizer, Row(messages, "rows"))["input_ids"][:-1]
 
 
-def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH) -> Mix:
-    """The mix without rows of more than `max_seq_length` tokens; a conversation keeps the first
+def fit_mix(mix: Mix, tokenizer: Tokenizer) -> Mix:
+    """The mix without rows of more than `MAX_SEQ_LENGTH` tokens; a conversation keeps the first
     turns that fit. No answer is cut: without its end it would teach the model not to stop."""
     reports = copy.deepcopy(mix.reports)
     splits: list[list[Row]] = [[], []]
@@ -916,7 +908,7 @@ def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH
             labels = encode_row(tokenizer, row)["labels"]
             # No text contains eos, see `encode_text`: it ends each answer, and nothing else.
             ends = [n for n, each in enumerate(labels, 1) if each == tokenizer.eos_token_id]
-            num_answers = sum(end <= max_seq_length for end in ends)
+            num_answers = sum(end <= MAX_SEQ_LENGTH for end in ends)
             if num_answers:
                 messages = row.messages[: 1 + 2 * num_answers]
                 fitting.append(dataclasses.replace(row, messages=messages))
@@ -931,9 +923,9 @@ def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH
         num_drawn = sum(row.source == name for row in (*mix.train, *mix.eval))
         num_left = sum(row.source == name for rows in splits for row in rows)
         if not all(splits) or 2 * num_left < num_drawn:
-            problem = f"{num_left:,} of {num_drawn:,} {name} have at most {max_seq_length:,} tokens"
+            problem = f"{num_left:,} of {num_drawn:,} {name} have at most {MAX_SEQ_LENGTH:,} tokens"
             raise UsageError(f"Only {problem}, too few to train and evaluate. Give shorter rows.")
-    return Mix(*splits, mix.not_drawn, reports)
+    return Mix(*splits, reports)
 
 
 def prompt_fingerprint(tokenizer: Tokenizer, system_prompt: str = SYSTEM_PROMPT) -> str:
@@ -946,12 +938,12 @@ def prompt_fingerprint(tokenizer: Tokenizer, system_prompt: str = SYSTEM_PROMPT)
 
 def cache_home() -> Path:
     """The kit's folder in the hub client's cache."""
-    given, cache = os.environ.get("HF_HOME"), os.environ.get("XDG_CACHE_HOME")
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = Path(os.environ.get("HF_HOME") or f"{cache}/huggingface", "llama-medical-answers")
     try:
-        folder = Path(given or Path(cache or Path.home() / ".cache", "huggingface")).expanduser()
+        return home.expanduser()
     except RuntimeError:
         raise UsageError("There is no home directory. Set HF_HOME to a cache folder.") from None
-    return folder / "llama-medical-answers"
 
 
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
@@ -1019,8 +1011,12 @@ def load_tokenizer(profile: Profile) -> Tokenizer:
 
 def set_special_tokens(tokenizer: Tokenizer, base_model: str) -> None:
     """Makes eos the token that ends a turn in the chat template, and pad a token other than eos."""
+    turns = (("system", "."), ("user", "."), ("assistant", "\ue000"))
+    messages = [{"role": role, "content": text} for role, text in turns]
+    options = {"tokenize": False, "date_string": TEMPLATE_DATE}
     try:
-        end = end_of_turn_id(tokenizer)
+        template = tokenizer.apply_chat_template(messages, **options).split("\ue000")[1]
+        end = tokenizer(template, add_special_tokens=False)["input_ids"][0]
     except Exception as error:  # a template raises whatever its author wrote
         problem = f"a system, a user and an assistant message ({first_line(error)})"
         raise UsageError(f"{base_model}: its chat template cannot render {problem}.") from None
@@ -1034,14 +1030,6 @@ def set_special_tokens(tokenizer: Tokenizer, base_model: str) -> None:
             reason = f"has no pad token, and none of {', '.join(PAD_TOKENS)}"
             raise UsageError(f"{base_model}: its tokenizer {reason}.")
         tokenizer.pad_token = known[0]
-
-
-def end_of_turn_id(tokenizer: Tokenizer) -> int:
-    """Id of the token that the chat template puts right after an answer."""
-    turns = (("system", "."), ("user", "."), ("assistant", "\ue000"))
-    messages = [{"role": role, "content": text} for role, text in turns]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, date_string=TEMPLATE_DATE)
-    return tokenizer(rendered.split("\ue000")[1], add_special_tokens=False)["input_ids"][0]
 
 
 def is_same_base(one: str, other: str) -> bool:
@@ -1103,13 +1091,10 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
     profile = PROFILES[choice]
     if base_model in (None, profile.base_model, profile.hub_id):
         return profile
-    for known in PROFILES.values():
-        if is_same_base(base_model, known.base_model):
-            sizes, licence = known.architecture, known.licence
-            break
-    else:
-        sizes = read_architecture(base_model)
-        licence = "llama3.2" if "llama-3.2" in base_model.lower() else "other"
+    same = [each for each in PROFILES.values() if is_same_base(base_model, each.base_model)]
+    licence = "llama3.2" if "llama-3.2" in base_model.lower() else "other"
+    licence = same[0].licence if same else licence
+    sizes = same[0].architecture if same else read_architecture(base_model)
     if Path(base_model).is_dir():
         base_model = str(Path(base_model).resolve())
     return dataclasses.replace(profile, base_model=base_model, architecture=sizes, licence=licence)
@@ -1129,27 +1114,26 @@ def audit_mix(mix: Mix, tokenizer: Tokenizer) -> dict[str, Any]:
         lengths.append(len(labels))
         num_tokens[row.source] += sum(label != -100 for label in labels)
     lengths.sort()
-    sources = {
-        name: {
+    sources = {}
+    for name, report in mix.reports.items():
+        forms = report.formats.items()
+        formats = (f"{form}: {n['rows']:,} rows, {n['answers']:,} answers" for form, n in forms)
+        num_dropped = sum(report.dropped.values())
+        sources[name] = {
             "source": report.source,
             "cleaning": report.cleaning,
-            "formats": "; ".join(
-                f"{form}: {found['rows']:,} rows, {found['answers']:,} answers"
-                for form, found in report.formats.items()
-            ),
+            "formats": "; ".join(formats),
             "unused_columns": ", ".join(sorted(report.unused_columns)),
             "read": report.num_read,
-            "dropped": sum(report.dropped.values()),
+            "dropped": num_dropped,
             "held_out": held_out[name],
-            "not_drawn": mix.not_drawn[name],
+            "not_drawn": report.num_read - num_dropped - held_out[name] - num_rows[name],
             "train_rows": num_rows[name],
             "answer_tokens": num_tokens[name],
             "row_share": round(num_rows[name] / num_rows.total(), 4),
             "answer_token_share": round(num_tokens[name] / num_tokens.total(), 4),
             "rules": report.rules,
         }
-        for name, report in mix.reports.items()
-    }
     quantiles = {"shortest": 0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1}
     return {
         "sources": sources,
@@ -1245,12 +1229,10 @@ class RowsConfig(RowsFlags):
         """Number of rows of each source that is used; None is all of them."""
         if self.rows is not None:
             return {"rows": self.num_rows}
-        counts = dict(MIXES[self.mix])
-        total = sum(counts.values())
-        if self.num_rows is not None and self.num_rows < total:
-            conversational = round(self.num_rows * Fraction(counts["conversational"], total))
-            counts["conversational"] = conversational
-            counts["encyclopedic"] = self.num_rows - conversational
+        whole = sum(MIXES[self.mix].values())
+        total = min(self.num_rows or whole, whole)
+        conversational = round(total * Fraction(MIXES[self.mix]["conversational"], whole))
+        counts = {"conversational": conversational, "encyclopedic": total - conversational}
         return {name: count for name, count in counts.items() if count}
 
     def sources(self, profile: Profile) -> dict[SourceName, str]:
@@ -1277,7 +1259,7 @@ class RowsConfig(RowsFlags):
         rows = drop_repeats(cleaned, questions, reports)
         for report in reports.values():
             report.check_losses()
-        return draw_mix(rows, self.wanted, self.seed, reports)
+        return dataclasses.replace(draw_mix(rows, self.wanted, self.seed), reports=reports)
 
 
 @dataclass(frozen=True)

@@ -1001,7 +1001,7 @@ def test_a_short_source_keeps_the_ratio_of_the_mix():
     assert Counter(row.source for row in mix.train) == {"conversational": 20, "encyclopedic": 10}
     short = data.RowsConfig(mix="rebalanced").load(data.PROFILES["cpu"])
     counts = Counter(row.source for row in short.train)
-    assert counts["conversational"] == 270 - 27 and short.not_drawn["conversational"] == 0
+    assert counts["conversational"] == 270 - 27
     assert counts["encyclopedic"] == counts["conversational"] * 1500 // 8500
 
 
@@ -1270,7 +1270,7 @@ def test_long_rows_are_dropped_and_long_conversations_keep_their_first_turns(tok
     rows.append(make_row("q?", "word " * 5000 + "end.", "rows", system="Never."))
     long = (*CONVERSATION[:5], ("user", "word " * 5000), *CONVERSATION[6:])
     rows.append(data.Row(long, "rows"))
-    mix = data.Mix(rows, rows[:1], {"rows": 0}, {"rows": data.Report("rows.jsonl", num_read=8)})
+    mix = data.Mix(rows, rows[:1], {"rows": data.Report("rows.jsonl", num_read=8)})
     fitted = data.fit_mix(mix, tokenizer)
     assert (
         fitted.train == [*rows[:5], data.Row(CONVERSATION[:5], "rows")] and fitted.eval == rows[:1]
@@ -1285,9 +1285,9 @@ def test_long_rows_are_dropped_and_long_conversations_keep_their_first_turns(tok
     )
     assert counted(mix.reports["rows"]) == {}  # the given one stays as it was
     with pytest.raises(UsageError, match="5 of 6 rows have at most 1,024"):
-        data.fit_mix(data.Mix(rows[:5], rows[5:6], mix.not_drawn, mix.reports), tokenizer)
+        data.fit_mix(data.Mix(rows[:5], rows[5:6], mix.reports), tokenizer)
     with pytest.raises(UsageError, match="5 of 6 rows have at most 1,024"):
-        data.fit_mix(data.Mix(rows[5:6], rows[:5], mix.not_drawn, mix.reports), tokenizer)
+        data.fit_mix(data.Mix(rows[5:6], rows[:5], mix.reports), tokenizer)
 
 
 # --- Audit
@@ -1507,7 +1507,7 @@ def test_special_tokens_come_from_the_chat_template(template, tokens, special, m
         return
     data.set_special_tokens(tokenizer, "some/model")
     assert (tokenizer.eos_token, tokenizer.pad_token) == special
-    assert tokenizer.eos_token_id == data.end_of_turn_id(tokenizer) != tokenizer.pad_token_id
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
 # --- The command line
@@ -1537,7 +1537,7 @@ def test_the_cache_is_where_the_hub_client_has_its_own(monkeypatch, tmp_path):
 
 
 def test_the_cache_needs_no_home_directory(monkeypatch, tmp_path):
-    monkeypatch.setattr(data.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user who has none
     for name in ("HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UsageError, match="Set HF_HOME"):

@@ -162,7 +162,7 @@ def run_once(count):
         reports = dict(zip(paths, (report for _, report in loaded), strict=True))
         kept = data.drop_repeats(cleaned, [record["question"] for record in read_probes()], reports)
         times.append(time.perf_counter())
-        mix = data.draw_mix(kept, data.MIXES["rebalanced"], 3407, reports)
+        mix = data.draw_mix(kept, data.MIXES["rebalanced"], 3407)
         times.append(time.perf_counter())
         stages = dict(zip(("read", "clean", "repeats", "mix"), (b - a for a, b in itertools.pairwise(times)), strict=True))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
