@@ -125,6 +125,37 @@ class Architecture:
         feed_forward = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}
         return attention | feed_forward | {"down_proj": (hidden, inner)}
 
+    @classmethod
+    @functools.cache
+    def read(cls, base_model: str) -> Architecture:
+        """The sizes in the config.json of a hub id or a folder, which must be a Llama model's."""
+        # Not by transformers, which must not be imported before Unsloth.
+        from huggingface_hub import hf_hub_download
+
+        path = Path(base_model, "config.json")
+        try:
+            if not path.parent.is_dir():
+                # Without a network, the client would retry for some 20 seconds.
+                is_offline = not reaches_hub()
+                path = Path(hf_hub_download(base_model, path.name, local_files_only=is_offline))
+            config = json.loads(path.read_text(encoding="utf-8"))
+            found = config.get("model_type")
+        except (OSError, ValueError, AttributeError) as error:
+            problem = f"its config.json could not be read ({first_line(error)})"
+            expected = "Expected a model's folder or hub id."
+            raise UsageError(f"{base_model}: {problem}. {expected}") from None
+        if found != "llama":
+            raise UsageError(f"{base_model}: expected the model_type 'llama', found {found!r:.60}.")
+        sizes = {n: value for n, value in config.items() if value is not None}
+        try:
+            heads = sizes["num_attention_heads"]
+            defaults = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
+            sizes = defaults | {"tie_word_embeddings": False} | sizes
+            return cls(**{each.name: sizes[each.name] for each in dataclasses.fields(cls)})
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            problem = f"its config.json has no valid sizes ({error!r})"
+            raise UsageError(f"{base_model}: {problem}.") from None
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -800,7 +831,7 @@ def drop_repeats(
     seen: set[str] = set()
     kept = []
     for row in sorted(rows, key=lambda row: row.key):
-        report, rule, action, probe = reports[row.source], None, "dropped", None
+        report, rule, action, probe = reports[row.source], None, "kept", None
         is_story = report.cleaning in INSTRUCTIONS
         words = _WORD.findall(row.question.casefold())
         content = " ".join(word for word in words if word not in _FILLER) or " ".join(words)
@@ -810,16 +841,16 @@ def drop_repeats(
             if frozenset(asked) - _FILLER in probe_keys or any(p in padded for p in probe_texts):
                 probe = text
         if report.cleaning != "none" and row.key in seen:
-            rule = "identical to another row"
+            rule, action = "identical to another row", "dropped"
         elif probe and is_story:
-            rule = "asks a probe question"
+            rule, action = "asks a probe question", "dropped"
         elif probe:
-            rule, action = "asks a probe question, may be memorised", "kept"
+            rule = "asks a probe question, may be memorised"
         elif is_story and content in seen:
-            rule = "repeats another question"
+            rule, action = "repeats another question", "dropped"
         if rule:
             report.log(rule, row.place, probe or row.question, action)
-        if not rule or action == "kept":
+        if action == "kept":
             seen |= {row.key, content} if is_story else {row.key}
             kept.append(row)
     return kept
@@ -1037,35 +1068,6 @@ def is_same_base(one: str, other: str) -> bool:
     return canonical(one) == canonical(other)
 
 
-@functools.cache
-def read_architecture(base_model: str) -> Architecture:
-    """The sizes in the config.json of a hub id or a folder, which must be a Llama model's."""
-    # Not by transformers, which must not be imported before Unsloth.
-    from huggingface_hub import hf_hub_download
-
-    path = Path(base_model, "config.json")
-    try:
-        if not path.parent.is_dir():
-            # Without a network, the client would retry for some 20 seconds.
-            path = Path(hf_hub_download(base_model, path.name, local_files_only=not reaches_hub()))
-        config = json.loads(path.read_text(encoding="utf-8"))
-        found = config.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        reason = f"its config.json could not be read ({first_line(error)})"
-        raise UsageError(f"{base_model}: {reason}. Expected a model's folder or hub id.") from None
-    if found != "llama":
-        raise UsageError(f"{base_model}: expected the model_type 'llama', found {found!r:.60}.")
-    sizes = {"tie_word_embeddings": False, **{n: v for n, v in config.items() if v is not None}}
-    try:
-        sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
-        sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
-        names = [each.name for each in dataclasses.fields(Architecture)]
-        return Architecture(**{name: sizes[name] for name in names})
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        problem = f"its config.json has no valid sizes ({error!r})"
-        raise UsageError(f"{base_model}: {problem}.") from None
-
-
 def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Profile:
     """The profile to use, with another base model if one is named; `auto` looks for a GPU."""
     if choice == "auto":
@@ -1086,7 +1088,7 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
     same = [each for each in PROFILES.values() if is_same_base(base_model, each.base_model)]
     licence = "llama3.2" if "llama-3.2" in base_model.lower() else "other"
     licence = same[0].licence if same else licence
-    sizes = same[0].architecture if same else read_architecture(base_model)
+    sizes = same[0].architecture if same else Architecture.read(base_model)
     if Path(base_model).is_dir():
         base_model = str(Path(base_model).resolve())
     return dataclasses.replace(profile, base_model=base_model, architecture=sizes, licence=licence)

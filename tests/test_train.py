@@ -57,7 +57,7 @@ def test_each_flag_is_checked(flags, message):
 
 
 def test_runs_on_other_base_models_have_their_own_names(monkeypatch):
-    monkeypatch.setattr(data, "read_architecture", lambda base_model: data.PROFILES["t4"].architecture)
+    monkeypatch.setattr(data.Architecture, "read", lambda base_model: data.PROFILES["t4"].architecture)
     names = {resolve(base_model=name)[0].name for name in ("meta/Llama-3.2-1B", "meta/Llama-3.1-8B")}
     assert names == {"t4-Llama-3.2-1B-rebalanced-all-linear", "t4-Llama-3.1-8B-rebalanced-all-linear"}
 
