@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 SourceName = Literal["conversational", "encyclopedic", "rows"]
 MixName = Literal["chatdoctor", "week4", "rebalanced"]
-CleanChoice = Literal["auto", "chatdoctor", "wikidoc", "none"]
 ProfileName = Literal["cpu", "t4"]
 ProfileChoice = Literal["auto", "cpu", "t4"]
 Message = tuple[str, str]  # (role, text)
@@ -282,22 +281,20 @@ class Report:
         found["examples"] += [text] if found["rows"] <= MAX_EXAMPLES else []
 
     @property
-    def dropped(self) -> dict[str, int]:
-        """Rows that each rule dropped."""
-        rules = self.rules.items()
-        return {rule: found["rows"] for rule, found in rules if found["action"] == "dropped"}
+    def num_dropped(self) -> int:
+        """Rows that any rule dropped."""
+        return sum(each["rows"] for each in self.rules.values() if each["action"] == "dropped")
 
     def check_losses(self) -> None:
         """Raises UsageError if rules dropped more than half of the rows."""
-        num_dropped = sum(self.dropped.values())
-        if 2 * num_dropped <= self.num_read:
+        if 2 * self.num_dropped <= self.num_read:
             return
-        lost = f"{num_dropped:,} of {self.num_read:,} rows would be dropped, more than half"
+        lost = f"{self.num_dropped:,} of {self.num_read:,} rows would be dropped, more than half"
         lines = [f"{self.source}: {lost}. Fix the file, or use other rows."]
-        for rule, count in self.dropped.items():
-            place, text = self.rules[rule]["places"][0], self.rules[rule]["examples"][0]
-            shown = f"{place}: {' '.join(text.split()):.120}"
-            lines.append(f"  {rule}: {count:,} rows, such as {shown}")
+        for rule, found in self.rules.items():
+            if found["action"] == "dropped":
+                shown = f"{found['places'][0]}: {' '.join(found['examples'][0].split()):.120}"
+                lines.append(f"  {rule}: {found['rows']:,} rows, such as {shown}")
         advice = "--question-column and --answer-column name columns, --clean none turns rules off."
         raise UsageError("\n".join([*lines, advice]))
 
@@ -496,8 +493,8 @@ def find_question(record: dict, given: str | None = None) -> tuple[dict[str, Any
         is_empty = isinstance(value, str) and value.strip().casefold() in EMPTY_TEXTS
         if is_empty or value != value or value == []:  # NaN differs from itself
             columns[name] = None
-    ranks = {name: (columns[name] is None, COLUMN_RANKS.get(name, 0)) for name in columns}
-    columns = {name: columns[name] for name in sorted(columns, key=ranks.__getitem__)}
+    order = sorted(columns, key=lambda name: (columns[name] is None, COLUMN_RANKS.get(name, 0)))
+    columns = {name: columns[name] for name in order}
     if given is not None:
         return columns, {name: "user" for name in columns if name == given.strip().casefold()}
     # A prompt beside an instruction and its input is a rendering of the two.
@@ -904,13 +901,12 @@ def encode_row(tokenizer: Tokenizer, row: Row) -> dict[str, list[int]]:
     ids, *templates = [tokenizer(each, add_special_tokens=False)["input_ids"] for each in rendered]
     labels = [-100] * len(ids)
     for (role, text), template in zip(messages, templates, strict=True):
-        content, end = encode_text(tokenizer, text), template[:1]
-        ids = ids + content + template
-        if role == "assistant":
-            assert end == [tokenizer.eos_token_id]
-            labels += content + end + [-100] * (len(template) - 1)
-        else:
-            labels += [-100] * (len(content) + len(template))
+        content = encode_text(tokenizer, text)
+        assert role != "assistant" or template[0] == tokenizer.eos_token_id
+        num_trained = len(content) + 1 if role == "assistant" else 0
+        turn = content + template
+        ids += turn
+        labels += turn[:num_trained] + [-100] * (len(turn) - num_trained)
     last = [*encode_text(tokenizer, last_answer), tokenizer.eos_token_id]
     return {"input_ids": ids + last, "labels": labels + last}
 
@@ -1112,16 +1108,15 @@ def audit_mix(mix: Mix, tokenizer: Tokenizer) -> dict[str, Any]:
     for name, report in mix.reports.items():
         forms = report.formats.items()
         formats = (f"{form}: {n['rows']:,} rows, {n['answers']:,} answers" for form, n in forms)
-        num_dropped = sum(report.dropped.values())
         sources[name] = {
             "source": report.source,
             "cleaning": report.cleaning,
             "formats": "; ".join(formats),
             "unused_columns": ", ".join(sorted(report.unused_columns)),
             "read": report.num_read,
-            "dropped": num_dropped,
+            "dropped": report.num_dropped,
             "held_out": held_out[name],
-            "not_drawn": report.num_read - num_dropped - held_out[name] - num_rows[name],
+            "not_drawn": report.num_read - report.num_dropped - held_out[name] - num_rows[name],
             "train_rows": num_rows[name],
             "answer_tokens": num_tokens[name],
             "row_share": round(num_rows[name] / num_rows.total(), 4),
@@ -1191,7 +1186,7 @@ class RowsFlags:
     system_prompt: str | None = None
     # Cleaning rules. `auto` applies those of ChatDoctor and WikiDoc to these datasets; in other
     # rows it repairs wrongly decoded text and drops copies. `none` only drops unusable rows.
-    clean: CleanChoice = "auto"
+    clean: Literal["auto", "chatdoctor", "wikidoc", "none"] = "auto"
     probes: str | None = None  # File of questions for evaluation. Unset: samples/probes.jsonl.
 
 
@@ -1238,10 +1233,10 @@ class RowsConfig(RowsFlags):
         """Reads the sources, cleans them and draws the mix."""
         cleaned: list[Row] = []
         reports: dict[SourceName, Report] = {}
+        # The columns of the profile's own sources are known.
+        own = dataclasses.replace(self, question_column=None, answer_column=None)
         for name, source in self.sources(profile).items():
-            flags = self
-            if getattr(self, name) is None:  # the columns of the profile's own source are known
-                flags = dataclasses.replace(self, question_column=None, answer_column=None)
+            flags = own if getattr(self, name) is None else self
             read, reports[name] = load_source(name, source, flags)
             cleaned += filter(None, (clean_row(row, reports[name]) for row in read))
         questions = []

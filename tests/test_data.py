@@ -228,7 +228,9 @@ def test_an_instruction_may_be_followed_by_a_chat_with_a_system_prompt(tmp_path)
     turns = chat(("s", "Be brief."), ("u", "q?"))
     records = [{"instruction": f"i{n}", "input": turns, "output": "a."} for n in range(2)]
     rows, report = load(tmp_path / "rows.jsonl", records)
-    assert [row.messages[0] for row in rows] == [("system", "Be brief.")] * 2 and not report.dropped
+    assert [row.messages[0] for row in rows] == [
+        ("system", "Be brief.")
+    ] * 2 and not report.num_dropped
 
 
 def test_an_instruction_that_is_the_same_everywhere_becomes_the_system_prompt(tmp_path):
