@@ -773,15 +773,14 @@ def clean_row(row: Row, report: Report) -> Row | None:
     cleaning = report.cleaning
     if cleaning == "none":
         return row
-    first = 1 if cleaning in INSTRUCTIONS else 0  # the story's system prompt is ours
+    is_story = cleaning in INSTRUCTIONS
+    first = int(is_story)  # the story's system prompt is ours
     turns, rules = [], []
     for role, given in row.messages[first:]:
         text = given
         if not _PLAIN_ASCII.fullmatch(text):
-            if cleaning == "other":  # `fix_text` would also replace full-width characters
-                text = ftfy.fix_encoding(text)
-            else:
-                text = ftfy.fix_text(text, uncurl_quotes=False)
+            # `fix_text` also replaces full-width characters, which may be meant.
+            text = ftfy.fix_text(text, uncurl_quotes=False) if is_story else ftfy.fix_encoding(text)
         rules += ["wrongly decoded text repaired"] * (text != given)
         if cleaning == "chatdoctor":
             for rule, (pattern, replacement) in _REPLACEMENTS.items():
@@ -793,11 +792,11 @@ def clean_row(row: Row, report: Report) -> Row | None:
                 start = found.end()
             # The middle of a sentence becomes its start: "Hi, your report is fine."
             text = text[start : start + 1].upper() + text[start + 1 :] if start else text
-        if cleaning == "chatdoctor" and role == "assistant":
-            text, acted = _strip_closing(text)
-            rules += acted
-        turns.append((role, (re.sub(r"[ \t]{2,}", " ", text) if first else text).strip()))
-    defect = _find_defect(turns, cleaning) if first else None
+            if role == "assistant":
+                text, acted = _strip_closing(text)
+                rules += acted
+        turns.append((role, (re.sub(r"[ \t]{2,}", " ", text) if is_story else text).strip()))
+    defect = _find_defect(turns, cleaning) if is_story else None
     messages = row.messages if defect else (*row.messages[:first], *turns)
     changed = (a for (_, a), (_, b) in zip(row.messages, messages, strict=True) if a != b)
     shown = next(changed, row.answer)
