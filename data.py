@@ -74,7 +74,7 @@ CHAT_COLUMNS = ("messages", "conversations", "conversation")
 QUESTION_COLUMNS = ("question", "prompt", "patient", "query", "input", "context", "user", "human")
 ANSWER_COLUMNS = ("answer", "response", "completion", "output", "doctor", "assistant")
 COLUMN_RANKS = {n: rank for rank, n in enumerate(CHAT_COLUMNS + QUESTION_COLUMNS + ANSWER_COLUMNS)}
-ROLES = {  # of a turn; of a column also `instruction`
+ROLES = {  # of a turn
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "patient"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "ai", "bot", "model", "doctor"), "assistant"),
@@ -461,7 +461,7 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
     place, names = f"{source}:1", None
     try:
         delimiter = max(",;\t|", key=lambda each: len(next(csv.reader([header], delimiter=each))))
-        lines = io.StringIO(text)  # which a lone carriage return does not end
+        lines = io.StringIO(text)  # split at "\n" only, not at a lone "\r"
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         for fields in reader:
             if not any(map(str.strip, fields)):
@@ -485,9 +485,8 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
 
 
 def find_question(record: dict, given: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
-    """`(columns, roles)`: values by their names in lower case, None if they count as empty, those
-    to be used first; and the roles of the question's columns, of which an instruction may be one.
-    """
+    """`(columns, roles)`: values by their names in lower case, in order of preference, None if they
+    count as empty; and the roles of the question's columns, of which an instruction may be one."""
     columns = {str(name).strip().casefold(): value for name, value in record.items()}
     for name, value in columns.items():
         is_empty = isinstance(value, str) and value.strip().casefold() in EMPTY_TEXTS
@@ -526,7 +525,8 @@ def _read_turn(turn: Any, role: str | None) -> Message | None:
 
 
 def parse_record(record: Any, flags: RowsFlags) -> tuple[str, list[Message], set[str]]:
-    """`(format, messages, unused columns)`, with roles as in `ROLES`. Raises UsageError."""
+    """`(format, messages, unused columns)`; the roles are those of `ROLES`, and `instruction` for
+    that column, which comes before the question. Raises UsageError."""
     if isinstance(record, UsageError):
         raise record
     if not isinstance(record, dict):
@@ -800,10 +800,9 @@ def clean_row(row: Row, report: Report) -> Row | None:
     messages = row.messages if defect else (*row.messages[:first], *turns)
     changed = (a for (_, a), (_, b) in zip(row.messages, messages, strict=True) if a != b)
     shown = next(changed, row.answer)
-    for rule in dict.fromkeys(rules):
-        report.log(rule, row.place, shown)
-    if defect:
-        report.log(defect, row.place, shown, "dropped")
+    actions = dict.fromkeys(rules, "modified") | ({defect: "dropped"} if defect else {})
+    for rule, action in actions.items():
+        report.log(rule, row.place, shown, action)
     return None if defect else dataclasses.replace(row, messages=messages)
 
 
@@ -1274,8 +1273,7 @@ def main(config: DataConfig) -> None:
     audit = {"mix": name, "profile": profile.name, **audit_mix(mix, tokenizer)}
     print(json.dumps(audit, indent=2) if config.json else format_audit(audit, config.examples))
     for row in mix.train[: config.show]:
-        encoded = encode_row(tokenizer, row)
-        pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
+        pairs = zip(*encode_row(tokenizer, row).values(), strict=True)  # of an id and its label
         shown = ""
         for is_answer, group in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
             piece = tokenizer.decode([token for token, _ in group])

@@ -37,7 +37,7 @@ def test_the_readme_and_the_report_are_short():
 # Most lines, and most functions and classes at module level. The goal is 3,000 lines and 45 each:
 # lower a number here when a script has become smaller, and raise one only by what others lose.
 MOST = {
-    "data.py": (1324, 45),
+    "data.py": (1322, 45),
     "infer.py": (1707, 66),
     "train.py": (916, 33),
     "ablate.py": (700, 28),
