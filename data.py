@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 SourceName = Literal["conversational", "encyclopedic", "rows"]
 MixName = Literal["chatdoctor", "week4", "rebalanced"]
-CleanChoice = Literal["auto", "chatdoctor", "wikidoc", "none"]
 ProfileName = Literal["cpu", "t4"]
 ProfileChoice = Literal["auto", "cpu", "t4"]
 Message = tuple[str, str]  # (role, text)
@@ -75,9 +74,9 @@ FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 QUESTION_COLUMNS = ("question", "prompt", "patient", "query", "input", "context", "user", "human")
 ANSWER_COLUMNS = ("answer", "response", "completion", "output", "doctor", "assistant")
-ROLES = {
+COLUMN_RANKS = {n: rank for rank, n in enumerate(CHAT_COLUMNS + QUESTION_COLUMNS + ANSWER_COLUMNS)}
+ROLES = {  # of a turn
     **dict.fromkeys(("system", "developer"), "system"),
-    "instruction": "instruction",  # of a column: part of the question, or a system prompt
     **dict.fromkeys(("user", "human", "patient"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "ai", "bot", "model", "doctor"), "assistant"),
 }
@@ -85,6 +84,7 @@ USED_FIELDS = {"role", "from", "content", "value", "tool_calls", "weight"}  # of
 EMPTY_TEXTS = ("", "none", "nan", "n/a", "<noinput>", "null")  # in lower case
 
 TEMPLATE_DATE = "26 Jul 2024"  # Llama 3.2's template would put today's date into the prompt
+MARK = "\ue000"  # in place of a text in a rendered chat template
 MAX_SEQ_LENGTH = 1024  # tokens of a row
 MIN_ANSWER_WORDS, MAX_ANSWER_WORDS = 5, 400
 EVAL_SHARE, MAX_EVAL_ROWS_PER_SOURCE = Fraction(1, 10), 200
@@ -124,6 +124,37 @@ class Architecture:
         attention |= {"v_proj": (key_value, hidden), "o_proj": (hidden, query)}
         feed_forward = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden)}
         return attention | feed_forward | {"down_proj": (hidden, inner)}
+
+    @classmethod
+    @functools.cache
+    def read(cls, base_model: str) -> Architecture:
+        """The sizes in the config.json of a hub id or a folder, which must be a Llama model's."""
+        # Not by transformers, which must not be imported before Unsloth.
+        from huggingface_hub import hf_hub_download
+
+        path = Path(base_model, "config.json")
+        try:
+            if not path.parent.is_dir():
+                # Without a network, the client would retry for some 20 seconds.
+                is_offline = not reaches_hub()
+                path = Path(hf_hub_download(base_model, path.name, local_files_only=is_offline))
+            config = json.loads(path.read_text(encoding="utf-8"))
+            found = config.get("model_type")
+        except (OSError, ValueError, AttributeError) as error:
+            problem = f"its config.json could not be read ({first_line(error)})"
+            expected = "Expected a model's folder or hub id."
+            raise UsageError(f"{base_model}: {problem}. {expected}") from None
+        if found != "llama":
+            raise UsageError(f"{base_model}: expected the model_type 'llama', found {found!r:.60}.")
+        sizes = {n: value for n, value in config.items() if value is not None}
+        try:
+            heads = sizes["num_attention_heads"]
+            defaults = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
+            sizes = defaults | {"tie_word_embeddings": False} | sizes
+            return cls(**{each.name: sizes[each.name] for each in dataclasses.fields(cls)})
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            problem = f"its config.json has no valid sizes ({error!r})"
+            raise UsageError(f"{base_model}: {problem}.") from None
 
 
 @dataclass(frozen=True)
@@ -249,22 +280,20 @@ class Report:
         found["examples"] += [text] if found["rows"] <= MAX_EXAMPLES else []
 
     @property
-    def dropped(self) -> dict[str, int]:
-        """Rows that each rule dropped."""
-        rules = self.rules.items()
-        return {rule: found["rows"] for rule, found in rules if found["action"] == "dropped"}
+    def num_dropped(self) -> int:
+        """Rows that any rule dropped."""
+        return sum(each["rows"] for each in self.rules.values() if each["action"] == "dropped")
 
     def check_losses(self) -> None:
         """Raises UsageError if rules dropped more than half of the rows."""
-        num_dropped = sum(self.dropped.values())
-        if 2 * num_dropped <= self.num_read:
+        if 2 * self.num_dropped <= self.num_read:
             return
-        lost = f"{num_dropped:,} of {self.num_read:,} rows would be dropped, more than half"
+        lost = f"{self.num_dropped:,} of {self.num_read:,} rows would be dropped, more than half"
         lines = [f"{self.source}: {lost}. Fix the file, or use other rows."]
-        for rule, count in self.dropped.items():
-            place, text = self.rules[rule]["places"][0], self.rules[rule]["examples"][0]
-            shown = f"{place}: {' '.join(text.split()):.120}"
-            lines.append(f"  {rule}: {count:,} rows, such as {shown}")
+        for rule, found in self.rules.items():
+            if found["action"] == "dropped":
+                shown = f"{found['places'][0]}: {' '.join(found['examples'][0].split()):.120}"
+                lines.append(f"  {rule}: {found['rows']:,} rows, such as {shown}")
         advice = "--question-column and --answer-column name columns, --clean none turns rules off."
         raise UsageError("\n".join([*lines, advice]))
 
@@ -275,7 +304,6 @@ class Mix:
 
     train: list[Row]
     eval: list[Row]
-    not_drawn: dict[SourceName, int]  # rows that are neither
     reports: dict[SourceName, Report] = field(default_factory=dict)
 
     @property
@@ -353,9 +381,9 @@ def reaches_hub() -> bool:
         return True
     try:
         socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=5).close()
+        return True
     except OSError:
         return False
-    return True
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -372,14 +400,13 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
         expected = f"Expected a file ({', '.join(FILE_SUFFIXES)}) or a hub id (owner/name)."
         raise UsageError(f"{source[:300]!r} {problem}. {expected}")
     try:
-        if suffix in (".jsonl", ".json"):
-            return read_json(decode_text(path.read_bytes(), source), source)
-        if suffix in (".csv", ".tsv"):
-            return _read_csv(decode_text(path.read_bytes(), source), source)
         if suffix == ".parquet":
             import pyarrow.parquet
 
             records = pyarrow.parquet.read_table(path).to_pylist()
+        elif suffix in FILE_SUFFIXES:
+            text = decode_text(path.read_bytes(), source)
+            return read_json(text, source) if "json" in suffix else _read_csv(text, source)
         else:
             if not reaches_hub():
                 # Before the hub client is imported, which would retry for 30 s.
@@ -429,12 +456,11 @@ def read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
-    lines = [f"{line}\n" for line in text.split("\n")]
-    header = next(filter(str.strip, lines), "")
+    header = next(filter(str.strip, text.split("\n")), "")
     place, names = f"{source}:1", None
     try:
-        widths = {each: len(next(csv.reader([header], delimiter=each))) for each in ",;\t|"}
-        delimiter = max(widths, key=widths.__getitem__)
+        delimiter = max(",;\t|", key=lambda each: len(next(csv.reader([header], delimiter=each))))
+        lines = io.StringIO(text)  # split at "\n" only, not at a lone "\r"
         reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         for fields in reader:
             if not any(map(str.strip, fields)):
@@ -457,34 +483,31 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
 # --- Records to messages -------------------------------------------------------------------------
 
 
-def _find_column(columns: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    there = [name for name in names if name in columns]
-    return min(there, key=lambda name: columns[name] is None, default=None)
-
-
 def find_question(record: dict, given: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
-    """`(columns, roles)`: values by their names in lower case, None if they count as empty; and the
-    roles of the question's columns, of which an instruction may be one."""
+    """`(columns, roles)`: values by their names in lower case, in order of preference, None if they
+    count as empty; and the roles of the question's columns, of which an instruction may be one."""
     columns = {str(name).strip().casefold(): value for name, value in record.items()}
     for name, value in columns.items():
         is_empty = isinstance(value, str) and value.strip().casefold() in EMPTY_TEXTS
         if is_empty or value != value or value == []:  # NaN differs from itself
             columns[name] = None
+    order = sorted(columns, key=lambda name: (columns[name] is None, COLUMN_RANKS.get(name, 0)))
+    columns = {name: columns[name] for name in order}
     if given is not None:
         return columns, {name: "user" for name in columns if name == given.strip().casefold()}
     # A prompt beside an instruction and its input is a rendering of the two.
     is_both = columns.get("instruction") and {"input", "context"} & columns.keys()
-    names = [name for name in QUESTION_COLUMNS if not (is_both and name == "prompt")]
+    names = [n for n in columns if n in QUESTION_COLUMNS and not (is_both and n == "prompt")]
     # An instruction without another column for the question is the question.
-    roles = {"instruction": "instruction", _find_column(columns, names) or "instruction": "user"}
+    roles = {"instruction": "instruction", next(iter(names), "instruction"): "user"}
     return columns, {name: role for name, role in roles.items() if name in columns}
 
 
-def _read_turn(turn: Any) -> Message | None:
-    """The message of one turn, or None if it cannot be trained on."""
+def _read_turn(turn: Any, role: str | None) -> Message | None:
+    """The message of a turn, or of a column with a `role`; None if it cannot be trained on."""
     if not isinstance(turn, dict) or not {"content", "value"} & turn.keys():
         return None
-    role = ROLES.get(str(turn.get("role") or turn.get("from")).casefold())
+    role = role or ROLES.get(str(turn.get("role") or turn.get("from")).casefold())
     if not role or turn.get("tool_calls") or turn.get("weight") == 0:
         return None
     content = turn.get("value") if turn.get("content") is None else turn["content"]
@@ -501,7 +524,8 @@ def _read_turn(turn: Any) -> Message | None:
 
 
 def parse_record(record: Any, flags: RowsFlags) -> tuple[str, list[Message], set[str]]:
-    """`(format, messages, unused columns)`, with roles as in `ROLES`. Raises UsageError."""
+    """`(format, messages, unused columns)`; the roles are those of `ROLES`, and `instruction` for
+    that column, which comes before the question. Raises UsageError."""
     if isinstance(record, UsageError):
         raise record
     if not isinstance(record, dict):
@@ -511,34 +535,31 @@ def parse_record(record: Any, flags: RowsFlags) -> tuple[str, list[Message], set
         raise UsageError(f"two columns differ only in case: {', '.join(record):.100}")
     given = flags.answer_column
     answers = ANSWER_COLUMNS if given is None else [given.strip().casefold()]
-    answer = _find_column(columns, answers)
-    chat = None if flags.question_column or given else _find_column(columns, CHAT_COLUMNS)
-    if chat and (columns[chat] is not None or not answer):
-        used = {chat: "chat"}
+    answer = next((name for name in columns if name in answers), None)
+    chat = next((name for name in columns if name in CHAT_COLUMNS), None)
+    is_chat = chat and not (flags.question_column or given)
+    if is_chat and (columns[chat] is not None or not answer):
+        used = {chat: None}
     elif answer and used:
         used |= {answer: "assistant"}
     else:
         found = ", ".join(map(str, record))[:200] or "none"
         raise UsageError(f"expected a question and an answer, found {found}")
     unused = {name for name in columns if columns[name] is not None} - {"system", *used}
-    turns: list[tuple[str, Any]] = []  # with the place in the record
+    messages: list[Message] = []
     for name, role in {"system": "system", **used}.items():
         value = columns.get(name)
-        if isinstance(value, list):
-            turns += [(f"turn {number} of {name}", each) for number, each in enumerate(value, 1)]
-        elif value is not None:
-            turns.append((f"column {name}", {"role": role, "content": value}))
-    messages: list[Message] = []
-    for where, turn in turns:
-        message = _read_turn(turn)
-        is_column = where.startswith("column")
-        is_odd = message and message[0] == "instruction" and not is_column
-        is_late = message and message[0] == "system" and {"user", "assistant"} & {*dict(messages)}
-        if not message or is_odd or is_late:
-            shown = turn["content"] if is_column else turn
-            raise UsageError(f"{where} cannot be trained on: {shown!r:.80}")
-        messages.append(message)
-        unused |= {f"{name} of a turn" for name in turn.keys() - USED_FIELDS if turn[name]}
+        has_turns = isinstance(value, list)
+        turns = value if has_turns else [{"content": value}] * (value is not None)
+        for number, turn in enumerate(turns, 1):
+            message = _read_turn(turn, None if has_turns else role)
+            is_after = {"user", "assistant"} & dict(messages).keys()
+            if not message or (message[0] == "system" and is_after):
+                where = f"turn {number} of {name}" if has_turns else f"column {name}"
+                shown = turn if has_turns else value
+                raise UsageError(f"{where} cannot be trained on: {shown!r:.80}")
+            messages.append(message)
+            unused |= {f"{each} of a turn" for each in turn.keys() - USED_FIELDS if turn[each]}
     return "/".join(used), messages, unused
 
 
@@ -591,14 +612,9 @@ def complete_messages(
     return (("system", prompt), *turns), log
 
 
-def load_source(
-    name: SourceName, source: str, flags: RowsFlags, is_default: bool = False
-) -> tuple[list[Row], Report]:
-    """The readable rows of a source, before cleaning, and the report on them. The flags that name
-    columns do not apply to a profile's own source (`is_default`)."""
+def load_source(name: SourceName, source: str, flags: RowsFlags) -> tuple[list[Row], Report]:
+    """The readable rows of a source, before cleaning, and the report on them."""
     report = Report(source, "other" if flags.clean == "auto" else flags.clean)
-    if is_default:
-        flags = dataclasses.replace(flags, question_column=None, answer_column=None)
     parsed: list[tuple[str, str, list[Message]]] = []
     for place, record in read_records(source):
         report.num_read += 1
@@ -635,7 +651,6 @@ def load_source(
 
 # --- Cleaning ------------------------------------------------------------------------------------
 
-STORY = ("chatdoctor", "wikidoc")  # datasets with rules of their own
 # ChatDoctor's anonymiser replaced "Dr" and the rest of that sentence by its own name.
 _NAME = r"chat\s*doctor"
 _CHAT_DOCTOR = re.compile(_NAME, re.I)
@@ -709,23 +724,6 @@ _TEXT_DEFECTS: dict[str, re.Pattern[str]] = {
 }
 
 
-def _repair(text: str, cleaning: str) -> tuple[str, list[str]]:
-    """The text with its characters repaired, and the rules that acted."""
-    import ftfy
-
-    if _PLAIN_ASCII.fullmatch(text):
-        repaired = text
-    elif cleaning == "other":  # `fix_text` would also replace full-width characters
-        repaired = ftfy.fix_encoding(text)
-    else:
-        repaired = ftfy.fix_text(text, uncurl_quotes=False)
-    rules = ["wrongly decoded text repaired"] * (repaired != text)
-    for rule, (pattern, replacement) in _REPLACEMENTS.items() if cleaning == "chatdoctor" else ():
-        repaired, count = pattern.subn(replacement, repaired)
-        rules += [rule] * bool(count)
-    return repaired.strip(), rules
-
-
 def _strip_closing(text: str) -> tuple[str, list[str]]:
     rules = []
     while True:
@@ -767,46 +765,44 @@ def _find_defect(turns: Sequence[Message], cleaning: str) -> str | None:
     return None
 
 
-def clean_row(row: Row, cleaning: str) -> tuple[Row | None, list[str]]:
-    """The cleaned row, and the rules that acted; None in its place if the last one dropped it."""
+def clean_row(row: Row, report: Report) -> Row | None:
+    """The cleaned row, or None if a rule dropped it. Logs what the rules changed or dropped."""
+    import ftfy
+
+    cleaning = report.cleaning
     if cleaning == "none":
-        return row, []
-    first = 1 if cleaning in STORY else 0  # the story's system prompt is ours
+        return row
+    is_story = cleaning in INSTRUCTIONS
+    first = int(is_story)  # the story's system prompt is ours
     turns, rules = [], []
-    for role, text in row.messages[first:]:
-        text, acted = _repair(text, cleaning)
-        rules += acted
+    for role, given in row.messages[first:]:
+        text = given
+        if not _PLAIN_ASCII.fullmatch(text):
+            # `fix_text` also replaces full-width characters, which may be meant.
+            text = ftfy.fix_text(text, uncurl_quotes=False) if is_story else ftfy.fix_encoding(text)
+        rules += ["wrongly decoded text repaired"] * (text != given)
         if cleaning == "chatdoctor":
-            start = 0
+            for rule, (pattern, replacement) in _REPLACEMENTS.items():
+                text, count = pattern.subn(replacement, text)
+                rules += [rule] * count
+            text, start = text.strip(), 0
             while (found := _OPENING.match(text, start)) and found.end() < len(text):
                 rules.append(f"{found.lastgroup} removed")
                 start = found.end()
             # The middle of a sentence becomes its start: "Hi, your report is fine."
             text = text[start : start + 1].upper() + text[start + 1 :] if start else text
-        if cleaning == "chatdoctor" and role == "assistant":
-            text, acted = _strip_closing(text)
-            rules += acted
-        turns.append((role, re.sub(r"[ \t]{2,}", " ", text).strip() if cleaning in STORY else text))
-    rules = list(dict.fromkeys(rules))
-    defect = _find_defect(turns, cleaning) if cleaning in STORY else None
-    if defect:
-        return None, [*rules, defect]
-    return dataclasses.replace(row, messages=(*row.messages[:first], *turns)), rules
-
-
-def clean_rows(rows: Iterable[Row], report: Report) -> list[Row]:
-    """The rows that `clean_row` keeps, in their order. Logs what the rules changed or dropped."""
-    kept = []
-    for row in rows:
-        cleaned, rules = clean_row(row, report.cleaning)
-        kept += [cleaned] if cleaned else []
-        after = (cleaned or row).messages
-        changed = (a for (_, a), (_, b) in zip(row.messages, after, strict=True) if a != b)
-        text = next(changed, row.answer)
-        for rule in rules:
-            is_last = not cleaned and rule == rules[-1]
-            report.log(rule, row.place, text, "dropped" if is_last else "modified")
-    return kept
+            if role == "assistant":
+                text, acted = _strip_closing(text)
+                rules += acted
+        turns.append((role, (re.sub(r"[ \t]{2,}", " ", text) if is_story else text).strip()))
+    defect = _find_defect(turns, cleaning) if is_story else None
+    messages = row.messages if defect else (*row.messages[:first], *turns)
+    changed = (a for (_, a), (_, b) in zip(row.messages, messages, strict=True) if a != b)
+    shown = next(changed, row.answer)
+    actions = dict.fromkeys(rules, "modified") | ({defect: "dropped"} if defect else {})
+    for rule, action in actions.items():
+        report.log(rule, row.place, shown, action)
+    return None if defect else dataclasses.replace(row, messages=messages)
 
 
 # Questions that differ only in these words are the same question.
@@ -829,8 +825,8 @@ def drop_repeats(
     seen: set[str] = set()
     kept = []
     for row in sorted(rows, key=lambda row: row.key):
-        report, rule, action, probe = reports[row.source], None, "dropped", None
-        is_story = report.cleaning in STORY
+        report, rule, action, probe = reports[row.source], None, "kept", None
+        is_story = report.cleaning in INSTRUCTIONS
         words = _WORD.findall(row.question.casefold())
         content = " ".join(word for word in words if word not in _FILLER) or " ".join(words)
         for _, text in row.messages[1::2]:
@@ -839,16 +835,16 @@ def drop_repeats(
             if frozenset(asked) - _FILLER in probe_keys or any(p in padded for p in probe_texts):
                 probe = text
         if report.cleaning != "none" and row.key in seen:
-            rule = "identical to another row"
+            rule, action = "identical to another row", "dropped"
         elif probe and is_story:
-            rule = "asks a probe question"
+            rule, action = "asks a probe question", "dropped"
         elif probe:
-            rule, action = "asks a probe question, may be memorised", "kept"
+            rule = "asks a probe question, may be memorised"
         elif is_story and content in seen:
-            rule = "repeats another question"
+            rule, action = "repeats another question", "dropped"
         if rule:
             report.log(rule, row.place, probe or row.question, action)
-        if not rule or action == "kept":
+        if action == "kept":
             seen |= {row.key, content} if is_story else {row.key}
             kept.append(row)
     return kept
@@ -857,12 +853,7 @@ def drop_repeats(
 # --- Mix and split -------------------------------------------------------------------------------
 
 
-def draw_mix(
-    rows: Sequence[Row],
-    wanted: Mapping[SourceName, int | None],
-    seed: int,
-    reports: dict[SourceName, Report] | None = None,
-) -> Mix:
+def draw_mix(rows: Sequence[Row], wanted: Mapping[SourceName, int | None], seed: int) -> Mix:
     """The rows of a run: first the evaluation split of each source, then the mix, shuffled by the
     sha256 of seed and row. Raises UsageError if there are too few rows."""
     pools: dict[SourceName, list[Row]] = {}
@@ -886,9 +877,7 @@ def draw_mix(
     for name, pool in pools.items():
         train += sorted(pool, key=lambda row: _digest(str(seed), row.key))[: counts[name]]
     train.sort(key=lambda row: _digest("order", str(seed), row.key))
-    held_out.sort(key=lambda row: row.key)
-    not_drawn = {name: len(pools[name]) - counts[name] for name in counts}
-    return Mix(train, held_out, not_drawn, reports or {})
+    return Mix(train, sorted(held_out, key=lambda row: row.key))
 
 
 # --- Rendering -----------------------------------------------------------------------------------
@@ -903,21 +892,18 @@ def encode_row(tokenizer: Tokenizer, row: Row) -> dict[str, list[int]]:
     """`input_ids` (T,) and `labels` (T,): -100 except on answers and their end-of-turn tokens.
     Texts are encoded apart from the chat template: a `<|eot_id|>` in a question ends no turn."""
     *messages, (_, last_answer) = row.messages
-    marks = [f"\ue000{place}\ue001" for place in range(len(messages))]  # in no chat template
-    pairs = zip(messages, marks, strict=True)
-    marked = [{"role": role, "content": mark} for (role, _), mark in pairs]
+    marked = [{"role": role, "content": MARK} for role, _ in messages]
     options = {"tokenize": False, "add_generation_prompt": True, "date_string": TEMPLATE_DATE}
-    rendered = re.split("|".join(marks), tokenizer.apply_chat_template(marked, **options))
+    rendered = tokenizer.apply_chat_template(marked, **options).split(MARK)
     ids, *templates = [tokenizer(each, add_special_tokens=False)["input_ids"] for each in rendered]
     labels = [-100] * len(ids)
     for (role, text), template in zip(messages, templates, strict=True):
-        content, end = encode_text(tokenizer, text), template[:1]
-        ids = ids + content + template
-        if role == "assistant":
-            assert end == [tokenizer.eos_token_id]
-            labels += content + end + [-100] * (len(template) - 1)
-        else:
-            labels += [-100] * (len(content) + len(template))
+        content = encode_text(tokenizer, text)
+        assert role != "assistant" or template[0] == tokenizer.eos_token_id
+        num_trained = len(content) + 1 if role == "assistant" else 0
+        turn = content + template
+        ids += turn
+        labels += turn[:num_trained] + [-100] * (len(turn) - num_trained)
     last = [*encode_text(tokenizer, last_answer), tokenizer.eos_token_id]
     return {"input_ids": ids + last, "labels": labels + last}
 
@@ -934,8 +920,8 @@ def encode_prompt(
     return encode_row(tokenizer, Row(messages, "rows"))["input_ids"][:-1]
 
 
-def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH) -> Mix:
-    """The mix without rows of more than `max_seq_length` tokens; a conversation keeps the first
+def fit_mix(mix: Mix, tokenizer: Tokenizer) -> Mix:
+    """The mix without rows of more than `MAX_SEQ_LENGTH` tokens; a conversation keeps the first
     turns that fit. No answer is cut: without its end it would teach the model not to stop."""
     reports = copy.deepcopy(mix.reports)
     splits: list[list[Row]] = [[], []]
@@ -944,7 +930,7 @@ def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH
             labels = encode_row(tokenizer, row)["labels"]
             # No text contains eos, see `encode_text`: it ends each answer, and nothing else.
             ends = [n for n, each in enumerate(labels, 1) if each == tokenizer.eos_token_id]
-            num_answers = sum(end <= max_seq_length for end in ends)
+            num_answers = sum(end <= MAX_SEQ_LENGTH for end in ends)
             if num_answers:
                 messages = row.messages[: 1 + 2 * num_answers]
                 fitting.append(dataclasses.replace(row, messages=messages))
@@ -953,15 +939,14 @@ def fit_mix(mix: Mix, tokenizer: Tokenizer, max_seq_length: int = MAX_SEQ_LENGTH
                 text = f"{num_answers} of {len(ends)} answers fit: {row.question}"
                 action = "modified" if num_answers else "dropped"
                 reports[row.source].log(rule, row.place, text, action)
-    for report in reports.values():
+    for name, report in reports.items():
         report.check_losses()
-    for name in reports:
         num_drawn = sum(row.source == name for row in (*mix.train, *mix.eval))
         num_left = sum(row.source == name for rows in splits for row in rows)
         if not all(splits) or 2 * num_left < num_drawn:
-            problem = f"{num_left:,} of {num_drawn:,} {name} have at most {max_seq_length:,} tokens"
+            problem = f"{num_left:,} of {num_drawn:,} {name} have at most {MAX_SEQ_LENGTH:,} tokens"
             raise UsageError(f"Only {problem}, too few to train and evaluate. Give shorter rows.")
-    return Mix(*splits, mix.not_drawn, reports)
+    return Mix(*splits, reports)
 
 
 def prompt_fingerprint(tokenizer: Tokenizer, system_prompt: str = SYSTEM_PROMPT) -> str:
@@ -974,12 +959,12 @@ def prompt_fingerprint(tokenizer: Tokenizer, system_prompt: str = SYSTEM_PROMPT)
 
 def cache_home() -> Path:
     """The kit's folder in the hub client's cache."""
-    given, cache = os.environ.get("HF_HOME"), os.environ.get("XDG_CACHE_HOME")
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = Path(os.environ.get("HF_HOME") or f"{cache}/huggingface", "llama-medical-answers")
     try:
-        folder = Path(given or Path(cache or Path.home() / ".cache", "huggingface")).expanduser()
+        return home.expanduser()
     except RuntimeError:
         raise UsageError("There is no home directory. Set HF_HOME to a cache folder.") from None
-    return folder / "llama-medical-answers"
 
 
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
@@ -1047,8 +1032,11 @@ def load_tokenizer(profile: Profile) -> Tokenizer:
 
 def set_special_tokens(tokenizer: Tokenizer, base_model: str) -> None:
     """Makes eos the token that ends a turn in the chat template, and pad a token other than eos."""
+    messages = [{"role": role, "content": MARK} for role in ("system", "user", "assistant")]
+    options = {"tokenize": False, "date_string": TEMPLATE_DATE}
     try:
-        end = end_of_turn_id(tokenizer)
+        template = tokenizer.apply_chat_template(messages, **options).split(MARK)[3]
+        end = tokenizer(template, add_special_tokens=False)["input_ids"][0]
     except Exception as error:  # a template raises whatever its author wrote
         problem = f"a system, a user and an assistant message ({first_line(error)})"
         raise UsageError(f"{base_model}: its chat template cannot render {problem}.") from None
@@ -1064,14 +1052,6 @@ def set_special_tokens(tokenizer: Tokenizer, base_model: str) -> None:
         tokenizer.pad_token = known[0]
 
 
-def end_of_turn_id(tokenizer: Tokenizer) -> int:
-    """Id of the token that the chat template puts right after an answer."""
-    turns = (("system", "."), ("user", "."), ("assistant", "\ue000"))
-    messages = [{"role": role, "content": text} for role, text in turns]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, date_string=TEMPLATE_DATE)
-    return tokenizer(rendered.split("\ue000")[1], add_special_tokens=False)["input_ids"][0]
-
-
 def is_same_base(one: str, other: str) -> bool:
     """Whether two names mean the same base weights, in 4 or in 16 bits."""
 
@@ -1083,35 +1063,6 @@ def is_same_base(one: str, other: str) -> bool:
         return str(Path(name).resolve()) if os.access(name, os.F_OK) else name.lower()
 
     return canonical(one) == canonical(other)
-
-
-@functools.cache
-def read_architecture(base_model: str) -> Architecture:
-    """The sizes in the config.json of a hub id or a folder, which must be a Llama model's."""
-    # Not by transformers, which must not be imported before Unsloth.
-    from huggingface_hub import hf_hub_download
-
-    path = Path(base_model, "config.json")
-    try:
-        if not path.parent.is_dir():
-            # Without a network, the client would retry for some 20 seconds.
-            path = Path(hf_hub_download(base_model, path.name, local_files_only=not reaches_hub()))
-        config = json.loads(path.read_text(encoding="utf-8"))
-        found = config.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        reason = f"its config.json could not be read ({first_line(error)})"
-        raise UsageError(f"{base_model}: {reason}. Expected a model's folder or hub id.") from None
-    if found != "llama":
-        raise UsageError(f"{base_model}: expected the model_type 'llama', found {found!r:.60}.")
-    sizes = {"tie_word_embeddings": False, **{n: v for n, v in config.items() if v is not None}}
-    try:
-        sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
-        sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
-        names = [each.name for each in dataclasses.fields(Architecture)]
-        return Architecture(**{name: sizes[name] for name in names})
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        problem = f"its config.json has no valid sizes ({error!r})"
-        raise UsageError(f"{base_model}: {problem}.") from None
 
 
 def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Profile:
@@ -1131,13 +1082,10 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
     profile = PROFILES[choice]
     if base_model in (None, profile.base_model, profile.hub_id):
         return profile
-    for known in PROFILES.values():
-        if is_same_base(base_model, known.base_model):
-            sizes, licence = known.architecture, known.licence
-            break
-    else:
-        sizes = read_architecture(base_model)
-        licence = "llama3.2" if "llama-3.2" in base_model.lower() else "other"
+    same = [each for each in PROFILES.values() if is_same_base(base_model, each.base_model)]
+    licence = "llama3.2" if "llama-3.2" in base_model.lower() else "other"
+    licence = same[0].licence if same else licence
+    sizes = same[0].architecture if same else Architecture.read(base_model)
     if Path(base_model).is_dir():
         base_model = str(Path(base_model).resolve())
     return dataclasses.replace(profile, base_model=base_model, architecture=sizes, licence=licence)
@@ -1157,27 +1105,25 @@ def audit_mix(mix: Mix, tokenizer: Tokenizer) -> dict[str, Any]:
         lengths.append(len(labels))
         num_tokens[row.source] += sum(label != -100 for label in labels)
     lengths.sort()
-    sources = {
-        name: {
+    sources = {}
+    for name, report in mix.reports.items():
+        forms = report.formats.items()
+        formats = (f"{form}: {n['rows']:,} rows, {n['answers']:,} answers" for form, n in forms)
+        sources[name] = {
             "source": report.source,
             "cleaning": report.cleaning,
-            "formats": "; ".join(
-                f"{form}: {found['rows']:,} rows, {found['answers']:,} answers"
-                for form, found in report.formats.items()
-            ),
+            "formats": "; ".join(formats),
             "unused_columns": ", ".join(sorted(report.unused_columns)),
             "read": report.num_read,
-            "dropped": sum(report.dropped.values()),
+            "dropped": report.num_dropped,
             "held_out": held_out[name],
-            "not_drawn": mix.not_drawn[name],
+            "not_drawn": report.num_read - report.num_dropped - held_out[name] - num_rows[name],
             "train_rows": num_rows[name],
             "answer_tokens": num_tokens[name],
             "row_share": round(num_rows[name] / num_rows.total(), 4),
             "answer_token_share": round(num_tokens[name] / num_tokens.total(), 4),
             "rules": report.rules,
         }
-        for name, report in mix.reports.items()
-    }
     quantiles = {"shortest": 0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1}
     return {
         "sources": sources,
@@ -1241,7 +1187,7 @@ class RowsFlags:
     system_prompt: str | None = None
     # Cleaning rules. `auto` applies those of ChatDoctor and WikiDoc to these datasets; in other
     # rows it repairs wrongly decoded text and drops copies. `none` only drops unusable rows.
-    clean: CleanChoice = "auto"
+    clean: Literal["auto", "chatdoctor", "wikidoc", "none"] = "auto"
     probes: str | None = None  # File of questions for evaluation. Unset: samples/probes.jsonl.
 
 
@@ -1273,12 +1219,10 @@ class RowsConfig(RowsFlags):
         """Number of rows of each source that is used; None is all of them."""
         if self.rows is not None:
             return {"rows": self.num_rows}
-        counts = dict(MIXES[self.mix])
-        total = sum(counts.values())
-        if self.num_rows is not None and self.num_rows < total:
-            conversational = round(self.num_rows * Fraction(counts["conversational"], total))
-            counts["conversational"] = conversational
-            counts["encyclopedic"] = self.num_rows - conversational
+        whole = sum(MIXES[self.mix].values())
+        total = min(self.num_rows or whole, whole)
+        conversational = round(total * Fraction(MIXES[self.mix]["conversational"], whole))
+        counts = {"conversational": conversational, "encyclopedic": total - conversational}
         return {name: count for name, count in counts.items() if count}
 
     def sources(self, profile: Profile) -> dict[SourceName, str]:
@@ -1290,9 +1234,12 @@ class RowsConfig(RowsFlags):
         """Reads the sources, cleans them and draws the mix."""
         cleaned: list[Row] = []
         reports: dict[SourceName, Report] = {}
+        # The columns of the profile's own sources are known.
+        own = dataclasses.replace(self, question_column=None, answer_column=None)
         for name, source in self.sources(profile).items():
-            read, reports[name] = load_source(name, source, self, getattr(self, name) is None)
-            cleaned += clean_rows(read, reports[name])
+            flags = own if getattr(self, name) is None else self
+            read, reports[name] = load_source(name, source, flags)
+            cleaned += filter(None, (clean_row(row, reports[name]) for row in read))
         questions = []
         for place, record in read_records(self.probes or str(PROBES)):
             question = record.get("question") if isinstance(record, dict) else None
@@ -1302,7 +1249,7 @@ class RowsConfig(RowsFlags):
         rows = drop_repeats(cleaned, questions, reports)
         for report in reports.values():
             report.check_losses()
-        return draw_mix(rows, self.wanted, self.seed, reports)
+        return dataclasses.replace(draw_mix(rows, self.wanted, self.seed), reports=reports)
 
 
 @dataclass(frozen=True)
@@ -1329,8 +1276,7 @@ def main(config: DataConfig) -> None:
     audit = {"mix": name, "profile": profile.name, **audit_mix(mix, tokenizer)}
     print(json.dumps(audit, indent=2) if config.json else format_audit(audit, config.examples))
     for row in mix.train[: config.show]:
-        encoded = encode_row(tokenizer, row)
-        pairs = zip(encoded["input_ids"], encoded["labels"], strict=True)
+        pairs = zip(*encode_row(tokenizer, row).values(), strict=True)  # of an id and its label
         shown = ""
         for is_answer, group in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
             piece = tokenizer.decode([token for token, _ in group])

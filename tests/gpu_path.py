@@ -151,7 +151,7 @@ def use_t4_values(profile, base_model):
     """
 
     t4 = dataclasses.replace(data.PROFILES["t4"], name=profile, base_model=base_model)
-    data.PROFILES[profile] = dataclasses.replace(t4, architecture=data.read_architecture(base_model))
+    data.PROFILES[profile] = dataclasses.replace(t4, architecture=data.Architecture.read(base_model))
     train.ROWS_PER_STEP = 4
     infer.DECODINGS["kit"] = dataclasses.replace(infer.DECODINGS["kit"], max_new_tokens=3)
     infer.REFERENCE_PROBES, infer.REFERENCE_TOKENS = 1, 3

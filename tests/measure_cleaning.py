@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from data import SYSTEM_PROMPT, Row, clean_row
+from data import SYSTEM_PROMPT, Report, Row, clean_row
 
 LABELS = Path(__file__).parent / "labelled" / "cleaning.jsonl"
 
@@ -22,7 +22,7 @@ def read_lines(path):
 def clean(question, answer):
     """The answer as cleaned, or None where the row is dropped."""
     messages = (("system", SYSTEM_PROMPT), ("user", question), ("assistant", answer))
-    cleaned, _ = clean_row(Row(messages, "conversational"), "chatdoctor")
+    cleaned = clean_row(Row(messages, "conversational"), Report("rows", "chatdoctor"))
     return cleaned.answer if cleaned else None
 
 

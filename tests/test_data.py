@@ -44,6 +44,12 @@ def prepare(path, **flags):
     return data.RowsConfig(rows=str(path), **flags).load(data.PROFILES["cpu"])
 
 
+def clean_row(row, cleaning):
+    """The cleaned row, or None, and the rules that acted."""
+    report = data.Report("rows", cleaning)
+    return data.clean_row(row, report), list(report.rules)
+
+
 def counted(report):
     return {rule: found["rows"] for rule, found in report.rules.items()}
 
@@ -203,7 +209,7 @@ def test_a_format_becomes_messages(name, tmp_path):
     rows, report = load(tmp_path / "rows.jsonl", [record, filler])
     assert rows[0].messages == messages
     assert list(report.rules) == rules
-    assert data.clean_row(rows[0], "other") == (rows[0], [])
+    assert clean_row(rows[0], "other") == (rows[0], [])
 
 
 def test_columns_with_other_names_are_named_by_flags(tmp_path):
@@ -222,7 +228,9 @@ def test_an_instruction_may_be_followed_by_a_chat_with_a_system_prompt(tmp_path)
     turns = chat(("s", "Be brief."), ("u", "q?"))
     records = [{"instruction": f"i{n}", "input": turns, "output": "a."} for n in range(2)]
     rows, report = load(tmp_path / "rows.jsonl", records)
-    assert [row.messages[0] for row in rows] == [("system", "Be brief.")] * 2 and not report.dropped
+    assert [row.messages[0] for row in rows] == [
+        ("system", "Be brief.")
+    ] * 2 and not report.num_dropped
 
 
 def test_an_instruction_that_is_the_same_everywhere_becomes_the_system_prompt(tmp_path):
@@ -633,7 +641,7 @@ def test_every_row_read_is_kept_or_dropped_by_a_rule(records, clean, tmp_path, s
 
 
 def clean(answer, question="What is it?", cleaning="chatdoctor"):
-    row, rules = data.clean_row(make_row(question, answer), cleaning)
+    row, rules = clean_row(make_row(question, answer), cleaning)
     return (row.answer if row else None), rules
 
 
@@ -755,17 +763,17 @@ def test_the_story_s_datasets_are_recognised(tmp_path):
 def test_a_destroyed_question_is_dropped_and_its_greeting_removed():
     answer = "It is a simple cold and will pass."
     assert clean(answer, "I have a fever and  ChatDoctor.  What is it?")[0] is None
-    row, _ = data.clean_row(make_row("Hello doctor, I have a fever.", answer), "chatdoctor")
+    row, _ = clean_row(make_row("Hello doctor, I have a fever.", answer), "chatdoctor")
     assert row.question == "I have a fever."
 
 
 def test_cleaning_looks_at_every_turn():
     turns = [*PAIR, ("user", "And 37?"), ("assistant", "No, and this sentence stops")]
     row = data.Row((STORY[0], *turns), "conversational")
-    assert data.clean_row(row, "wikidoc") == (None, ["answer under 5 words"])
+    assert clean_row(row, "wikidoc") == (None, ["answer under 5 words"])
     turns[1] = ("assistant", "Yes, that is a fever, Itâ€™s clear.")
     row = data.Row((STORY[0], *turns), "conversational")
-    assert data.clean_row(row, "wikidoc") == (
+    assert clean_row(row, "wikidoc") == (
         None,
         ["wrongly decoded text repaired", "stops mid-sentence"],
     )
@@ -776,7 +784,7 @@ def test_no_shipped_row_is_changed_by_cleaning():
         path = getattr(data.PROFILES["cpu"], name)
         rows, report = load(path, name=name)
         assert report.cleaning == {"conversational": "chatdoctor", "encyclopedic": "wikidoc"}[name]
-        assert data.clean_rows(rows, report) == rows
+        assert [data.clean_row(row, report) for row in rows] == rows
 
 
 # --- Repeated questions
@@ -995,7 +1003,7 @@ def test_a_short_source_keeps_the_ratio_of_the_mix():
     assert Counter(row.source for row in mix.train) == {"conversational": 20, "encyclopedic": 10}
     short = data.RowsConfig(mix="rebalanced").load(data.PROFILES["cpu"])
     counts = Counter(row.source for row in short.train)
-    assert counts["conversational"] == 270 - 27 and short.not_drawn["conversational"] == 0
+    assert counts["conversational"] == 270 - 27
     assert counts["encyclopedic"] == counts["conversational"] * 1500 // 8500
 
 
@@ -1264,7 +1272,7 @@ def test_long_rows_are_dropped_and_long_conversations_keep_their_first_turns(tok
     rows.append(make_row("q?", "word " * 5000 + "end.", "rows", system="Never."))
     long = (*CONVERSATION[:5], ("user", "word " * 5000), *CONVERSATION[6:])
     rows.append(data.Row(long, "rows"))
-    mix = data.Mix(rows, rows[:1], {"rows": 0}, {"rows": data.Report("rows.jsonl", num_read=8)})
+    mix = data.Mix(rows, rows[:1], {"rows": data.Report("rows.jsonl", num_read=8)})
     fitted = data.fit_mix(mix, tokenizer)
     assert (
         fitted.train == [*rows[:5], data.Row(CONVERSATION[:5], "rows")] and fitted.eval == rows[:1]
@@ -1279,9 +1287,9 @@ def test_long_rows_are_dropped_and_long_conversations_keep_their_first_turns(tok
     )
     assert counted(mix.reports["rows"]) == {}  # the given one stays as it was
     with pytest.raises(UsageError, match="5 of 6 rows have at most 1,024"):
-        data.fit_mix(data.Mix(rows[:5], rows[5:6], mix.not_drawn, mix.reports), tokenizer)
+        data.fit_mix(data.Mix(rows[:5], rows[5:6], mix.reports), tokenizer)
     with pytest.raises(UsageError, match="5 of 6 rows have at most 1,024"):
-        data.fit_mix(data.Mix(rows[5:6], rows[:5], mix.not_drawn, mix.reports), tokenizer)
+        data.fit_mix(data.Mix(rows[5:6], rows[:5], mix.reports), tokenizer)
 
 
 # --- Audit
@@ -1501,7 +1509,7 @@ def test_special_tokens_come_from_the_chat_template(template, tokens, special, m
         return
     data.set_special_tokens(tokenizer, "some/model")
     assert (tokenizer.eos_token, tokenizer.pad_token) == special
-    assert tokenizer.eos_token_id == data.end_of_turn_id(tokenizer) != tokenizer.pad_token_id
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
 # --- The command line
@@ -1531,7 +1539,7 @@ def test_the_cache_is_where_the_hub_client_has_its_own(monkeypatch, tmp_path):
 
 
 def test_the_cache_needs_no_home_directory(monkeypatch, tmp_path):
-    monkeypatch.setattr(data.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user who has none
     for name in ("HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UsageError, match="Set HF_HOME"):

@@ -56,7 +56,7 @@ def test_each_flag_is_checked(flags, message):
 
 
 def test_runs_on_other_base_models_have_their_own_names(monkeypatch):
-    monkeypatch.setattr(data, "read_architecture", lambda base_model: data.PROFILES["t4"].architecture)
+    monkeypatch.setattr(data.Architecture, "read", lambda base_model: data.PROFILES["t4"].architecture)
     names = {resolve(base_model=name)[0].name for name in ("meta/Llama-3.2-1B", "meta/Llama-3.1-8B")}
     assert names == {"t4-Llama-3.2-1B-rebalanced-all-linear", "t4-Llama-3.1-8B-rebalanced-all-linear"}
 
@@ -279,7 +279,8 @@ def tiny():
 def test_a_native_pad_is_llamas_own():
     tokenizer = load_llama_tokenizer()
     assert tokenizer.convert_tokens_to_ids(data.PAD_TOKENS[0]) == 128_004 == tokenizer.pad_token_id
-    assert (tokenizer.eos_token_id, data.end_of_turn_id(tokenizer), len(tokenizer)) == (128_009, 128_009, 128_256)
+    data.set_special_tokens(tokenizer, "llama")
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (128_009, 128_004, 128_256)
 
 
 def test_the_row_of_an_added_pad_is_the_same_whatever_was_drawn_before(tiny):

@@ -77,6 +77,17 @@ def write_sources(folder, count):
     return paths
 
 
+def repair(text, cleaning):
+    """The text with its characters repaired, as `data.clean_row` does it."""
+    import ftfy
+
+    if not data._PLAIN_ASCII.fullmatch(text):
+        text = ftfy.fix_text(text, uncurl_quotes=False)
+    for pattern, replacement in data._REPLACEMENTS.values() if cleaning == "chatdoctor" else ():
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
 def strip_opening(text):
     """The text without its greetings, as `data.clean_row` leaves it."""
     start = 0
@@ -112,7 +123,7 @@ def prepare_by_chain(paths):
             remove_columns=part.column_names,
         )
         for name in ("question", "answer"):
-            part = part.map(lambda row, name=name, cleaning=cleaning: {name: data._repair(row[name], cleaning)[0]})
+            part = part.map(lambda row, name=name, cleaning=cleaning: {name: repair(row[name], cleaning)})
             if cleaning == "chatdoctor":
                 part = part.map(lambda row, name=name: {name: strip_opening(row[name])})
         if cleaning == "chatdoctor":
@@ -146,12 +157,12 @@ def run_once(count):
         times = [time.perf_counter()]
         loaded = [data.load_source(name, str(path), flags) for name, path in paths.items()]
         times.append(time.perf_counter())
-        cleaned = list(itertools.chain.from_iterable(data.clean_rows(*each) for each in loaded))
+        cleaned = [row for rows, report in loaded for row in (data.clean_row(each, report) for each in rows) if row]
         times.append(time.perf_counter())
         reports = dict(zip(paths, (report for _, report in loaded), strict=True))
         kept = data.drop_repeats(cleaned, [record["question"] for record in read_probes()], reports)
         times.append(time.perf_counter())
-        mix = data.draw_mix(kept, data.MIXES["rebalanced"], 3407, reports)
+        mix = data.draw_mix(kept, data.MIXES["rebalanced"], 3407)
         times.append(time.perf_counter())
         stages = dict(zip(("read", "clean", "repeats", "mix"), (b - a for a, b in itertools.pairwise(times)), strict=True))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
