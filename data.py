@@ -171,6 +171,7 @@ class Profile:
     dtype: str = "float16"  # in inference; a T4 has no bf16, and on the CPU, bf16 logits have ties
     use_gradient_checkpointing: Literal["unsloth"] | bool = "unsloth"  # offloads activations too
     attn_implementation: Literal["grouped"] | None = None  # in inference; None is Unsloth's own
+    shares_prompts: bool = False  # equal ones are read once; Unsloth's GPU path cannot
     per_device_train_batch_size: int = 16
     optim: str = "adamw_8bit"
     train_sampling_strategy: Literal["random", "sequential"] = "random"  # see `train.order_rows`
@@ -205,6 +206,7 @@ PROFILES: dict[ProfileName, Profile] = {
         dtype="float32",
         use_gradient_checkpointing=False,
         attn_implementation="grouped",
+        shares_prompts=True,
         per_device_train_batch_size=4,
         optim="adamw_torch_fused",
         train_sampling_strategy="sequential",

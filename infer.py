@@ -53,7 +53,7 @@ from data import Profile, ProfileChoice, ProfileName, UsageError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import DynamicCache, GenerationConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 RUNS = Path("runs")
@@ -1006,6 +1006,32 @@ def cut_answer(
     return (list(ids[:cap]), "length") if end is None else (list(ids[: end + 1]), "stop")
 
 
+def read_prompts(
+    loaded: LoadedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> DynamicCache:
+    """Keys and values of the prompts (B, T) except their last token, where `generate` continues.
+    Each distinct prompt is read once, in its own forward pass of shape (1, T - 1)."""
+    import torch
+    from transformers import DynamicCache
+
+    parts, rows = {}, [tuple(row) for row in input_ids.tolist()]
+    for row, ids, mask in zip(rows, input_ids.split(1), attention_mask.split(1), strict=True):
+        if row not in parts:
+            parts[row] = loaded.model(
+                input_ids=ids[:, :-1],
+                attention_mask=mask[:, :-1],
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+                past_key_values=DynamicCache(config=loaded.model.config),
+                use_cache=True,
+                logits_to_keep=1,
+            ).past_key_values.layers
+    cache = DynamicCache(config=loaded.model.config)
+    for number, layers in enumerate(zip(*(parts[row] for row in rows), strict=True)):
+        keys = torch.cat([each.keys for each in layers])
+        cache.update(keys, torch.cat([each.values for each in layers]), number)
+    return cache
+
+
 def answer_requests(
     loaded: LoadedModel,
     requests: Sequence[Request],
@@ -1057,14 +1083,17 @@ def answer_requests(
         ids = {"input_ids": [prompts[row[0]] for row in rows]}
         shape = {"padding": "max_length", "max_length": width, "padding_side": "left"}
         inputs = tokenizer.pad(ids, **shape, return_attention_mask=True, return_tensors="pt")
+        inputs = dict(inputs.to(model.device))
         padding = [width - len(prompts[row[0]]) for row in batch]
         decodings = [requests[row[0]].decoding for row in batch]
         # An id that ends no row, as `has_ended` does that; an empty list would mean the model's.
         no_id, pad = model.config.vocab_size, tokenizer.pad_token_id
         # Not inference mode, since a later training step may need tensors that the model caches.
         with torch.no_grad():
+            if loaded.profile.shares_prompts:
+                inputs["past_key_values"] = read_prompts(loaded, **inputs)
             output = model.generate(
-                **inputs.to(model.device),
+                **inputs,
                 generation_config=make_generation_config(max(longest), [no_id], pad),
                 logits_processor=[make_row_processor(decodings, width, padding, overruled)],
                 stopping_criteria=[has_ended],

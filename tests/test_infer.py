@@ -666,6 +666,16 @@ def test_padding_is_no_part_of_what_a_penalty_counts():
 
 
 @pytest.mark.slow
+def test_a_prompt_that_rows_share_gives_the_same_answers_read_once_or_row_by_row(small_model):
+    presets = [dataclasses.replace(decoding, max_new_tokens=16) for decoding in DECODINGS.values()]
+    requests = [Request(question, decoding) for question in QUESTIONS for decoding in presets]
+    shared = infer.answer_requests(small_model, requests)
+    profile = dataclasses.replace(small_model.profile, shares_prompts=False)
+    row_by_row = infer.answer_requests(dataclasses.replace(small_model, profile=profile), requests)
+    assert [answer.token_ids for answer in shared] == [answer.token_ids for answer in row_by_row]
+
+
+@pytest.mark.slow
 def test_prompts_of_any_length_are_answered_together_as_they_are_alone(small_model):
     """Equal bytes, since the padding of a prompt does not depend on the others."""
     decoding = infer.Decoding(max_new_tokens=6, repetition_penalty=1.1)

@@ -116,7 +116,8 @@ def compare(loaded, plain, requests, rounds):
 def compare_judging(loaded, requests):
     """Prints how long the verdicts take, in which the base model reads each answer, as a share of generation."""
     infer.surprisal_reference(loaded)  # computed once per base model
-    for name, asked in (("one question", requests[:1]), ("the grid", requests)):
+    whole = [dataclasses.replace(requests[0], decoding=infer.DECODINGS["kit"])]  # as `infer.py` asks
+    for name, asked in (("one question", whole), ("the grid", requests)):
         generating, answers = timed(lambda asked=asked: infer.answer_requests(loaded, asked))
         judging, _ = timed(lambda answers=answers: infer.judge_answers(loaded, answers))
         print(f"verdicts, {name}: {judging:.2f} s, {judging / generating:.1%} of the {generating:.1f} s of generation")
