@@ -842,9 +842,13 @@ def main(config: TrainConfig) -> None:
     values = {**recipe, **sources, "run folder": folder, **plan(config, profile)}
     print(format_values(values), flush=True)
     if config.dry_run:
-        mix = config.load(profile) if has_files or is_online else None
-        if is_online or not needs_hub:
-            tokenizer = data.load_tokenizer(profile)
+        mix, tokenizer = config.load(profile) if has_files or is_online else None, None
+        try:
+            tokenizer = mix and data.load_tokenizer(profile)  # maybe from the hub client's cache
+        except UsageError:
+            if is_online or is_local:
+                raise
+        if tokenizer:
             print(format_rows(config, data.audit_mix(data.fit_mix(mix, tokenizer), tokenizer)))
         else:
             infer.report("Rows, tokens and steps are not counted: the hub cannot be reached.")
