@@ -1554,7 +1554,7 @@ def verify(loaded: LoadedModel, request: Request) -> bool:
     return is_same
 
 
-def chat(loaded: LoadedModel, decoding: Decoding) -> None:
+def chat(loaded: LoadedModel, decoding: Decoding, config: InferConfig) -> None:
     """Asks questions of several turns from stdin. Ctrl-C during an answer stops it."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - lets `input` edit lines
@@ -1573,7 +1573,7 @@ def chat(loaded: LoadedModel, decoding: Decoding) -> None:
             history.clear()
             report("A new conversation.")
         elif command == "/decoding" and name in DECODINGS:
-            decoding = DECODINGS[name]
+            decoding = config.change_decoding(DECODINGS[name])
             report(f"Decoding {name}.")
         elif line.startswith("/"):
             report(f"Commands: {commands}")
@@ -1633,7 +1633,7 @@ def main(config: InferConfig) -> int:
         raise UsageError("No question is left to ask. Shorten them, or lower --max-new-tokens.")
     is_same = True
     if not rows:
-        chat(loaded, decoding)
+        chat(loaded, decoding, config)
     elif output:
         answer_file(loaded, rows, decoding, output)
     elif config.verify:

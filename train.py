@@ -574,7 +574,10 @@ def prepare_trainer(
     rows = [data.encode_row(tokenizer, row) for row in mix.train]
     held_out = [data.encode_row(tokenizer, row) for row in mix.eval]
     held_out.sort(key=lambda row: len(row["input_ids"]))
-    args = make_sft_config(config, profile, config.count_steps(len(rows))[1])
+    steps, eval_steps = config.count_steps(len(rows))
+    args = make_sft_config(config, profile, eval_steps)
+    if steps == 1:
+        args.warmup_steps = 0  # it would be the whole run, at a learning rate of 0
     evaluate = functools.partial(evaluate_answers, config, loaded, mix)
     trainer = make_trainer(model, tokenizer, args, rows, held_out, evaluate)
     if config.early_stopping_patience:

@@ -474,7 +474,7 @@ def chat_of(monkeypatch, capsys, loaded, *lines, decoding=DECODINGS["kit"]):
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(infer, "print_answer", answer)
-    infer.chat(loaded, decoding)
+    infer.chat(loaded, decoding, infer.InferConfig(no_repeat_ngram_size=5))
     return asked, capsys.readouterr()
 
 
@@ -483,7 +483,9 @@ def test_chat_commands(monkeypatch, capsys):
     lines = ("a?", " ", "/decoding plain", "b?", "/decoding best", "/dance now", "/help", "/", " /reset", "c?", "/quit", "d?")
     asked, shown = chat_of(monkeypatch, capsys, loaded, *lines)
     assert [request.question for request in asked] == ["a?", "b?", "c?"]
-    assert [request.decoding for request in asked] == [DECODINGS["kit"], DECODINGS["plain"], DECODINGS["plain"]]
+    # A flag also changes a preset that is chosen later.
+    chosen = dataclasses.replace(DECODINGS["plain"], no_repeat_ngram_size=5)
+    assert [request.decoding for request in asked] == [DECODINGS["kit"], chosen, chosen]
     assert [request.history for request in asked] == [(), (("a?", "an answer"),), ()]
     assert shown.err.count("/decoding NAME (plain, story-collapse") == 5 and shown.out == ""
 
