@@ -375,15 +375,17 @@ def make_callback(config: TrainConfig, recipe: Log) -> Any:
     """Shows progress, writes metrics.jsonl, saves in time, and stops training after a signal."""
     from transformers.trainer_callback import ExportableState, TrainerCallback
 
+    received: list[int] = []  # by all instances: the Trainer makes another one when it resumes
+
     class RunCallback(TrainerCallback, ExportableState):
         """Its state in trainer_state.json is the recipe and the seconds of training so far."""
 
         seconds, began = 0.0, time.monotonic()
-        signals: tuple[int, ...] = ()
+        signals = received
 
         def handle_signal(self, number: int, frame: object) -> None:
             """Stops after this step. A second Ctrl-C ends the run at once."""
-            self.signals += (number,)
+            self.signals.append(number)
             if self.signals.count(signal.SIGINT) > 1:
                 raise infer.Interrupted(number)
             # Not by print, which the signal may have interrupted.

@@ -174,10 +174,11 @@ def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes
     assert "  r: 16 there, 8 now\n" in other.stderr and "  seed: 3407 there, 1 now\n" in other.stderr
 
     process = start_training(trained, tmp_path, "--save-minutes", "0")
-    wait_for(process, lambda: (folder / "checkpoint-2" / "trainer_state.json").is_file())
+    wait_for(process, lambda: "resuming" in (tmp_path / "words.txt").read_text())
     second = call_script("train.py", *trained.flags, cwd=tmp_path)
     assert second.returncode == 75, second.stderr
     assert "Another process is training into runs/train/tiny." in second.stderr
+    wait_for(process, lambda: (folder / "checkpoint-2" / "trainer_state.json").is_file())
     process.terminate()
     assert process.wait() == 128 + signal.SIGTERM
     said = (tmp_path / "words.txt").read_text()
