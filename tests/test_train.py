@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
+import types
 from collections import Counter
 
 import pytest
+import safetensors
 from conftest import ROOT, call_script, load_llama_tokenizer, make_row
 
 import data
@@ -243,8 +247,6 @@ def test_activations_are_counted_as_autograd_keeps_them_of_a_layer():
 
 @pytest.mark.parametrize(("gib", "rows", "recompute"), [(15, 200, "unsloth"), (80, 1024, "unsloth"), (141, 1024, False), (80, 256, False)])
 def test_activations_are_recomputed_where_the_card_has_no_room_for_them(monkeypatch, gib, rows, recompute):
-    import types
-
     import torch
 
     card = types.SimpleNamespace(total_memory=gib * 2**30)
@@ -375,6 +377,28 @@ def test_metrics_leave_out_what_differs_from_run_to_run():
 # --- Training
 
 
+def test_a_signal_reaches_the_callback_that_the_trainer_makes_when_it_resumes(capfd):
+    config, _ = resolve(profile="cpu", name="x")
+    callback = train.make_callback(config, {})
+    resumed = type(callback)()  # as transformers does with the state of a checkpoint
+    resumed.bar, resumed.saved = types.SimpleNamespace(update=lambda: None), time.monotonic()
+    control = types.SimpleNamespace(should_save=False, should_training_stop=False)
+
+    def end_step(step):
+        resumed.on_step_end(None, types.SimpleNamespace(global_step=step, max_steps=4, eval_steps=4), control)
+        return control.should_save
+
+    assert not end_step(1)
+    callback.handle_signal(signal.SIGTERM, None)
+    assert "Stopping after this step." in capfd.readouterr().err
+    assert end_step(2) and not control.should_training_stop  # only once it is saved
+    resumed.on_save(None, None, control)
+    assert control.should_training_stop
+    callback.handle_signal(signal.SIGINT, None)
+    with pytest.raises(infer.Interrupted):
+        callback.handle_signal(signal.SIGINT, None)
+
+
 def read_metrics(folder):
     """Steps, losses and gradient norms, without answer metrics."""
     names = {"step", "epoch", "loss", "eval_loss", "grad_norm", "learning_rate"}
@@ -451,6 +475,10 @@ def test_the_storys_pad_makes_the_planned_huge_adapter_which_can_be_asked_and_me
     [planned] = re.findall(r"(?m)^adapter file +([\d,]+) bytes$", ran.stdout)
     assert abs(int(planned.replace(",", "")) - size) <= 8  # the header, of fp16 instead of bf16
     assert size > 6 * native
+    # A single step trains: its warm-up used to be the whole run, at a learning rate of 0.
+    with safetensors.safe_open(folder / "adapter" / "adapter_model.safetensors", framework="np") as file:
+        names = file.keys()
+        assert all(file.get_tensor(name).any() for name in names if "lora_B" in name)
     asked = call_script("infer.py", "What is croup?", "--max-new-tokens", "8", "--json", cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr
 
