@@ -307,6 +307,7 @@ class Mix:
     train: list[Row]
     eval: list[Row]
     reports: dict[SourceName, Report] = field(default_factory=dict)
+    not_drawn: Counter[SourceName] = field(default_factory=Counter)  # rows that are neither
 
     @property
     def fingerprint(self) -> str:
@@ -653,7 +654,7 @@ def load_source(name: SourceName, source: str, flags: RowsFlags) -> tuple[list[R
 
 # --- Cleaning ------------------------------------------------------------------------------------
 
-# ChatDoctor's anonymiser replaced "Dr" and the rest of that sentence by its own name.
+# ChatDoctor's anonymizer replaced "Dr" and the rest of that sentence by its own name.
 _NAME = r"chat\s*doctor"
 _CHAT_DOCTOR = re.compile(_NAME, re.I)
 
@@ -750,7 +751,7 @@ def _find_defect(turns: Sequence[Message], cleaning: str) -> str | None:
     if not all(text for _, text in turns):
         return "nothing but greetings"
     if cleaning == "chatdoctor" and any(_CHAT_DOCTOR.search(text) for _, text in turns):
-        return "sentence destroyed by the anonymiser"
+        return "sentence destroyed by the anonymizer"
     for defect, pattern in _TEXT_DEFECTS.items():
         if any(pattern.search(text) for _, text in turns):
             return defect
@@ -841,7 +842,7 @@ def drop_repeats(
         elif probe and is_story:
             rule, action = "asks a probe question", "dropped"
         elif probe:
-            rule = "asks a probe question, may be memorised"
+            rule = "asks a probe question, may be memorized"
         elif is_story and content in seen:
             rule, action = "repeats another question", "dropped"
         if rule:
@@ -879,7 +880,9 @@ def draw_mix(rows: Sequence[Row], wanted: Mapping[SourceName, int | None], seed:
     for name, pool in pools.items():
         train += sorted(pool, key=lambda row: _digest(str(seed), row.key))[: counts[name]]
     train.sort(key=lambda row: _digest("order", str(seed), row.key))
-    return Mix(train, sorted(held_out, key=lambda row: row.key))
+    held_out.sort(key=lambda row: row.key)
+    not_drawn = Counter({name: len(pools[name]) - counts[name] for name in counts})
+    return Mix(train, held_out, not_drawn=not_drawn)
 
 
 # --- Rendering -----------------------------------------------------------------------------------
@@ -948,11 +951,11 @@ def fit_mix(mix: Mix, tokenizer: Tokenizer) -> Mix:
         if not all(splits) or 2 * num_left < num_drawn:
             problem = f"{num_left:,} of {num_drawn:,} {name} have at most {MAX_SEQ_LENGTH:,} tokens"
             raise UsageError(f"Only {problem}, too few to train and evaluate. Give shorter rows.")
-    return Mix(*splits, reports)
+    return Mix(*splits, reports, mix.not_drawn)
 
 
 def prompt_fingerprint(tokenizer: Tokenizer, system_prompt: str = SYSTEM_PROMPT) -> str:
-    """12 hex digits of the prompt around a question, by which other prompts are recognised."""
+    """12 hex digits of the prompt around a question, by which other prompts are recognized."""
     return _digest(*map(str, encode_prompt(tokenizer, "?", system_prompt=system_prompt)))[:12]
 
 
@@ -1119,7 +1122,7 @@ def audit_mix(mix: Mix, tokenizer: Tokenizer) -> dict[str, Any]:
             "read": report.num_read,
             "dropped": report.num_dropped,
             "held_out": held_out[name],
-            "not_drawn": report.num_read - report.num_dropped - held_out[name] - num_rows[name],
+            "not_drawn": mix.not_drawn[name],
             "train_rows": num_rows[name],
             "answer_tokens": num_tokens[name],
             "row_share": round(num_rows[name] / num_rows.total(), 4),
@@ -1183,8 +1186,8 @@ class RowsFlags:
     rows: str | None = None  # Your own rows, instead of a mix: a file, or OWNER/NAME[@COMMIT].
     conversational: str | None = None  # Source of the mix's conversational rows, as in --rows.
     encyclopedic: str | None = None  # Source of the mix's encyclopedic rows, as in --rows.
-    question_column: str | None = None  # Column of the question, if its name is not recognised.
-    answer_column: str | None = None  # Column of the answer, if its name is not recognised.
+    question_column: str | None = None  # Column of the question, if its name is not recognized.
+    answer_column: str | None = None  # Column of the answer, if its name is not recognized.
     # System prompt of all rows. Unset: a row's own, or a constant instruction, or the story's.
     system_prompt: str | None = None
     # Cleaning rules. `auto` applies those of ChatDoctor and WikiDoc to these datasets; in other

@@ -680,22 +680,22 @@ def clean(answer, question="What is it?", cleaning="chatdoctor"):
             "I saw the scan and it is normal.",
             ["attachment note removed"],
         ),
-        # The anonymiser replaced "Dr" and the rest of the sentence by its name.
+        # The anonymizer replaced "Dr" and the rest of the sentence by its name.
         (
             "Rest for two days and  ChatDoctor.  Then walk again.",
             None,
-            ["sentence destroyed by the anonymiser"],
+            ["sentence destroyed by the anonymizer"],
         ),
         (
             "You may have polycystic ovary syn ChatDoctor. Take care.",
             None,
-            ["sign-off removed", "sentence destroyed by the anonymiser"],
+            ["sign-off removed", "sentence destroyed by the anonymizer"],
         ),
-        ("Rest well. Hope you will  ChatDoctor.", None, ["sentence destroyed by the anonymiser"]),
+        ("Rest well. Hope you will  ChatDoctor.", None, ["sentence destroyed by the anonymizer"]),
         (
             "For more information consult an ChatDoctor. /ask-a-doctor-online/an",
             None,
-            ["sentence destroyed by the anonymiser"],
+            ["sentence destroyed by the anonymizer"],
         ),
         (
             "Hello. Hope this helps. Take care.",
@@ -883,7 +883,7 @@ def test_a_question_of_the_probes_is_dropped_from_the_story_and_reported_in_othe
         ["How is malaria diagnosed and treated?"],
     )
     assert drop_repeats(questions, probes) == ({questions[1]}, {"asks a probe question": 1})
-    reported = {"asks a probe question, may be memorised": 1}
+    reported = {"asks a probe question, may be memorized": 1}
     assert drop_repeats(questions, probes, cleaning="other") == (set(questions), reported)
     # Also in a later turn.
     turns = (("user", "Hi."), ("assistant", "Hello."), ("user", question), ("assistant", "Ask."))
@@ -1003,7 +1003,7 @@ def test_a_short_source_keeps_the_ratio_of_the_mix():
     assert Counter(row.source for row in mix.train) == {"conversational": 20, "encyclopedic": 10}
     short = data.RowsConfig(mix="rebalanced").load(data.PROFILES["cpu"])
     counts = Counter(row.source for row in short.train)
-    assert counts["conversational"] == 270 - 27
+    assert counts["conversational"] == 270 - 27 and short.not_drawn["conversational"] == 0
     assert counts["encyclopedic"] == counts["conversational"] * 1500 // 8500
 
 
@@ -1326,13 +1326,13 @@ def test_the_audit_counts_and_shows_what_every_rule_did(tmp_path, capsys):
     source = json.loads(capsys.readouterr().out)["sources"]["conversational"]
     assert (
         source["rules"]["greeting removed"]["rows"]
-        == source["rules"]["sentence destroyed by the anonymiser"]["rows"]
+        == source["rules"]["sentence destroyed by the anonymizer"]["rows"]
         == 20
     )
-    assert source["rules"]["sentence destroyed by the anonymiser"]["places"][0].endswith(
+    assert source["rules"]["sentence destroyed by the anonymizer"]["places"][0].endswith(
         "rows.jsonl:2"
     )
-    assert source["rules"]["sentence destroyed by the anonymiser"]["examples"] == [answers[1]] * 3
+    assert source["rules"]["sentence destroyed by the anonymizer"]["examples"] == [answers[1]] * 3
     data.main(data.DataConfig(**flags, examples=True))
     shown = " ".join(capsys.readouterr().out.split())
     assert "2, 5, 8, 11, 14, 17, ..." in shown and answers[1] in shown
