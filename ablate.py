@@ -226,7 +226,7 @@ def run_study(study: Study, arms: Sequence[str], workers: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)) // workers or 1))
     pool = ThreadPoolExecutor(workers)
     try:
-        for arm in sorted(arms, key="base".__eq__):  # the shortest arm last, beside a long one
+        for arm in sorted(arms, key=lambda arm: arm == "base"):  # the shortest arm last
             failure = study.folder / "failures" / f"{arm}.txt"
             failure.unlink(missing_ok=True)
             if study.missing(arm):
@@ -555,7 +555,7 @@ def list_selections(records: Records) -> list[list[str]]:
     return [header, *rows, ["has the most", *counts, ""]] if rows else []
 
 
-def summarise(records: Records, results: Mapping[str, Result]) -> list[str]:
+def summarize(records: Records, results: Mapping[str, Result]) -> list[str]:
     """What the story got right and wrong, and which settings to use, as list items."""
     lines = []
     headings = {"shown": "Right", "the opposite": "Wrong: the opposite is shown"}
@@ -594,7 +594,7 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
     parts = [
         f"# Ablation of {escape_markdown(about['base_model'])}",
         "C1 to C15 are claims of the story that README tells.",
-        "\n".join(summarise(records, results)),
+        "\n".join(summarize(records, results)),
         "![Verdicts, and eval loss against sound answers](ablation.png)",
         f"Sound and ended answers to {len(questions)} questions:",
         format_table(table),
@@ -618,7 +618,7 @@ def draw_picture(records: Records, path: Path) -> None:
     """Draws shares of verdicts under the main decodings, and eval loss against sound answers."""
     from matplotlib.figure import Figure
 
-    colours = {  # of bar and text; dark and light alternate, so that neighbours differ in grey
+    colors = {  # of bar and text; dark and light alternate, so that neighbours differ in grey
         "sound and ended": ("#08519c", "white"),
         "sound, cut at the limit": ("#9ecae1", "black"),
         "drift": ("#a50f15", "white"),
@@ -631,9 +631,9 @@ def draw_picture(records: Records, path: Path) -> None:
         own = cells[cells.decoding == decoding].set_index("arm").reindex(arms)
         parts = [own[GOOD], own.sound - own[GOOD], own.drift, own.answers - own.sound - own.drift]
         left = 1.06 * place
-        for part, (label, (colour, shade)) in zip(parts, colours.items(), strict=True):
+        for part, (label, (color, shade)) in zip(parts, colors.items(), strict=True):
             share = (part / own.answers).fillna(0)
-            bars = grid.barh(arms, share, 0.8, left, color=colour, label=None if place else label)
+            bars = grid.barh(arms, share, 0.8, left, color=color, label=None if place else label)
             texts = [f"{each:.0%}" if each >= 0.28 else "" for each in share]
             grid.bar_label(bars, texts, label_type="center", color=shade, fontsize=9)
             left += share

@@ -203,7 +203,6 @@ class JudgedAnswer:
 
     measures: dict[str, Measure]  # in the order of `CHECKS`
     findings: list[dict[str, Any]]  # name, score, span (characters of the text) and message
-    score: float  # the largest measure in units of its threshold: sound answers are below 1
     ended: bool  # by the stop token, rather than the limit of tokens
     answer: Answer | None = None
     facts: Facts | None = None  # if the question is a probe's
@@ -212,6 +211,11 @@ class JudgedAnswer:
     def sound(self) -> bool:
         """Whether there are no findings, so far if the answer was cut off."""
         return not self.findings
+
+    @property
+    def score(self) -> float:
+        """The largest measure in units of its threshold: sound answers are below 1."""
+        return max(score / CHECKS[name].threshold for name, (score, _) in self.measures.items())
 
     @property
     def verdict(self) -> str:
@@ -434,9 +438,8 @@ def judge(
                 quote = f"{quote[:60]} ... {quote[-30:]}"
             finding = {"name": name, "score": round(score, 4), "span": (start, end)}
             findings.append(finding | {"message": CHECKS[name].message.format(quote)})
-    score = max(score / CHECKS[name].threshold for name, (score, _) in measures.items())
     facts = check_facts(text, probe) if probe else None
-    return JudgedAnswer(measures, findings, score, finish_reason == "stop", facts=facts)
+    return JudgedAnswer(measures, findings, finish_reason == "stop", facts=facts)
 
 
 # --- Facts ---------------------------------------------------------------------------------------
@@ -444,7 +447,7 @@ def judge(
 
 @dataclass(frozen=True)
 class Point:
-    """A fact that an answer should name, or a wrong claim, recognised by any of its phrases."""
+    """A fact that an answer should name, or a wrong claim, recognized by any of its phrases."""
 
     name: str
     phrases: Sequence[str]  # lower case; `...` stands for up to six words of the same sentence

@@ -293,12 +293,12 @@ def choose_checkpointing(profile: Profile, batch_size: int, longest_row: int) ->
     """The profile; without gradient checkpointing if the GPU's memory has room for activations."""
     import torch
 
+    if not profile.use_gradient_checkpointing:
+        return profile
     arch = profile.architecture
     # What autograd keeps for LoRA on all linear layers in 16 bits; a test measures it.
     per_token = arch.num_hidden_layers * (26 * arch.hidden_size + 8 * arch.intermediate_size)
     needed = count_base(profile)[1] + batch_size * longest_row * per_token
-    if not profile.use_gradient_checkpointing:
-        return profile
     has_room = needed < 0.8 * torch.cuda.get_device_properties(0).total_memory
     return dataclasses.replace(profile, use_gradient_checkpointing=False) if has_room else profile
 
@@ -847,7 +847,8 @@ def main(config: TrainConfig) -> None:
     values = {**recipe, **sources, "run folder": folder, **plan(config, profile)}
     print(format_values(values), flush=True)
     if config.dry_run:
-        mix, tokenizer = config.load(profile) if has_files or is_online else None, None
+        mix = config.load(profile) if has_files or is_online else None
+        tokenizer = None
         try:
             tokenizer = mix and data.load_tokenizer(profile)  # maybe from the hub client's cache
         except UsageError:

@@ -3,7 +3,7 @@
     python -m tests.measure_cleaning FOLDER
 
 FOLDER holds `chatdoctor_raw_2000.jsonl`, the file that tests/labelled/cleaning.jsonl speaks of, and
-`chatdoctor_damage_pairs_62.jsonl`, answers before and after ChatDoctor's anonymiser. Neither is part of this kit.
+`chatdoctor_damage_pairs_62.jsonl`, answers before and after ChatDoctor's anonymizer. Neither is part of this kit.
 """
 
 import json
