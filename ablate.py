@@ -1,7 +1,7 @@
 """What made the difference? Models trained and decoded in different ways answer the same questions.
 
     python ablate.py                               the story's runs, and single changes of them
-    python ablate.py --rows my.jsonl               the same comparisons with your dataset
+    python ablate.py --rows my.jsonl               the same with your dataset, and without mixes
     python ablate.py --dry-run                     print arms and commands; writes nothing
     python ablate.py --table                       rebuild the report from the records
 

@@ -457,7 +457,7 @@ class Point:
     def __post_init__(self) -> None:
         for phrases in (self.phrases, self.unless_after):
             if isinstance(phrases, str) or not all(map(str.strip, (self.name, *phrases))):
-                raise TypeError(f"{self.name!r}: expected a name and lists of phrases, none empty")
+                raise UsageError(f"{self.name!r}: expected a name and lists of phrases, none empty")
 
 
 @dataclass(frozen=True)
@@ -485,7 +485,8 @@ def read_probes(source: str | None = None) -> list[Probe]:
             name = str(record.get("id") or f"probe-{len(probes) + 1}")
             probes[question] = Probe(name, question, points, wrong_claims)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
-            problem = f"{place}: not a probe ({data.escape_controls(str(error))})"
+            reason = str(error) if isinstance(error, UsageError) else f"{record!r:.100}"
+            problem = f"{place}: not a probe ({data.escape_controls(reason)})"
             expected = "Expected `question` and, optionally, `points` and `wrong_claims`"
             raise UsageError(f"{problem}. {expected}: see samples/README.md.") from None
     if not probes:
@@ -1038,15 +1039,15 @@ def read_prompts(
 def answer_requests(
     loaded: LoadedModel,
     requests: Sequence[Request],
-    progress: Progress = lambda tokens: None,
+    progress: Progress | None = None,
     on_text: Callable[[str], object] | None = None,
 ) -> list[Answer]:
     """One `Answer` per request, in their order; none depends on the other requests.
 
     Every forward pass has `ROWS` rows, padded on the left to a multiple of `PROMPT_MULTIPLE`;
     unused rows are copies of the last prompt. `progress` is called with the number of tokens
-    generated, or skipped after an early end: `count_new_tokens` in total. `on_text` is called with
-    the text of the first answer, piece by piece.
+    generated, or skipped after an early end: `count_new_tokens` in total; by default, a terminal
+    shows a bar. `on_text` is called with the text of the first answer, piece by piece.
     """
     import torch
 
@@ -1055,6 +1056,9 @@ def answer_requests(
     prompts = [encode_request(loaded, request) for request in requests]
     stops = [stop_ids(each.decoding, model, tokenizer) for each in requests]
     caps = [request.decoding.max_new_tokens for request in requests]
+    hidden = True if progress else None
+    bar = tqdm(total=count_new_tokens(requests), unit="token", leave=False, disable=hidden)
+    progress = progress or bar.update
 
     def cut(place: int, ids: list[int]) -> tuple[list[int], Literal["stop", "length"], str]:
         kept, reason = cut_answer(ids, caps[place], stops[place])
@@ -1127,6 +1131,7 @@ def answer_requests(
     for width, rows in sorted(by_width.items()):
         for start in range(0, len(rows), ROWS):
             answer_batch(rows[start : start + ROWS], width)
+    bar.close()
     return [answers[place] for place in range(len(requests))]
 
 
@@ -1491,9 +1496,8 @@ def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool = False
         print(data.escape_controls(piece), end="", flush=True)
 
     is_streaming = sys.stdout.isatty() and not as_json
-    cap, hidden = request.decoding.max_new_tokens, True if is_streaming else None
-    with tqdm(total=cap, unit="token", leave=False, disable=hidden) as bar:
-        [answer] = answer_requests(loaded, [request], bar.update, write if is_streaming else None)
+    streaming = (lambda tokens: None, write) if is_streaming else ()
+    [answer] = answer_requests(loaded, [request], *streaming)
     if not as_json:
         print("" if is_streaming else answer.text, flush=True)
     [judged] = judge_answers(loaded, [answer], request.history)
@@ -1502,7 +1506,7 @@ def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool = False
     verdict = "sound and ended" if judged.ended else "sound"
     report(verdict if judged.sound else "not sound")
     if not judged.ended:
-        report(f"  cut off at {cap} tokens (--max-new-tokens)")
+        report(f"  cut off at {answer.answer_tokens} tokens (--max-new-tokens)")
     for finding in judged.findings:
         report(f"  {finding['name']}: {finding['message']}")
     if facts := judged.facts:
@@ -1539,7 +1543,8 @@ def verify(loaded: LoadedModel, request: Request) -> bool:
     """Asks in two new processes, in a batch and alone; prints whether the ids are equal."""
     digests = {}
     flags = [each for each in sys.argv[1:] if each != "--verify"]
-    for name in ("a new process", "another new process"):
+    names = ("a new process", "another new process")
+    for name in tqdm(names, unit="process", leave=False, disable=None):
         command = [sys.executable, str(Path(__file__).resolve()), *flags, "--json"]
         ran = subprocess.run(command, capture_output=True, text=True)
         if ran.returncode:

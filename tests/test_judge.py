@@ -389,10 +389,19 @@ def test_mentions(text, phrase, there):
     assert (infer.find_mention(f"{text} {'-' * 1000}", (phrase,), or_denied_after=True) is not None) == there
 
 
-def test_a_line_that_is_no_probe_is_one_message(tmp_path):
+@pytest.mark.parametrize(
+    ("points", "shown"),
+    [
+        ([{"name": "c"}], r"\{'id': 'a', "),
+        (["chest pain"], r"\{'id': 'a', "),
+        (["chest pain"] * 50, r"\{'id': 'a', .{88}"),  # no more than 100 characters
+        ([{"name": "c", "phrases": "d"}], r"'c': expected a name and lists of phrases, none empty"),
+    ],
+)
+def test_a_line_that_is_no_probe_is_one_message(tmp_path, points, shown):
     path = tmp_path / "probes.jsonl"
-    path.write_text('{"id": "a", "question": "b?", "points": [{"name": "c"}], "wrong_claims": []}\n')
-    with pytest.raises(data.UsageError, match=r"probes\.jsonl:1: not a probe .*`points` and `wrong_claims`"):
+    path.write_text(json.dumps({"id": "a", "question": "b?", "points": points}))
+    with pytest.raises(data.UsageError, match=rf"probes\.jsonl:1: not a probe \({shown}.*\)\. .*`points` and `wrong_claims`"):
         infer.read_probes(str(path))
 
 
