@@ -158,24 +158,23 @@ def make_study(config: AblateConfig) -> Study:
 
 def write_cells(study: Study, arm: str) -> None:
     """Loads the arm's model, and writes its judged answers under the decodings that are missing."""
-    profile, adapter = study.profile, None
+    profile, folder = study.profile, study.folder / "runs" / arm / "adapter"
     infer.prepare_environment(profile)
-    if study.arms[arm]:
-        folder = study.folder / "runs" / arm / "adapter"
-        adapter = infer.check_adapter(folder, profile.name, profile.base_model)
-    with infer.quiet_libraries():
-        loaded = infer.load_for_inference(profile, adapter, study.system_prompt)
+    adapter = infer.check_adapter(folder, profile.name) if study.arms[arm] else None
+    loaded = infer.load_for_inference(profile, adapter, study.system_prompt)
     loaded.probes = study.probes
     names, questions = study.missing(arm), [probe.question for probe in study.probes]
-    requests = [infer.Request(each, DECODING_ARMS[name]) for name in names for each in questions]
-    with tqdm(total=infer.count_new_tokens(requests), unit="token", desc="answering") as bar:
-        answers = infer.answer_requests(loaded, requests, bar.update)
-    # The first question again, in another batch.
-    repeated, judged = infer.answer_requests(loaded, requests[:: len(questions)]), {}
-    for place, name in enumerate(names):
-        answered = answers[place * len(questions) : (place + 1) * len(questions)]
+    answers, judged = [], {}
+    # In two parts, so that the first question is answered again, in another batch.
+    for part in (questions[:4], questions[:1] + questions[4:]):
+        requests = [infer.Request(each, DECODING_ARMS[name]) for name in names for each in part]
+        with tqdm(total=infer.count_new_tokens(requests), unit="token", desc="answering") as bar:
+            found = infer.answer_requests(loaded, requests, bar.update)
+        answers.append(dict(zip(itertools.product(names, part), found, strict=True)))
+    for name in names:
+        answered = [(answers[0] | answers[1])[name, each] for each in questions]
         stop_ids = infer.stop_ids(DECODING_ARMS[name], loaded.model, loaded.tokenizer)
-        repeats, text = answered[0].token_ids == repeated[place].token_ids, ""
+        repeats, text = answers[0][name, questions[0]] == answers[1][name, questions[0]], ""
         cell = {"arm": arm, "decoding_arm": name, "stop_ids": stop_ids, "repeats": repeats}
         for each in tqdm(answered, unit="answer", desc=f"judging {name}"):
             key = (each.question, each.sha256, each.finish_reason)
