@@ -144,9 +144,8 @@ def make_study(config: AblateConfig) -> Study:
         flags = given | changes | {"output_dir": config.folder / "runs", "name": arm}
         if config.rows:
             del flags["mix"]
-        words = ((f"--{name.replace('_', '-')}", str(value)) for name, value in flags.items())
         if not config.rows or arm != "week4-rebalanced":  # without a mix, it equals `week4`
-            arms[arm] = list(itertools.chain(*words))
+            arms[arm] = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     checks = {name: check.threshold for name, check in infer.CHECKS.items()}
     settings = (arms, DECODING_ARMS, probes, system_prompt, sources, checks, profile.base_model)
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()
@@ -325,7 +324,7 @@ def read_records(folder: Path) -> Records:
         row["share"], row["interval_low"], row["interval_high"], _ = count_share(own[GOOD])
         rows.append(row | {"mean_tokens": own.tokens.mean(), "repeats": own.repeats[0]})
     if not cells:
-        raise data.UsageError(f"{folder} has no finished cells. Run python ablate.py. {failures}")
+        raise data.UsageError(f"{folder} has no finished cells. Run ablate.py. {failures or ''}")
     return Records(about, cells, DataFrame(rows).round(4), losses, evaluations, failures)
 
 

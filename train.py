@@ -58,8 +58,8 @@ OTHER_VALUES, BUSY = 3, 75
 NOT_IN_RECIPE = """name output_dir max_hours save_minutes merge gguf push_to_hub dry_run rows
     question_column answer_column conversational encyclopedic per_device_train_batch_size""".split()
 MEMORY_ADVICE = (
-    "Lower --per-device-train-batch-size (a step keeps its rows), then --r, or use "
-    "--target-modules attention. With another --r or --target-modules, choose another --name."
+    "Lower --per-device-train-batch-size (a step keeps its rows). If that is not enough, choose "
+    "another --name, and lower --r or use --target-modules attention."
 )
 STARTED = time.monotonic()  # of --max-hours
 
@@ -105,7 +105,7 @@ class TrainConfig(data.RowsConfig):
     max_hours: float | None = None  # Stop after 95% of these hours, with everything saved.
     save_minutes: float = 5.0  # Minutes between two checkpoints; 0 saves after every step.
     merge: bool = False  # Also write base model and adapter as one 16-bit model.
-    gguf: str | None = None  # Also write a GGUF file, quantized by this method (q4_k_m).
+    gguf: Literal["q4_k_m", "q5_k_m", "q8_0", "f16"] | None = None  # Also write a GGUF file.
     push_to_hub: str | None = None  # Also upload the adapter to OWNER/NAME, private if it is new.
     dry_run: bool = False  # Print the plan and stop. Loads no weights, writes nothing.
 
@@ -147,7 +147,7 @@ class TrainConfig(data.RowsConfig):
 
 def name_rows(source: str) -> str:
     """A file's or repository's name as part of a folder's name, without suffix or commit."""
-    stem = Path(source.partition("@")[0]).stem
+    stem = Path(re.sub(r"@\w+$", "", source)).stem
     return re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII)[:50] or "rows"
 
 
@@ -397,8 +397,8 @@ def make_callback(config: TrainConfig, recipe: Log) -> Any:
             return {"args": {}, "attributes": {"recipe": recipe, "seconds": seconds}}
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            done, total = state.global_step, state.max_steps
-            self.bar = tqdm(initial=done, total=total, desc="training", unit="step")
+            step, steps = state.global_step, state.max_steps
+            self.bar = tqdm(initial=step, total=steps, desc="training", unit="step")
             self.began = self.saved = time.monotonic()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -499,24 +499,15 @@ def make_trainer(
 
     disable_progress_bars()
     if args.train_sampling_strategy == "sequential":
-        rows = order_rows(rows, args.seed)
+        # Saves padding. `group_by_length` draws from the generator that evaluations use as well.
+        span = 4 * ROWS_PER_STEP
+        spans = [rows[start : start + span] for start in range(0, len(rows), span)]
+        rows = [row for each in spans for row in sorted(each, key=lambda row: -len(row["labels"]))]
     sets = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(held_out)}
     trainer = Trainer(model=model, processing_class=tokenizer, args=args, **sets)
     trainer.create_model_card = lambda *args, **kwargs: None  # `make_card` is the card
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def order_rows(rows: list[Log], seed: int) -> list[Log]:
-    """The rows in an order in which those of a step have similar lengths, to save padding. The
-    Trainer's `group_by_length` draws from the global generator, which evaluations use as well."""
-    import torch
-    from transformers.trainer_pt_utils import get_length_grouped_indices
-
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [len(row["input_ids"]) for row in rows]
-    order = get_length_grouped_indices(lengths, ROWS_PER_STEP, generator=generator)
-    return [rows[number] for number in order]
 
 
 # --- The run -------------------------------------------------------------------------------------
@@ -697,14 +688,13 @@ def make_card(config: TrainConfig, profile: Profile, record: Log) -> str:
 
     before, chosen = record["numbers"]["before"], record["numbers"]["chosen"]
     # A file's folder may be private, and so may the base model's path.
-    sources = {f"{name} rows": Path(each) for name, each in config.sources(profile).items()}
+    sources = {f"source of {name}": Path(each) for name, each in config.sources(profile).items()}
     values = {name: path.name if path.exists() else path for name, path in sources.items()}
     values |= {name: value for name, value in record["recipe"].items() if name != "base_model"}
-    values["system_prompt"] = record["system_prompt"]
+    values["system_prompt"] = " ".join(record["system_prompt"].split())  # without markdown lines
     values["weights"] = f"of step {chosen['step']}, selected by {config.metric_for_best_model}"
-    losses = f"{before['eval_loss']:.4f} before, {chosen['eval_loss']:.4f} at that step"
-    sound = (f"{each['eval_sound']} of {each['eval_answers']}" for each in (before, chosen))
-    values |= {"eval loss": losses, "sound answers": "{} before, {} at that step".format(*sound)}
+    for name, key in {"eval loss": "eval_loss", "sound answers": "eval_sound"}.items():
+        values[name] = f"{before[key]:.5g} before, {chosen[key]:.5g} at that step"
     values |= record["versions"]
     about = ModelCardData(base_model=profile.hub_id, library_name="peft", license=profile.licence)
     card = ModelCard.from_template(about, template_str=CARD, values=values)
@@ -777,7 +767,12 @@ def export(config: TrainConfig, profile: Profile, system_prompt: str) -> None:
             shutil.rmtree(merged, ignore_errors=True)
             part.rename(merged)
         if config.gguf:
-            model.save_pretrained_gguf(str(gguf), tokenizer, quantization_method=config.gguf)
+            try:
+                model.save_pretrained_gguf(str(gguf), tokenizer, quantization_method=config.gguf)
+            except Exception as error:  # of llama.cpp's tools, which Unsloth downloads
+                shutil.rmtree(gguf, ignore_errors=True)
+                problem = f"--gguf could not convert the model ({data.first_line(error)})"
+                raise UsageError(f"{problem}. It needs the network, and a compiler.") from error
     print(f"exported  to {config.folder}")
 
 
@@ -804,7 +799,7 @@ def train(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> 
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             record["recipe"].items(), record["numbers"]["chosen"]["step"]
-        except infer.BAD_CONTENT as error:
+        except Exception as error:  # whatever a damaged file leads to
             raise UsageError(f"{path} is broken ({error!r}). Remove the folder.") from None
         check_recipe(folder, record["recipe"], recipe)
         infer.check_adapter(adapter)
@@ -834,12 +829,11 @@ selected  step {numbers["chosen"]["step"]} by {config.metric_for_best_model}; {c
 def main(config: TrainConfig) -> None:
     """Resolves the values, prints them and the plan, and trains unless it is a dry run."""
     infer.handle_signals()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise UsageError("Several processes are not supported. Use one, without torchrun.")
     config, profile = resolve(config)
     folder, recipe, sources = config.folder, config.recipe(), config.sources(profile)
-    suffixes = [Path(each).suffix.lower() for each in sources.values()]
-    has_files = all(suffix in data.FILE_SUFFIXES for suffix in suffixes)
+    has_files = all(each.lower().endswith(data.FILE_SUFFIXES) for each in sources.values())
     is_local = profile.base_model == data.SMALL_MODEL or Path(profile.base_model).is_dir()
     needs_hub = config.push_to_hub or not (is_local and has_files)
     is_online = needs_hub and data.reaches_hub()

@@ -89,7 +89,7 @@ def test_a_dry_run_prints_arms_and_commands_and_writes_nothing(tmp_path, profile
     for arm, decodings in ablate.ARMS.items():
         assert re.search(rf"(?m)^{arm} +{len(decodings)} of {len(decodings)} cells to do  {', '.join(decodings)}$", ran.stdout)
     commands = re.findall(r"(?m)^python train\.py .*$", ran.stdout)
-    assert len(commands) == 8 and all(f"--profile {profile} " in command for command in commands)
+    assert len(commands) == 8 and all(f"--profile={profile} " in command for command in commands)
     assert "57 cells of " in ran.stdout and list(tmp_path.iterdir()) == []
 
 
@@ -488,13 +488,13 @@ def test_probes_of_a_user_need_only_questions(tmp_path):
     path = write_rows(tmp_path / "mine.jsonl", rows)
     probes = infer.read_probes(str(path))
     assert [probe.question for probe in probes] == [row["question"] for row in rows]
-    assert infer.check_facts("Rest.", probes[1]).named == ("rest",)
+    assert infer.check_facts("Rest.", probes[1])["named"] == ["rest"]
     plan = call_script("ablate.py", "--probes", path, "--profile", "cpu", "--dry-run", cwd=tmp_path)
     twice = write_rows(tmp_path / "twice.jsonl", [rows[0], rows[0]])
     with pytest.raises(data.UsageError, match=r"twice\.jsonl:2: not a probe \(an earlier line has the same question"):
         infer.read_probes(str(twice))
     assert "57 cells of 2 questions to do, in runs/ablate/story-mine" in plan.stdout
-    assert plan.stdout.count(f"--probes {path}") == 8 and plan.stdout.count("--num-probes 2 ") == 4
+    assert plan.stdout.count(f"--probes={path}") == 8 and plan.stdout.count("--num-probes=2 ") == 4
 
 
 # --- A real study ------------------------------------------------------------------------------------------------

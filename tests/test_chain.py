@@ -121,9 +121,9 @@ def test_the_card_tells_recipe_data_and_loss(trained):
     record = json.loads((trained.folder / "run.json").read_text())
     assert "Not medical advice" in card and "license: apache-2.0" in card and "- r: 16\n" in card
     before, chosen = record["numbers"]["before"]["eval_loss"], record["numbers"]["chosen"]["eval_loss"]
-    assert f"{before:.4f} before, {chosen:.4f} at that step" in card
+    assert f"{before:.5g} before, {chosen:.5g} at that step" in card
     assert "of step 4, selected by eval_loss" in card
-    assert "- conversational rows: conversational.jsonl\n" in card
+    assert "- source of conversational: conversational.jsonl\n" in card
     assert f"- unsloth: {record['versions']['unsloth']}\n" in card
     everything = "".join(path.read_text() for path in (trained.folder / "adapter").glob("*.json"))
     assert str(trained.cwd) not in card and str(ROOT) not in everything and str(Path.home()) not in everything
