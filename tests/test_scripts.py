@@ -93,7 +93,7 @@ REFUSED = {
         ["data.py", "--profile", "cpu", "--rows", "short.jsonl", "--clean", "wikidoc"],
         "--clean none turns rules off",
     ),
-    "hub id offline": (["data.py", "--profile", "cpu", "--encyclopedic", "nobody/nothing"], "or use another file: --rows FILE"),
+    "hub id offline": (["data.py", "--profile", "cpu", "--encyclopedic", "nobody/nothing"], "or give a file (--rows FILE)"),
     "rows of the hub offline": (["train.py", "--profile", "cpu", "--rows", "nobody/nothing@main"], "cannot be read"),
     "plan of no file": (
         ["train.py", "--profile", "t4", "--dry-run", "--conversational", "none.jsonl", "--mix", "chatdoctor"],
@@ -171,13 +171,13 @@ REFUSED = {
     "hub adapter offline": (["infer.py", "q?", "--adapter", "nobody/nothing"], "The adapter 'nobody/nothing' is not a folder"),
     "other base model": (
         ["infer.py", "q?", "--base", "--profile", "cpu", "--base-model", "bert"],
-        "bert: expected the model_type 'llama', found 'bert'",
+        "bert: its config.json cannot be used (ValueError(\"model_type 'bert'\"))",
     ),
     "base model that is not there": (
         ["train.py", "--profile", "cpu", "--base-model", "none"],
-        "none: its config.json could not be read",
+        "none: its config.json cannot be used",
     ),
-    "base model without sizes": (["data.py", "--profile", "cpu", "--base-model", "sizes"], "its config.json has no valid sizes (KeyError('num_hidden_layers'))"),
+    "base model without sizes": (["data.py", "--profile", "cpu", "--base-model", "sizes"], "its config.json cannot be used (KeyError('num_hidden_layers'))"),
     # ablate.py
     "no records": (["ablate.py", "--table"], "'No such file or directory')). Run without --table"),
     "study name": (["ablate.py", "--name", "a/b"], "letters, digits"),
