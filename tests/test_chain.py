@@ -313,5 +313,5 @@ def test_rows_of_ones_own_are_trained_alone_and_asked_under_their_system_prompt(
     lines = [line for line in plan.stdout.splitlines() if line.startswith("python train.py")]
     names = [line.rpartition(" --name=")[2] for line in lines]
     assert names == ["week3", "week4", "fixed", "kit", "week4-1-epoch", "week4-all-linear", "week4-wide-attention"]
-    assert all("--rows 'my rows.jsonl'" in line and "--mix" not in line for line in lines)
+    assert all("'--rows=my rows.jsonl'" in line and "--mix" not in line for line in lines)
     assert plan.stderr == ""
