@@ -326,7 +326,7 @@ def _digest(*parts: str) -> str:
 _STORAGE_ERRORS = """ENOSPC EDQUOT EFBIG EIO EROFS EACCES EPERM ENOTDIR EEXIST EISDIR ENAMETOOLONG
     ENOTCONN ESTALE""".split()
 _OUT_OF_MEMORY = re.compile(r"out of memory|an(?:'t|not) allocate memory|alloc_cpu|map segment")
-SURROGATE = re.compile(r"[\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 # Control characters except tab and newline, changes of text direction, and surrogates.
 CONTROLS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -463,15 +463,11 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
     text = re.sub(r"\r(?!\n)", LONE_RETURN if "\n" in text.strip() else "\n", text)
     header = next(filter(str.strip, text.split("\n")), "")
     place, names = f"{source}:1", None
-
-    def count_columns(delimiter: str) -> tuple[int, int]:
-        names = next(csv.reader([header], delimiter=delimiter))
-        return sum(name.strip().casefold() in COLUMN_RANKS for name in names), len(names)
-
     try:
-        delimiter = max(",;\t|", key=count_columns)
-        lines, options = io.StringIO(text), {"skipinitialspace": True, "strict": True}
-        reader = csv.reader(lines, delimiter=delimiter, **options)
+        headers = {each: next(csv.reader([header], delimiter=each)) for each in ",;\t|"}
+        known = {n: sum(x.strip().casefold() in COLUMN_RANKS for x in headers[n]) for n in headers}
+        sep = max(headers, key=lambda each: (known[each], len(headers[each])))
+        reader = csv.reader(io.StringIO(text), delimiter=sep, skipinitialspace=True, strict=True)
         for fields in ([each.replace(LONE_RETURN, "\r") for each in line] for line in reader):
             if not any(map(str.strip, fields)):
                 pass
@@ -482,7 +478,7 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[str, Any]]:
                     raise UsageError(f"{place}: the column {name!r} occurs twice. Rename one.")
             elif any(fields[len(names) :]):
                 given = f"{len(fields)} fields, and the header has {len(names)}"
-                yield place, UsageError(f"{given}: {delimiter.join(fields)}")
+                yield place, UsageError(f"{given}: {sep.join(fields)}")
             else:
                 yield place, dict(itertools.zip_longest(names, fields[: len(names)], fillvalue=""))
             place = f"{source}:{reader.line_num + 1}"
@@ -519,8 +515,7 @@ def _read_turn(turn: Any, role: str | None) -> Message | None:
     if not isinstance(turn, dict) or not {"content", "value"} & turn.keys():
         return None
     role = role or ROLES.get(str(turn.get("role") or turn.get("from")).casefold())
-    is_call = turn.get("tool_calls") or turn.get("function_call")
-    if not role or is_call or turn.get("weight") == 0:
+    if not role or turn.get("tool_calls") or turn.get("function_call") or turn.get("weight") == 0:
         return None
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     texts = []
@@ -529,7 +524,7 @@ def _read_turn(turn: Any, role: str | None) -> Message | None:
             part = part.get("text", part)
         if part is None or part != part:  # NaN
             continue
-        if not isinstance(part, str) or SURROGATE.search(part):
+        if not isinstance(part, str) or _SURROGATE.search(part):
             return None
         texts.append(part.strip())
     return role, "\n".join(filter(None, texts))
@@ -1226,7 +1221,7 @@ class RowsConfig(RowsFlags):
         if self.rows and (self.mix != "rebalanced" or self.conversational or self.encyclopedic):
             raise ValueError("--rows replaces the mix. Remove --rows, or the flags of the mix.")
         prompt = self.system_prompt
-        if prompt is not None and (not prompt.strip() or SURROGATE.search(prompt)):
+        if prompt is not None and (not prompt.strip() or _SURROGATE.search(prompt)):
             raise ValueError("--system-prompt is empty or not UTF-8. Remove it, or give a text.")
 
     @property

@@ -788,9 +788,8 @@ def check_adapter(
             raise UsageError(f"{misfit}: {name[:100]}: {found}.")
     if set(matrices.values()) != {2}:
         raise UsageError(f"{misfit}: expected its LoRA tensors in pairs of A and B.")
-    modules = sorted({module for _, module in matrices})
-    lora = {"r": r, "lora_alpha": lora_alpha, "target_modules": modules}
-    lora["use_rslora"] = bool(config.get("use_rslora"))
+    lora = {"r": r, "lora_alpha": lora_alpha, "use_rslora": bool(config.get("use_rslora"))}
+    lora["target_modules"] = sorted({module for _, module in matrices})
     return Adapter(folder, record, profile, lora)
 
 
@@ -1472,9 +1471,7 @@ class InferConfig:
         output = self.output and self.output.resolve()
         if output and (not self.questions or output == self.questions.resolve()):
             raise ValueError(f"--output {self.output} needs --questions, and is another file.")
-        prompt = self.system_prompt
-        if prompt is not None and (not prompt.strip() or data.SURROGATE.search(prompt)):
-            raise ValueError("--system-prompt is empty or not UTF-8. Give a text.")
+        data.RowsConfig(system_prompt=self.system_prompt)  # checks the flag that both have
         if self.probes:
             read_probes(self.probes)
         self.change_decoding(Decoding())

@@ -29,7 +29,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from filelock import FileLock, Timeout
 from rapidfuzz.distance import LCSseq
@@ -375,13 +375,11 @@ def make_callback(config: TrainConfig, recipe: Log) -> Any:
     """Shows progress, writes metrics.jsonl, saves in time, and stops training after a signal."""
     from transformers.trainer_callback import ExportableState, TrainerCallback
 
-    received: list[int] = []  # by all instances: the Trainer makes another one when it resumes
-
     class RunCallback(TrainerCallback, ExportableState):
         """Its state in trainer_state.json is the recipe and the seconds of training so far."""
 
         seconds, began = 0.0, time.monotonic()
-        signals = received
+        signals: ClassVar[list[int]] = []  # of all instances: resuming makes another one
 
         def handle_signal(self, number: int, frame: object) -> None:
             """Stops after this step. A second Ctrl-C ends the run at once."""
