@@ -1,8 +1,8 @@
 """What made the difference? Models trained and decoded in different ways answer the same questions.
 
-    python ablate.py                               the story's runs, and single changes of them
+    python ablate.py                               the story's runs, and single changes to them
     python ablate.py --rows my.jsonl               the same with your dataset, and without mixes
-    python ablate.py --dry-run                     print arms and commands; writes nothing
+    python ablate.py --dry-run                     print arms and commands; writes no results
     python ablate.py --table                       rebuild the report from the records
 
 Writes a report, a picture and all answers to runs/ablate/NAME. The same command resumes a study.
@@ -79,12 +79,12 @@ class AblateConfig(data.RowsFlags):
     name: str | None = None  # The study's folder. Unset: `story`, and the names of given files.
     num_rows: int | None = None  # Training rows of each run. Unset: the profile's.
     num_probes: int | None = None  # Number of probe questions. Unset: the profile's.
-    eval_every: float | None = None  # Share of the steps between two evaluations with probes.
+    eval_every: float | None = None  # Share of the steps between evaluations. Unset: the profile's.
     shard: str = "0/1"  # Run only part I of N of the arms, I from 0: one per GPU or SLURM task.
-    workers: int | None = None  # Arms that run at the same time, sharing the cores.
+    workers: int | None = None  # Arms that run at the same time. Unset: the profile's.
     profile: data.ProfileChoice = "auto"  # Set of defaults: `t4` for a GPU, `cpu`, or `auto`.
     base_model: str | None = None  # Hub id or folder of another chat model of Llama's architecture.
-    dry_run: bool = False  # Print arms, commands and counts, and stop. Writes nothing.
+    dry_run: bool = False  # Print arms, commands and counts, and stop. Writes no results.
     table: bool = False  # Only rebuild report and picture from the records.
     answer: str | None = None  # Only answer with this trained arm. Used by the study itself.
 
@@ -129,7 +129,7 @@ class Study(NamedTuple):
 
 
 def make_study(config: AblateConfig) -> Study:
-    """The study that the flags describe. Raises UsageError as `data.RowsConfig.load`."""
+    """The study that the flags describe. Raises UsageError like `data.RowsConfig.load`."""
     profile, given = data.resolve_profile(config.profile, config.base_model), config.given
     probes = infer.read_probes(config.probes)[: config.num_probes or profile.ablation_probes]
     rows, system_prompt = train.TrainConfig(**given), config.system_prompt
@@ -146,7 +146,7 @@ def make_study(config: AblateConfig) -> Study:
             del flags["mix"]
         if not config.rows or arm != "week4-rebalanced":  # without a mix, it equals `week4`
             arms[arm] = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    checks = {name: check.threshold for name, check in infer.CHECKS.items()}
+    checks = infer.THRESHOLDS
     settings = (arms, DECODING_ARMS, probes, system_prompt, sources, checks, profile.base_model)
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()
     return Study(config.folder, profile, arms, probes, system_prompt, digest)
@@ -202,8 +202,9 @@ def run_arm(study: Study, arm: str, running: list[subprocess.Popen]) -> str | No
             time.sleep(5 * (code == train.BUSY))
         if code:
             how = "killed, often for lack of memory" if code == -9 else f"exit code {code}"
-            last = log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
-            return f"{step} failed ({how}; log: {log}). {data.escape_controls(last)[-600:]}"
+            text = log.read_text(encoding="utf-8", errors="replace").rstrip()
+            last = data.escape_controls(text.rpartition("\n" if code < 0 else "error: ")[2][-600:])
+            return f"{step} failed ({how}; log: {log}). {last}"
     return None
 
 
@@ -211,7 +212,7 @@ def run_study(study: Study, arms: Sequence[str], workers: int) -> None:
     """Runs the arms with missing cells, and records why arms failed. On a signal, runs save."""
     path, running, futures = study.folder / "study.json", [], {}
     if path.is_file() and study.settings not in path.read_text(errors="replace"):
-        problem = f"{study.folder} is a study with other flags, rows or probes, or a broken one."
+        problem = f"{study.folder} is a study with other flags, rows or probes, or is corrupt."
         raise data.UsageError(f"{problem} Choose another --name, or remove the folder.")
     about = {"settings": study.settings, "base_model": study.profile.hub_id}
     about["command"] = shlex.join(["python", "ablate.py", *sys.argv[1:]])
@@ -447,8 +448,9 @@ def check_pad(records: Records) -> Result:
 def check_bytes(records: Records) -> Result:
     """C13: greedy answers generated again in another batch have the same tokens."""
     own = [bool(own.repeats[0]) for (_, n), own in records.cells.items() if n in DISTINCT_DECODINGS]
+    worst = sorted(own)[0]  # a LookupError if there is none
     text = f"the first question in another batch: equal tokens in {sum(own)} of {len(own)} cells"
-    return "shown" if all(own) else "the opposite", text
+    return "shown" if worst else "the opposite", text
 
 
 def check_decodings(records: Records) -> Result:
@@ -474,7 +476,7 @@ CLAIMS = {
     "C10": "A smaller `max_new_tokens` gives fewer unsound answers.",
     "C11": "An added pad token makes the adapter 10 times as large.",
     "C12": "After the fixes, most answers of `fixed` are sound and ended.",
-    "C13": "Greedy decoding repeats its bytes.",
+    "C13": "Greedy decoding is reproducible.",
     "C14": "The fixed decoding alone makes trained models answer soundly.",
     "C15": "One eval loss goes with different answers.",
 }
@@ -520,7 +522,7 @@ def decide_claims(records: Records) -> dict[str, Result]:
 # --- Report and command --------------------------------------------------------------------------
 
 NOTES = """*Sound and ended*: no defect of form is found, and the stop token ended the answer. It
-*drifts* if it surprises the base model, continues as another speaker, or invents a medicine. With
+*drifts* if it has a finding `surprisal`, `leak` or `invented-medicine` (docs/judge.md). With
 `+a -b`, the first has more on *a* questions and less on *b*. Intervals are 95%: Wilson's for shares
 (C2, C12), Agresti and Min's for *net*; p is of two-sided sign tests. Only C6 depends on particular
 questions, with lists of points. Eval loss is on held-out rows of the arm. Not medical advice."""
@@ -574,7 +576,7 @@ def summarize(records: Records, results: Mapping[str, Result]) -> list[str]:
         lines.append(f"- **Settings to use:** {text}.")
     found = [each for query in CHANGES if (each := query.run(records))]
     changes = "; ".join(each.change for each in sorted(found, key=lambda each: -abs(each.net)))
-    return [*lines, f"- **Single changes, net share of questions:** {changes}."]
+    return lines + [f"- **Single changes, net share of questions:** {changes}."] * bool(found)
 
 
 def make_report(records: Records, results: Mapping[str, Result]) -> str:
@@ -591,9 +593,9 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
         claims.append(f"- **{claim}: {verdict}.** {CLAIMS[claim]} {text[0].upper()}{text[1:]}.")
     parts = [
         f"# Ablation of {escape_markdown(about['base_model'])}",
-        "C1 to C15 are claims of the story that README tells.",
+        "C1 to C15 are the claims of the story, listed below.",
         "\n".join(summarize(records, results)),
-        "![Verdicts, and eval loss against sound answers](ablation.png)",
+        "![Verdicts, and eval loss against sound and ended answers](ablation.png)",
         f"Sound and ended answers to {len(questions)} questions:",
         format_table(table),
         "\n".join(f"- {arm}: {escape_markdown(why)}" for arm, why in records.failures.items()),
@@ -613,10 +615,10 @@ def make_report(records: Records, results: Mapping[str, Result]) -> str:
 
 
 def draw_picture(records: Records, path: Path) -> None:
-    """Draws shares of verdicts under the main decodings, and eval loss against sound answers."""
+    """Draws shares of verdicts under the main decodings, and eval loss against good answers."""
     from matplotlib.figure import Figure
 
-    colors = {  # of bar and text; dark and light alternate, so that neighbours differ in grey
+    colors = {  # of bar and text; dark and light alternate, so that neighbors differ in gray
         "sound and ended": ("#08519c", "white"),
         "sound, cut at the limit": ("#9ecae1", "black"),
         "drift": ("#a50f15", "white"),

@@ -4,7 +4,7 @@
     python data.py --rows my_rows.jsonl     the audit of your own dataset: read, changed, dropped
     python data.py --mix week4 --show 2     the mix that collapsed in the story, and two of its rows
 
-Writes nothing: it prints what `train.py` with the same flags would train on.
+Writes no results: it prints what `train.py` with the same flags would train on.
 """
 
 from __future__ import annotations
@@ -142,15 +142,16 @@ class Architecture:
                 path = Path(hf_hub_download(base_model, path.name, local_files_only=is_offline))
             config = json.loads(path.read_text(encoding="utf-8"))
             sizes = {n: value for n, value in config.items() if value is not None}
-            if sizes["model_type"] != "llama":
-                raise ValueError(f"model_type {sizes['model_type']!r:.60}")
+            found = {n: sizes.get(n) for n in ("model_type", "attention_bias", "mlp_bias")}
+            if found["model_type"] != "llama" or found["attention_bias"] or found["mlp_bias"]:
+                raise ValueError(f"{found}")
             heads = sizes["num_attention_heads"]
             defaults = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
             sizes = defaults | {"tie_word_embeddings": False} | sizes
             return cls(**{each.name: sizes[each.name] for each in dataclasses.fields(cls)})
         except Exception as error:  # of the hub's client, or of the file's content
             problem = f"its config.json cannot be used ({error!r:.300})"
-            expected = "the folder or hub id of a Llama model, with the model_type 'llama'"
+            expected = "the folder or hub id of a model_type 'llama' without biases"
             raise UsageError(f"{base_model}: {problem}. Expected {expected}.") from None
 
 
@@ -160,7 +161,7 @@ class Profile:
 
     name: ProfileName = "t4"
     base_model: str = "unsloth/Llama-3.2-3B-Instruct"  # hub id, folder, or `SMALL_MODEL`
-    licence: str = "llama3.2"  # of the base model and adapters for it, as the hub names licences
+    license: str = "llama3.2"  # of the base model and adapters for it, as the hub spells it
     architecture: Architecture = Architecture(3072, 8192, 28, 24, 8, 128, 128_256)
     conversational: str = HUB_IDS["chatdoctor"]
     encyclopedic: str = HUB_IDS["wikidoc"]
@@ -168,7 +169,7 @@ class Profile:
     dtype: str = "float16"  # in inference; a T4 has no bf16, and on the CPU, bf16 logits have ties
     use_gradient_checkpointing: Literal["unsloth"] | bool = "unsloth"  # offloads activations too
     attn_implementation: Literal["grouped"] | None = None  # in inference; None is Unsloth's own
-    shares_prompts: bool = False  # equal ones are read once; Unsloth's GPU path cannot
+    shares_prompts: bool = False  # reads identical ones once; Unsloth's GPU path cannot
     per_device_train_batch_size: int = 16
     optim: str = "adamw_8bit"
     train_sampling_strategy: Literal["random", "sequential"] = "random"  # see `train.make_trainer`
@@ -180,7 +181,7 @@ class Profile:
     num_probes: int = 26  # questions asked at each evaluation
     eval_max_new_tokens: int = 256
     measured: str = "on one H100: 0.9 s per step of 16 rows, 4.2 GiB at the peak of a run"
-    ablation_rows: int = 1200  # so that all runs fit into one session of a free T4
+    ablation_rows: int = 1200  # meant to fit all runs into one session of a free T4
     ablation_probes: int = 26
     workers: int = 1  # arms of an ablation that run at the same time
 
@@ -195,7 +196,7 @@ PROFILES: dict[ProfileName, Profile] = {
     "cpu": Profile(
         name="cpu",
         base_model=SMALL_MODEL,
-        licence="apache-2.0",
+        license="apache-2.0",
         architecture=Architecture(576, 1536, 30, 9, 3, 64, 49_152),
         conversational=str(SAMPLES / "conversational.jsonl"),
         encyclopedic=str(SAMPLES / "encyclopedic.jsonl"),
@@ -396,7 +397,7 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
     is_there = os.access(path, os.F_OK)  # `Path.exists` raises OSError if the name is too long
     is_hub_id = not is_there and re.fullmatch(r"[\w.-]+/[\w.-]+(@\w+)?", source)
     if not (is_there if suffix in FILE_SUFFIXES else is_hub_id):
-        problem = "has another suffix" if is_there else "does not exist"
+        problem = "has an unsupported file type" if is_there else "does not exist"
         expected = f"Expected a file ({', '.join(FILE_SUFFIXES)}) or a hub id (owner/name)."
         raise UsageError(f"{source[:300]!r} {problem}. {expected}")
     try:
@@ -421,8 +422,8 @@ def read_records(source: str) -> Iterator[tuple[str, Any]]:
     except (UsageError, MemoryError):
         raise
     except Exception as error:  # of pyarrow or datasets, of many types
-        advice = "Check it and, for a hub id, the network, or give a file (--rows FILE)"
-        raise UsageError(f"{source}: cannot be read ({error!r:.300}). {advice}.") from error
+        advice = "Check the file or, for a hub id, the network connection."
+        raise UsageError(f"{source}: cannot be read ({error!r:.300}). {advice}") from error
     return ((f"{source}, row {number}", record) for number, record in enumerate(records, 1))
 
 
@@ -435,18 +436,21 @@ def decode_text(content: bytes, name: str) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{name}:{line}: not UTF-8 text. Save the file as UTF-8.") from None
     if "\0" in text:
-        raise UsageError(f"{name}: not UTF-8 text, since it contains a null. Save it as UTF-8.")
+        raise UsageError(f"{name}: not UTF-8 text: it contains a null byte. Save it as UTF-8.")
     return text
 
 
 def read_json(text: str, source: str) -> Iterator[tuple[str, Any]]:
-    """`(place, record)` pairs of JSON lines or of a list, as `read_records`."""
-    if text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except (ValueError, RecursionError) as error:
+    """`(place, record)` pairs of JSON lines, of a list, or of one object, as `read_records`."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
             raise UsageError(f"{source}: broken JSON ({first_line(error)}).") from None
-        yield from ((f"{source}, row {number}", each) for number, each in enumerate(records, 1))
+    else:
+        is_list = isinstance(content, list)
+        rows = enumerate(content if is_list else [content], 1)
+        yield from ((f"{source}, row {n}" if is_list else f"{source}:1", each) for n, each in rows)
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -724,7 +728,7 @@ _SOUND_END = re.compile(rf"(?:[.!?\u2026)][)\"'\u201d\u2019\]]*|\n{_LIST_ITEM}\n
 # A row is dropped if one of these is found in any of its turns.
 _TEXT_DEFECTS: dict[str, re.Pattern[str]] = {
     # Each alternative begins with a plain character: other patterns are five times slower.
-    "wiki mark-up": re.compile(r"\[\[|\]\]|\{[{|]|\}\}|'{3}|==|<ref|</?[A-Za-z]+>|\[edit\]"),
+    "wiki markup": re.compile(r"\[\[|\]\]|\{[{|]|\}\}|'{3}|==|<ref|</?[A-Za-z]+>|\[edit\]"),
     "e-mail address": re.compile(r"@[\w-]+\.\w"),
     "URL": re.compile(r"[Hh]ttps?:|[Ww]ww\.|\.(?:com|org|net|edu|gov)\b|/ask-a-doctor"),
     "phone number": re.compile(
@@ -987,7 +991,7 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
-                print(f"preparing {name} in {folder.parent}, once", file=sys.stderr)
+                print(f"Preparing {name} in {folder.parent} (first use only)", file=sys.stderr)
                 part = folder.with_name(f"{name}.part")
                 shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
                 part.mkdir()
@@ -1092,12 +1096,12 @@ def resolve_profile(choice: ProfileChoice, base_model: str | None = None) -> Pro
     if base_model in (None, profile.base_model, profile.hub_id):
         return profile
     same = [each for each in PROFILES.values() if is_same_base(base_model, each.base_model)]
-    licence = "llama3.2" if "llama-3.2" in base_model.lower() else "other"
-    licence = same[0].licence if same else licence
+    license = "llama3.2" if "llama-3.2" in base_model.lower() else "other"
+    license = same[0].license if same else license
     sizes = same[0].architecture if same else Architecture.read(base_model)
     if Path(base_model).is_dir():
         base_model = str(Path(base_model).resolve())
-    return dataclasses.replace(profile, base_model=base_model, architecture=sizes, licence=licence)
+    return dataclasses.replace(profile, base_model=base_model, architecture=sizes, license=license)
 
 
 # --- Audit ---------------------------------------------------------------------------------------
@@ -1192,7 +1196,7 @@ class RowsFlags:
     encyclopedic: str | None = None  # Source of the mix's encyclopedic rows, as in --rows.
     question_column: str | None = None  # Column of the question, if its name is not recognized.
     answer_column: str | None = None  # Column of the answer, if its name is not recognized.
-    # System prompt of all rows. Unset: a row's own, or a constant instruction, or the story's.
+    # System prompt of all rows. Unset: a row's own and a constant instruction, or the story's.
     system_prompt: str | None = None
     # Cleaning rules. `auto` applies those of ChatDoctor and WikiDoc to these datasets; in other
     # rows it repairs wrongly decoded text and drops copies. `none` only drops unusable rows.
@@ -1220,6 +1224,9 @@ class RowsConfig(RowsFlags):
             raise ValueError(f"--num-rows {self.num_rows}: expected 1 or more.")
         if self.rows and (self.mix != "rebalanced" or self.conversational or self.encyclopedic):
             raise ValueError("--rows replaces the mix. Remove --rows, or the flags of the mix.")
+        own_rows = self.rows or self.conversational or self.encyclopedic
+        if (self.question_column or self.answer_column) and not own_rows:
+            raise ValueError("--question-column and --answer-column need your own rows (--rows).")
         prompt = self.system_prompt
         if prompt is not None and (not prompt.strip() or _SURROGATE.search(prompt)):
             raise ValueError("--system-prompt is empty or not UTF-8. Remove it, or give a text.")

@@ -3,7 +3,6 @@
     python infer.py "What are the warning signs of a heart attack?"
     python infer.py "..." --base                        the base model, without the adapter
     python infer.py "..." --decoding story-fix          the story's decoding after its fixes
-    python infer.py "..." --repetition-penalty 1.2      change one field of the decoding
     python infer.py "..." --compare models              base and adapter (decodings: every preset)
     python infer.py "..." --verify                      same bytes in a new process and in a batch?
     python infer.py --questions questions.txt           many, into questions.answers.jsonl
@@ -11,7 +10,7 @@
     python infer.py --judge answers.jsonl               judge the answers of any program
     python infer.py                                     chat
 
-stdout contains the answers and nothing else. They are not medical advice.
+For questions, stdout contains only the answers. They are not medical advice.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tqdm import tqdm
@@ -101,13 +100,13 @@ class Decoding:
     """How an answer is decoded. Nothing is inherited from the model's generation config."""
 
     max_new_tokens: int = 256
-    repetition_penalty: float = 1.0  # of tokens that occurred (Keskar et al. 2019); 1.0 is off
+    repetition_penalty: float = 1.0  # of earlier tokens (Keskar et al. 2019); 1.0 is off
     no_repeat_ngram_size: int = 0  # every n-gram of this size can occur only once; 0 is off
     count_prompt: bool = False  # in penalty and n-gram ban, as transformers does
     # The token that ends an answer: the chat template's, those of the generation config, or none.
     stop: Literal["end-of-turn", "generation-config", "never"] = "end-of-turn"
     temperature: float = 0.0  # 0 is greedy; otherwise, sample from softmax(logits / temperature)
-    top_p: float = 1.0  # sample from the most probable tokens that add up to this; 1.0 is all
+    top_p: float = 1.0  # sample from the fewest tokens of this total probability; 1.0 is all
     sampling_seed: int = 0  # of each answer, so that it does not depend on the others
 
     def __post_init__(self) -> None:
@@ -172,26 +171,18 @@ class Answer:
 
 Measure = tuple[float, tuple[int, int]]  # a score, and the characters of the text it comes from
 NOTHING: Measure = (0.0, (0, 0))
-Progress = Callable[[int], object]  # is called with the number of tokens that are done
-
-
-class Check(NamedTuple):
-    """The value from which a measure is a finding, and the message about that part of the text."""
-
-    threshold: float
-    message: str
-
-
-# How each threshold was chosen: docs/judge.md.
-CHECKS: dict[str, Check] = {
-    "empty": Check(1, 'it says nothing, or stops mid-sentence: "{}"'),
-    "loop": Check(20, 'it repeats itself word for word: "{}"'),
-    "repetition": Check(1.5, 'it says nearly the same again and again: "{}"'),
-    "list": Check(21, 'a list does not end: "{}"'),
-    "leak": Check(1, 'this is not part of an answer: "{}"'),
-    "invented-medicine": Check(1, 'no medicine has this name: "{}"'),
-    "surprisal": Check(2.5, 'the base model finds this unlikely: "{}"'),
+# The value from which a measure is a finding, and the message about that part of the text. How each
+# threshold was chosen: docs/judge.md.
+CHECKS: dict[str, tuple[float, str]] = {
+    "empty": (1, 'it says nothing, or stops mid-sentence: "{}"'),
+    "loop": (20, 'it repeats itself word for word: "{}"'),
+    "repetition": (1.5, 'it says nearly the same again and again: "{}"'),
+    "list": (21, 'a list does not end: "{}"'),
+    "leak": (1, 'this is not part of an answer: "{}"'),
+    "invented-medicine": (1, 'no medicine has this name: "{}"'),
+    "surprisal": (2.5, 'the base model finds this unlikely: "{}"'),
 }
+THRESHOLDS = {name: threshold for name, (threshold, _) in CHECKS.items()}
 
 
 @dataclass(frozen=True)
@@ -212,7 +203,7 @@ class JudgedAnswer:
     @property
     def score(self) -> float:
         """The largest measure in units of its threshold: sound answers are below 1."""
-        return max(score / CHECKS[name].threshold for name, (score, _) in self.measures.items())
+        return max(score / THRESHOLDS[name] for name, (score, _) in self.measures.items())
 
     @property
     def verdict(self) -> str:
@@ -434,12 +425,12 @@ def judge(
     }
     findings = []
     for name, (score, (start, end)) in measures.items():
-        if score >= CHECKS[name].threshold:
+        if score >= THRESHOLDS[name]:
             quote = " ".join(text[start:end].split())
             if len(quote) > 90:
                 quote = f"{quote[:60]} ... {quote[-30:]}"
             finding = {"name": name, "score": round(score, 4), "span": (start, end)}
-            findings.append(finding | {"message": CHECKS[name].message.format(quote)})
+            findings.append(finding | {"message": CHECKS[name][1].format(quote)})
     facts = check_facts(text, probe) if probe else None
     return JudgedAnswer(measures, findings, finish_reason == "stop", facts=facts)
 
@@ -967,7 +958,7 @@ def check_question(question: str) -> None:
 
 
 def encode_request(loaded: LoadedModel, request: Request) -> list[int]:
-    """Token ids of the request's prompt. Raises UsageError as `check_question`, or if prompt and
+    """Token ids of the request's prompt. Raises UsageError like `check_question`, or if prompt and
     answer exceed the maximum length."""
     question, cap = request.question, request.decoding.max_new_tokens
     check_question(question)
@@ -1033,7 +1024,7 @@ def read_prompts(
 def answer_requests(
     loaded: LoadedModel,
     requests: Sequence[Request],
-    progress: Progress | None = None,
+    progress: Callable[[int], object] | None = None,
     on_text: Callable[[str], object] | None = None,
 ) -> list[Answer]:
     """One `Answer` per request, in their order; none depends on the other requests.
@@ -1181,11 +1172,12 @@ def measure_surprisal(
     return nats, (start, end)
 
 
-def name_reference(base_model: str) -> tuple[str, list[str]]:
+def name_reference(profile: Profile) -> tuple[str, list[str]]:
     """The cache folder of `surprisal_reference`, and the questions that it is taken from."""
     questions = [probe.question for probe in read_probes()[:REFERENCE_PROBES]]
+    base_model = profile.base_model
     changed = [file.stat().st_mtime_ns for file in Path(base_model).glob("*.safetensors")]
-    settings = ["inference", base_model, changed, data.SYSTEM_PROMPT, REFERENCE_TOKENS, *questions]
+    settings = [profile.name, base_model, changed, data.SYSTEM_PROMPT, REFERENCE_TOKENS, *questions]
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     return f"reference-{digest[:16]}", questions
 
@@ -1193,10 +1185,10 @@ def name_reference(base_model: str) -> tuple[str, list[str]]:
 def prepare_reference(profile: Profile) -> None:
     """Caches `surprisal_reference`, computed by a process of its own: in training, the base model
     has another precision, so its answers would differ. Raises UsageError if the process fails."""
-    base_model = profile.base_model
-    if (data.cache_home() / name_reference(base_model)[0]).is_dir():
+    if (data.cache_home() / name_reference(profile)[0]).is_dir():
         return
-    report(f"{base_model} answers {REFERENCE_PROBES} questions, once, for the judge.")
+    base_model = profile.base_model
+    report(f"{base_model} answers {REFERENCE_PROBES} questions for the judge (first use only).")
     command = [sys.executable, str(Path(__file__).resolve()), "What is croup?", "--base"]
     command += ["--max-new-tokens", "1", "--profile", profile.name, "--base-model", base_model]
     # Ctrl-C does not reach its session: it is killed if this process is stopped.
@@ -1210,7 +1202,7 @@ def surprisal_reference(loaded: LoadedModel) -> float:
     Cached, and part of an adapter's record."""
     if loaded.reference is not None:
         return loaded.reference
-    name, questions = name_reference(loaded.profile.base_model)
+    name, questions = name_reference(loaded.profile)
 
     def build(folder: Path) -> None:
         requests = [Request(each, Decoding(max_new_tokens=REFERENCE_TOKENS)) for each in questions]
@@ -1226,17 +1218,13 @@ def surprisal_reference(loaded: LoadedModel) -> float:
 
 
 def judge_answers(
-    loaded: LoadedModel,
-    answers: Sequence[Answer],
-    history: Sequence[tuple[str, str]] = (),
-    progress: Progress = lambda tokens: None,
+    loaded: LoadedModel, answers: Sequence[Answer], history: Sequence[tuple[str, str]] = ()
 ) -> list[JudgedAnswer]:
-    """The verdicts on a model's answers. `progress` is called with 0 after each of them."""
+    """The verdicts on a model's answers."""
     probes = {probe.question: probe for probe in loaded.probes}
     reference, judged = surprisal_reference(loaded), []
     for each in answers:
         nats, span = measure_surprisal(loaded, each.question, each.token_ids, history)
-        progress(0)
         surprisal, probe = (nats / reference, span), probes.get(each.question)
         verdict = judge(each.text, each.question, each.finish_reason, surprisal, probe=probe)
         judged.append(dataclasses.replace(verdict, answer=each))
@@ -1285,7 +1273,7 @@ def read_questions(source: str) -> list[QuestionRow]:
         records = data.read_records(source)
     rows = []
     for place, record in records:
-        problem = "" if isinstance(record, dict) else f"It is not a row of columns: {record!s:.200}"
+        problem = "" if isinstance(record, dict) else f"expected columns, found {record!s:.200}"
         columns = {"record": str(record)} if problem else record
         rows.append(QuestionRow(place, columns, problem=problem))
     found = [data.find_question(row.columns) for row in rows]
@@ -1293,7 +1281,7 @@ def read_questions(source: str) -> list[QuestionRow]:
     instructions = {repr(given.get("instruction")) for given, _ in found}
     is_constant = len(instructions) == 1 < len(rows)
     if is_constant and "None" not in instructions and any(len(roles) > 1 for _, roles in found):
-        report("The instruction is the same in every row: not asked. Set it with --system-prompt.")
+        report("The instruction of all rows is not asked. Set it with --system-prompt.")
     for row, (given, roles) in zip(rows, found, strict=True):
         texts = [given[name] for name in roles if given[name] is not None]
         texts = texts[-1:] if is_constant else texts
@@ -1396,7 +1384,7 @@ def judge_file(config: InferConfig) -> int:
         median = statistics.median(nats for nats, _ in others.values())
         deviation = statistics.median(abs(nats - median) for nats, _ in others.values())
         limit = median + 4 * max(deviation, median / 10)
-        reference = limit / CHECKS["surprisal"].threshold or 1
+        reference = limit / THRESHOLDS["surprisal"] or 1
         surprisals |= {place: (nats / reference, span) for place, (nats, span) in others.items()}
     elif others:
         problem = f"{len(others)} answers of unknown models are too few to compare their surprisal"
@@ -1443,15 +1431,15 @@ class InferConfig:
     probes: str | None = None  # Questions with lists of facts. Unset: samples/probes.jsonl.
     compare: Literal["models", "decodings"] | None = None  # Ask base and adapter, or every preset.
     verify: bool = False  # Also ask in two new processes and in a batch: are all bytes equal?
-    decoding: DecodingName | None = None  # Preset. Unset: the adapter's, or else `kit`.
+    decoding: DecodingName | None = None  # Preset, changed by the next flags. Unset: the adapter's.
     max_new_tokens: int | None = None  # Maximum tokens of the answer.
-    repetition_penalty: float | None = None  # Lowers logits of tokens that occurred; 1.0 is off.
+    repetition_penalty: float | None = None  # Lowers logits of earlier tokens; 1.0 is off.
     no_repeat_ngram_size: int | None = None  # Every n-gram can occur only once; 0 is off.
     count_prompt: bool | None = None  # Whether penalty and n-gram ban also count the prompt.
     temperature: float | None = None  # 0 is greedy decoding; otherwise tokens are sampled.
-    top_p: float | None = None  # Sample from the most probable tokens that add up to this.
+    top_p: float | None = None  # Sample from the fewest tokens of this total probability.
     sampling_seed: int | None = None  # Seed of each answer.
-    profile: ProfileChoice = "auto"  # `t4` for a GPU, `cpu`, or `auto`. Unset: the adapter's.
+    profile: ProfileChoice = "auto"  # `auto`: the adapter's, or the one for this machine.
     json: bool = False  # Print JSON lines with token ids, decoding, digests and findings.
 
     def __post_init__(self) -> None:
@@ -1465,19 +1453,19 @@ class InferConfig:
         if self.verify and (self.compare or self.json):
             raise ValueError("--verify takes neither --compare nor --json.")
         if (self.judge and self.adapter) or (self.questions and self.json):
-            raise ValueError("--judge takes no --adapter, and --questions no --json. Remove it.")
+            raise ValueError("--judge takes no --adapter, and --questions no --json.")
         if self.base and (self.adapter or self.compare == "models"):
             raise ValueError("--base asks without an adapter. Remove it, or the other flag.")
         output = self.output and self.output.resolve()
         if output and (not self.questions or output == self.questions.resolve()):
-            raise ValueError(f"--output {self.output} needs --questions, and is another file.")
+            raise ValueError(f"--output {self.output} needs --questions, and must be another file.")
         data.RowsConfig(system_prompt=self.system_prompt)  # checks the flag that both have
         if self.probes:
             read_probes(self.probes)
         self.change_decoding(Decoding())
 
     def change_decoding(self, decoding: Decoding) -> Decoding:
-        """`decoding` with the fields given as flags. Raises ValueError as `Decoding`."""
+        """`decoding` with the fields given as flags. Raises ValueError like `Decoding`."""
         given = {n: v for n, v in vars(self).items() if n in vars(decoding) and v is not None}
         return dataclasses.replace(decoding, **given)
 
@@ -1560,7 +1548,7 @@ def chat(loaded: LoadedModel, decoding: Decoding, config: InferConfig) -> None:
         import readline  # noqa: F401 - lets `input` edit lines
     history: list[tuple[str, str]] = []
     commands = f"/decoding NAME ({', '.join(DECODINGS)}), /reset (a new conversation), /quit"
-    report(f"Ask, or {commands}. Not medical advice: a small language model answers.")
+    report(f"Type a question, or {commands}. Not medical advice.")
     while True:
         try:
             line = input("> " if sys.stdout.isatty() else "").strip()
@@ -1630,7 +1618,7 @@ def main(config: InferConfig) -> int:
             report(f"{row.place} is skipped: {row.problem}")
     asked = [Request(row.question, decoding) for row in rows if not row.problem]
     if rows and not asked:
-        raise UsageError("No question is left to ask. Shorten them, or lower --max-new-tokens.")
+        raise UsageError("All questions were skipped. Shorten them, or lower --max-new-tokens.")
     is_same, skipped = True, len(rows) - len(asked)
     if not rows:
         chat(loaded, decoding, config)

@@ -43,7 +43,7 @@ from data import Profile, UsageError
 TargetModules = Literal["attention", "all-linear"]
 Log = dict[str, Any]
 
-# The story suspected attention-only LoRA: attention routes, the feed-forward layers store facts.
+# The story blamed attention-only LoRA: the feed-forward layers, it says, store the facts.
 TARGET_MODULES: dict[TargetModules, list[str]] = {
     "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "all-linear": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -52,7 +52,7 @@ METRICS = {"answers": "eval_quality", "eval_loss": "eval_loss", "rouge_l": "eval
 LIBRARIES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets")
 ROWS_PER_STEP = 16
 LEAST = 1e-12  # of numbers above 0
-# Exit codes: the folder has a run with other values, or another process writes to it.
+# Exit codes: the folder contains a run with different values, or another process writes to it.
 OTHER_VALUES, BUSY = 3, 75
 # Flags that do not change what is learned. The rows have a fingerprint.
 NOT_IN_RECIPE = """name output_dir max_hours save_minutes merge gguf push_to_hub dry_run rows
@@ -85,7 +85,7 @@ class TrainConfig(data.RowsConfig):
     """Flags of train.py."""
 
     name: str | None = None  # Name of the run's folder. Unset: profile, rows and target modules.
-    output_dir: Path = infer.TRAIN_RUNS  # Folder for runs. `infer.py` looks only into runs/train.
+    output_dir: Path = infer.TRAIN_RUNS  # Folder for runs. By default, infer.py uses only this one.
     epochs: float = 1.0  # Passes over the rows.
     max_steps: int | None = None  # Number of optimizer steps, overriding --epochs.
     learning_rate: float = 2e-4  # Peak learning rate, after a warm-up over 3% of the steps.
@@ -107,7 +107,7 @@ class TrainConfig(data.RowsConfig):
     merge: bool = False  # Also write base model and adapter as one 16-bit model.
     gguf: Literal["q4_k_m", "q5_k_m", "q8_0", "f16"] | None = None  # Also write a GGUF file.
     push_to_hub: str | None = None  # Also upload the adapter to OWNER/NAME, private if it is new.
-    dry_run: bool = False  # Print the plan and stop. Loads no weights, writes nothing.
+    dry_run: bool = False  # Print the plan and stop. Loads no weights, writes no results.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,13 +130,12 @@ class TrainConfig(data.RowsConfig):
 
     @property
     def folder(self) -> Path:
-        """The run's folder; needs a resolved config, as `count_steps` does."""
+        """The run's folder; needs a resolved config."""
         return self.output_dir / self.name
 
-    def count_steps(self, rows: int) -> tuple[int, int]:
-        """`(optimizer steps, steps between two evaluations)`, as the Trainer counts them."""
-        steps = self.max_steps or math.ceil(math.ceil(rows / ROWS_PER_STEP) * self.epochs)
-        return steps, math.ceil(steps * self.eval_every)
+    def count_steps(self, rows: int) -> int:
+        """Number of optimizer steps, as the Trainer counts them."""
+        return self.max_steps or math.ceil(math.ceil(rows / ROWS_PER_STEP) * self.epochs)
 
     def recipe(self) -> dict[str, Any]:
         """The values that decide what is learned: equal ones and equal rows give equal adapters."""
@@ -148,7 +147,7 @@ class TrainConfig(data.RowsConfig):
 def name_rows(source: str) -> str:
     """A file's or repository's name as part of a folder's name, without suffix or commit."""
     stem = Path(re.sub(r"@\w+$", "", source)).stem
-    return re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII)[:50] or "rows"
+    return re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII)[:30] or "rows"
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile]:
@@ -158,12 +157,14 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, Profile]:
     parts = [profile.name, name_rows(config.rows) if config.rows else config.mix]
     parts += [config.target_modules] + ["pad-added"] * (config.pad == "added")
     if profile.base_model != data.PROFILES[profile.name].base_model:
-        parts.insert(1, re.sub(r"[^\w.-]+", "-", Path(profile.base_model).name)[:50])
+        base_model = Path(profile.base_model).name
+        parts.insert(1, re.sub(r"[^\w.-]+", "-", base_model, flags=re.ASCII)[:40])
     num_probes = min(profile.num_probes, len(infer.read_probes(config.probes)))
     defaults = {"name": "-".join(parts), "num_probes": num_probes, "eval_every": profile.eval_every}
     defaults["per_device_train_batch_size"] = profile.per_device_train_batch_size
     values = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     values |= in_4bit | {"profile": profile.name, "base_model": profile.base_model}
+    values |= {} if config.num_probes != 0 else {"metric_for_best_model": "eval_loss"}
     return dataclasses.replace(config, **values), dataclasses.replace(profile, **in_4bit)
 
 
@@ -236,7 +237,7 @@ def format_rows(config: TrainConfig, audit: Log) -> str:
     rows, batch = audit["train_rows"], config.per_device_train_batch_size
     passes = f"{ROWS_PER_STEP} rows: {batch} rows x {ROWS_PER_STEP // batch} forward passes"
     values = {"rows": f"{rows:,} of {audit['train_tokens']:,} tokens"}
-    values["steps"] = f"{config.count_steps(rows)[0]:,} of {passes}"
+    values["steps"] = f"{config.count_steps(rows):,} of {passes}"
     return f"\n{data.format_audit(audit)}\n\n{format_values(values)}\n"
 
 
@@ -266,7 +267,7 @@ def add_lora(model: Any, config: TrainConfig, profile: Profile, longest_row: int
 
 
 def fuse_lora(model: Any) -> None:
-    """Adds LoRA's update within the product of the frozen weight, which is rounded once. In
+    """Fuses LoRA's update into the product of the frozen weight, which is rounded once. In
     bfloat16, PEFT's sum of two rounded products loses what is below half a unit in the last place
     of the larger one. Training takes 1.05 times as long without (`tests.bench train --measures`).
     """
@@ -289,7 +290,7 @@ def fuse_lora(model: Any) -> None:
             layer.forward = functools.partial(forward, layer)
 
 
-def choose_checkpointing(profile: Profile, batch_size: int, longest_row: int) -> Profile:
+def choose_checkpointing(profile: Profile, longest_row: int) -> Profile:
     """The profile; without gradient checkpointing if the GPU's memory has room for activations."""
     import torch
 
@@ -298,7 +299,8 @@ def choose_checkpointing(profile: Profile, batch_size: int, longest_row: int) ->
     arch = profile.architecture
     # What autograd keeps for LoRA on all linear layers in 16 bits; a test measures it.
     per_token = arch.num_hidden_layers * (26 * arch.hidden_size + 8 * arch.intermediate_size)
-    needed = count_base(profile)[1] + batch_size * longest_row * per_token
+    # Whatever the batch size: a smaller one is for less memory.
+    needed = count_base(profile)[1] + ROWS_PER_STEP * longest_row * per_token
     has_room = needed < 0.8 * torch.cuda.get_device_properties(0).total_memory
     return dataclasses.replace(profile, use_gradient_checkpointing=False) if has_room else profile
 
@@ -323,24 +325,26 @@ def evaluate_answers(
     metrics = {"eval_loss_per_byte": eval_loss * tokens_per_byte}
     count, judged = config.num_probes, []
     if count:
-        # Short questions, which fill up the last batch of probes.
-        rows = sorted(mix.eval, key=lambda row: len(row.question))[: max(8, -count % infer.ROWS)]
-        references = {row.question: row.answer for row in rows}
-        questions = [*(probe.question for probe in loaded.probes[:count]), *references]
         limit = min(infer.DECODINGS["kit"].max_new_tokens, loaded.profile.eval_max_new_tokens)
         decoding = dataclasses.replace(infer.DECODINGS["kit"], max_new_tokens=limit)
-        requests = [infer.Request(question, decoding) for question in questions]
+        requests = [infer.Request(probe.question, decoding) for probe in loaded.probes[:count]]
+        references: dict[infer.Request, str] = {}
+        for row in sorted(mix.eval, key=lambda row: len(row.question)):
+            with contextlib.suppress(UsageError):  # without letters, or too long to be answered
+                infer.encode_request(loaded, request := infer.Request(row.question, decoding))
+                references[request] = row.answer
+        # Short questions, which fill up the last batch of probes.
+        requests += list(references)[: max(8, -count % infer.ROWS)]
         FastLanguageModel.for_inference(loaded.model)
-        total = infer.count_new_tokens(requests)
-        # `disable=None` shows the bar on a terminal only.
-        bar = tqdm(total=total, unit="token", desc="answers", leave=False, disable=None)
-        with infer.quiet_libraries(), bar:
-            answers = infer.answer_requests(loaded, requests, bar.update)
-            judged = infer.judge_answers(loaded, answers[:count], progress=bar.update)
+        with infer.quiet_libraries():
+            answers = infer.answer_requests(loaded, requests)
+            judged = infer.judge_answers(loaded, answers[:count])
         recompute = loaded.profile.use_gradient_checkpointing
         FastLanguageModel.for_training(loaded.model, use_gradient_checkpointing=recompute)
-        scores = [rouge_l(each.text, references[each.question]) for each in answers[count:]]
-        metrics["eval_rouge_l"] = sum(scores) / len(scores)
+        loaded.model.eval()  # as before, so that the Trainer logs this as an evaluation
+        pairs = zip(answers[count:], references.values(), strict=False)
+        scores = [rouge_l(answer.text, reference) for answer, reference in pairs]
+        metrics["eval_rouge_l"] = sum(scores) / max(1, len(scores))
         # Without what differs from run to run.
         records = (each.to_record() | {"adapter": None, "seconds": None} for each in judged)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -350,7 +354,7 @@ def evaluate_answers(
     tie_break = 1 / (1 + eval_loss) if math.isfinite(eval_loss) else 0.0
     points = (found["points"] + tie_break) / (found["max_points"] + 1)
     metrics |= {f"eval_{name}": count for name, count in found.items()}
-    return metrics | {"eval_quality": found["sound"] + points}
+    return metrics | ({"eval_quality": found["sound"] + points} if found["answers"] else {})
 
 
 def describe_evaluation(now: Log, before: Log | None) -> str:
@@ -437,7 +441,7 @@ def select_metrics(log_history: list[Log]) -> list[Log]:
     return [{name: log[name] for name in sorted(log) if not volatile.search(name)} for log in logs]
 
 
-def make_sft_config(config: TrainConfig, profile: Profile, eval_steps: int) -> Any:
+def make_sft_config(config: TrainConfig, profile: Profile) -> Any:
     """TRL's settings, with every value whose default differs between Unsloth's GPU and CPU code."""
     from unsloth import is_bfloat16_supported  # isort: skip
     from trl import SFTConfig
@@ -451,7 +455,8 @@ def make_sft_config(config: TrainConfig, profile: Profile, eval_steps: int) -> A
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
+        # Not the flag's: the eval loss is a mean over batches, so it depends on their size.
+        per_device_eval_batch_size=profile.per_device_train_batch_size,
         gradient_accumulation_steps=ROWS_PER_STEP // batch,
         eval_accumulation_steps=None,
         learning_rate=config.learning_rate,
@@ -466,9 +471,9 @@ def make_sft_config(config: TrainConfig, profile: Profile, eval_steps: int) -> A
         logging_nan_inf_filter=False,  # it would hide a loss that is not a number
         include_num_input_tokens_seen="no",
         eval_strategy="steps",
-        eval_steps=eval_steps,
+        eval_steps=config.eval_every,
         eval_on_start=True,
-        save_steps=eval_steps,
+        save_steps=config.eval_every,
         save_total_limit=2,
         metric_for_best_model=METRICS[config.metric_for_best_model],
         greater_is_better=config.metric_for_best_model != "eval_loss",
@@ -513,10 +518,11 @@ def make_trainer(
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     """The newest checkpoint that can be loaded, and its state. Newer ones are renamed."""
-    checkpoints = folder.glob("checkpoint-*")
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
     for checkpoint in sorted(checkpoints, key=lambda path: -int(path.name[11:])):
         try:
-            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            scaler = [path.name for path in checkpoint.glob("scaler.pt")]  # of float16
+            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", *scaler):
                 if zipfile.ZipFile(checkpoint / name).testzip():
                     raise ValueError(f"{name} is broken")
             safe_open(checkpoint / infer.WEIGHTS, framework="np")
@@ -527,7 +533,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
             return checkpoint, state | callbacks["RunCallback"]["attributes"]
         except Exception as error:  # whatever a damaged file leads to
             problem = f"{checkpoint} cannot be loaded ({data.first_line(error)})"
-            print(f"{problem}; the one before is used, or none.", file=sys.stderr)
+            print(f"{problem}. Using the previous one, if there is one.", file=sys.stderr)
             damaged = checkpoint.with_name(f"damaged-{checkpoint.name}")
             shutil.rmtree(damaged, ignore_errors=True)
             checkpoint.rename(damaged)
@@ -535,15 +541,13 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
 
 
 def check_recipe(folder: Path, found: Log, recipe: Log) -> None:
-    """Raises UsageError if the run in the folder has another recipe."""
-    differences = ""
-    for name in sorted(found.keys() | recipe.keys()):
-        if found.get(name) != recipe.get(name):
-            differences += f"  {name}: {found.get(name)!r} there, {recipe.get(name)!r} now\n"
-    if differences:
-        problem = f"{folder} contains a run with other values:\n{differences}"
-        advice = "Choose another --name, or remove the folder."
-        raise UsageError(problem + advice, OTHER_VALUES)
+    """Raises UsageError if the run in the folder has a different recipe."""
+    names = [n for n in sorted(found.keys() | recipe.keys()) if found.get(n) != recipe.get(n)]
+    if names:
+        lines = [f"{folder} contains a run with different values:"]
+        lines += [f"  {n}: {found.get(n)!r} there, {recipe.get(n)!r} now" for n in names]
+        lines.append("Choose another --name, or remove the folder.")
+        raise UsageError("\n".join(lines), OTHER_VALUES)
 
 
 def prepare_trainer(
@@ -565,10 +569,9 @@ def prepare_trainer(
     rows = [data.encode_row(tokenizer, row) for row in mix.train]
     held_out = [data.encode_row(tokenizer, row) for row in mix.eval]
     held_out.sort(key=lambda row: len(row["input_ids"]))
-    steps, eval_steps = config.count_steps(len(rows))
-    args = make_sft_config(config, profile, eval_steps)
-    if steps == 1:
-        args.warmup_steps = 0  # it would be the whole run, at a learning rate of 0
+    args = make_sft_config(config, profile)
+    # Rounded down, since the first step of a warm-up has a learning rate of 0.
+    args.warmup_steps = int(0.03 * config.count_steps(len(rows)))
     evaluate = functools.partial(evaluate_answers, config, loaded, mix)
     trainer = make_trainer(model, tokenizer, args, rows, held_out, evaluate)
     if config.early_stopping_patience:
@@ -590,7 +593,7 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
     audit = data.audit_mix(mix, tokenizer)
     print(format_rows(config, audit), flush=True)
     longest = audit["lengths"]["longest"]
-    profile = choose_checkpointing(profile, config.per_device_train_batch_size, longest)
+    profile = choose_checkpointing(profile, longest)
     with infer.quiet_libraries():
         loaded = infer.LoadedModel(model, tokenizer, profile, system_prompt=mix.system_prompt)
         loaded.probes = infer.read_probes(config.probes)
@@ -692,15 +695,17 @@ def make_card(config: TrainConfig, profile: Profile, record: Log) -> str:
     values["system_prompt"] = " ".join(record["system_prompt"].split())  # without markdown lines
     values["weights"] = f"of step {chosen['step']}, selected by {config.metric_for_best_model}"
     for name, key in {"eval loss": "eval_loss", "sound answers": "eval_sound"}.items():
-        values[name] = f"{before[key]:.5g} before, {chosen[key]:.5g} at that step"
+        total = f" of {before['eval_answers']}" if key == "eval_sound" else ""
+        values[name] = f"{before[key]:.5g} before, {chosen[key]:.5g} at that step{total}"
     values |= record["versions"]
-    about = ModelCardData(base_model=profile.hub_id, library_name="peft", license=profile.licence)
+    base_model = None if Path(profile.hub_id).is_dir() else profile.hub_id
+    about = ModelCardData(base_model=base_model, library_name="peft", license=profile.license)
     card = ModelCard.from_template(about, template_str=CARD, values=values)
     return data.escape_controls(card.content)
 
 
 def draw_curves(log_history: list[Log], selected: dict[str, int], path: Path) -> None:
-    """Draws loss and answers over the steps, and as grey bars the steps that metrics select."""
+    """Draws loss and answers over the steps, and as gray bars the steps that metrics select."""
     import pandas
     from matplotlib.figure import Figure
 
@@ -752,25 +757,28 @@ PARAMETER num_ctx {data.MAX_SEQ_LENGTH}
 def export(config: TrainConfig, profile: Profile, system_prompt: str) -> None:
     """Merges and converts the adapter as the flags say."""
     model, tokenizer = infer.load_base(profile, dtype=profile.dtype)
-    merged, gguf, part = (config.folder / name for name in ("merged", "gguf", ".merged.part"))
+    # On Kaggle, Unsloth may write relative paths to another disk.
+    folder = config.folder.absolute()
+    merged, gguf, part = (folder / name for name in ("merged", "gguf", ".merged.part"))
     shutil.rmtree(part, ignore_errors=True)
     with infer.quiet_libraries(), data.writing(merged, part):
         if config.pad == "added":
             infer.add_pad_token(model, tokenizer)
         model = add_lora(model, config, profile)
         model.load_adapter(config.folder / "adapter", "default")
-        if config.merge:
-            model.save_pretrained_merged(str(part), tokenizer, save_method="merged_16bit")
-            data.write_atomic(part / "Modelfile", make_modelfile(tokenizer, system_prompt))
-            shutil.rmtree(merged, ignore_errors=True)
-            part.rename(merged)
-        if config.gguf:
-            try:
+        try:
+            if config.merge:
+                model.save_pretrained_merged(str(part), tokenizer, save_method="merged_16bit")
+                data.write_atomic(part / "Modelfile", make_modelfile(tokenizer, system_prompt))
+                shutil.rmtree(merged, ignore_errors=True)
+                part.rename(merged)
+            if config.gguf:
                 model.save_pretrained_gguf(str(gguf), tokenizer, quantization_method=config.gguf)
-            except Exception as error:  # of llama.cpp's tools, which Unsloth downloads
-                shutil.rmtree(gguf, ignore_errors=True)
-                problem = f"--gguf could not convert the model ({data.first_line(error)})"
-                raise UsageError(f"{problem}. It needs the network, and a compiler.") from error
+        except Exception as error:  # of Unsloth, and of llama.cpp's tools, which it downloads
+            shutil.rmtree(gguf, ignore_errors=True)
+            problem = f"The adapter is complete, but not the export ({data.first_line(error)})"
+            advice = "--gguf needs the network and a compiler; --merge may need the network"
+            raise UsageError(f"{problem}. {advice}.") from error
     print(f"exported  to {config.folder}")
 
 
@@ -798,7 +806,7 @@ def train(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> 
             record = json.loads(path.read_text(encoding="utf-8"))
             record["recipe"].items(), record["numbers"]["chosen"]["step"]
         except Exception as error:  # whatever a damaged file leads to
-            raise UsageError(f"{path} is broken ({error!r}). Remove the folder.") from None
+            raise UsageError(f"{path} is corrupt ({error!r}). Remove the folder.") from None
         check_recipe(folder, record["recipe"], recipe)
         infer.check_adapter(adapter)
         print(f"{folder} is already trained with these values. Remove it to train again.")

@@ -71,7 +71,7 @@ def judge_labelled(labelled):
     for record in labelled:
         surprisal = (recorded[key_of(record)] / recorded["reference"], (0, 0))
         judged = infer.judge(record["text"], record["question"], record["finish_reason"], surprisal)
-        scores = {name: score / infer.CHECKS[name].threshold for name, (score, _) in judged.measures.items()}
+        scores = {name: score / infer.THRESHOLDS[name] for name, (score, _) in judged.measures.items()}
         pairs.append((record, scores))
     return pairs
 

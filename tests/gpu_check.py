@@ -160,9 +160,9 @@ def make_kit_trainer(method, base_model, profile_name, folder):
     rows, held_out = take_rows(tokenizer, NUM_STEPS * train.ROWS_PER_STEP)
     longest = max(len(row["input_ids"]) for row in rows)
     with infer.quiet_libraries():
-        profile = train.choose_checkpointing(profile, config.per_device_train_batch_size, longest)
+        profile = train.choose_checkpointing(profile, longest)
         model = train.add_lora(model, config, profile, longest)
-        args = train.make_sft_config(config, profile, NUM_STEPS)
+        args = train.make_sft_config(config, profile)
         args.eval_strategy, args.save_strategy, args.metric_for_best_model = "no", "no", None
         args.eval_on_start = False
         return train.make_trainer(model, tokenizer, args, rows, held_out), rows

@@ -139,7 +139,7 @@ def test_a_study_is_resumed_with_its_settings_only(tmp_path):
     (tmp_path / "runs" / "ablate" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "ablate" / "a" / "study.json").write_text(json.dumps({"settings": "other"}))
     ran = call_script("ablate.py", "--profile", "cpu", "--name", "a", cwd=tmp_path)
-    assert ran.returncode == 2 and "runs/ablate/a is a study with other flags, rows or probes, or a broken one. Choose another --name" in ran.stderr
+    assert ran.returncode == 2 and "runs/ablate/a is a study with other flags, rows or probes, or is corrupt. Choose another --name" in ran.stderr
 
 
 # --- Records made by hand ----------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def test_no_answer_breaks_the_report(tmp_path):
         kinds = [token.type for token in tokens[place:end]]
         assert kinds.count("tr_open") == rows
         assert kinds.count("th_open") + kinds.count("td_open") == rows * columns
-    # Headings are the report's own, and nothing of an answer became mark-up.
+    # Headings are the report's own, and nothing of an answer became markup.
     titles = [tokens[at + 1].content.split(":")[0] for at, token in enumerate(tokens) if token.type == "heading_open"]
     assert titles[:2] == ["Ablation of model", "Claims"] and len(titles) == 3
     inline = [child.type for token in tokens if token.type == "inline" for child in token.children]
@@ -460,6 +460,13 @@ def test_a_corrupt_record_is_named_with_the_way_out(content, tmp_path):
         ablate.read_records(tmp_path)
 
 
+def test_a_study_without_greedy_cells_has_a_report(tmp_path):
+    write_study(tmp_path, {("week4", "collapse-no-ban"): [SOUND] * 2})
+    records = ablate.read_records(tmp_path)
+    assert ablate.decide_claims(records)["C13"][0] == "not run"
+    assert "Single changes" not in make_report(records)
+
+
 @pytest.mark.parametrize("name", ["cells/week4.kit.jsonl", "runs/week4/run.json", "runs/week4/metrics.jsonl"])
 def test_a_broken_file_is_named_with_what_to_do_about_it(tmp_path, name):
     write_study(tmp_path, {("week4", "kit"): [SOUND], ("week4-1-epoch", "kit"): [SOUND]})
@@ -468,13 +475,13 @@ def test_a_broken_file_is_named_with_what_to_do_about_it(tmp_path, name):
         ablate.read_records(tmp_path)
 
 
-def test_a_reason_is_the_last_line_of_the_process(tmp_path, monkeypatch):
+def test_a_reason_is_the_last_message_of_the_process(tmp_path, monkeypatch):
     (tmp_path / "logs").mkdir()
     log, study = tmp_path / "logs" / "base.log", STUDY._replace(folder=tmp_path)
-    words = "a bar 1%\ra bar 2%\rwarning\nerror: The disk is full.\n"
+    words = "a bar 1%\ra bar 2%\rwarning\nerror: The disk is full:\n  100%\n"
     for last, reason in (
-        ("sys.exit(2)", f"answering failed (exit code 2; log: {log}). error: The disk is full."),
-        ("os.kill(os.getpid(), 9)", f"answering failed (killed, often for lack of memory; log: {log}). error: The disk is full."),
+        ("sys.exit(2)", f"answering failed (exit code 2; log: {log}). The disk is full:\n  100%"),
+        ("os.kill(os.getpid(), 9)", f"answering failed (killed, often for lack of memory; log: {log}).   100%"),
     ):
         code = f"import os, sys; print('out', flush=True); sys.stderr.write({words!r}); sys.stderr.flush(); {last}"
         monkeypatch.setattr(sys, "orig_argv", ["python", "-c", code])

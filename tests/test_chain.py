@@ -256,7 +256,7 @@ def test_a_chat_on_a_terminal(trained):
                 stopped = True
     assert process.wait() == 0
     text = shown.decode()
-    assert "Ask, or /decoding NAME" in text
+    assert "Type a question, or /decoding NAME" in text
     assert text.count("cut off at 6 tokens") == 2 and "Traceback" not in text
     assert "Stopped. This answer is not part of the conversation." in text
 

@@ -561,7 +561,12 @@ def test_a_file_that_is_corrupt_as_a_whole_is_rejected(tmp_path, name, content, 
 LOST_FILES = [
     ("rows.jsonl", GOOD_LINE + b'{"question": \n{"a"\n', "2 of 3 rows would be dropped"),
     ("rows.jsonl", b"\x7fELF\x02\x01\x01", "unreadable record: 1 rows, such as"),
-    ("rows.json", b'{\n "question": "q"\n}', "unreadable record: 3 rows"),
+    ("rows.json", b'{\n "data": [\n{"question": "q"}]\n}', "1 of 1 rows would be dropped"),
+    (
+        "rows.json",
+        b'{\n "data": [\n{"question": "q"}]\n}',
+        "rows.json:1: expected a question and an answer, found data",
+    ),
     ("rows.jsonl", b'{"question": ' + b"1" * 5000 + b"}", "broken JSON"),
     ("rows.json", b'{"question": "q"}', "expected a question and an answer, found question"),
     ("rows.json", b"[1]", "1 instead of an object"),
@@ -582,8 +587,8 @@ def test_a_file_that_loses_most_of_its_rows_stops_the_run(tmp_path, name, conten
         ("none.jsonl", "does not exist"),
         ("owner/none.jsonl", "does not exist"),
         ("folder.jsonl", "cannot be read .*directory"),
-        ("rows.txt", "has another suffix"),
-        ("", "has another suffix"),
+        ("rows.txt", "has an unsupported file type"),
+        ("", "has an unsupported file type"),
         ("a/b/c", "does not exist"),
         ("owner/name@", "does not exist"),
         ("x" * 300 + ".jsonl", "does not exist"),
@@ -657,7 +662,7 @@ def test_the_system_prompt_of_a_case_is_trained_and_asked_under(capsys):
 
 @needs_cases
 def test_the_rules_of_chatdoctor_on_a_case_stop_the_run():
-    with pytest.raises(UsageError, match=r"23 of 24(.|\n)*wiki mark-up: 23(.|\n)*--clean none"):
+    with pytest.raises(UsageError, match=r"23 of 24(.|\n)*wiki markup: 23(.|\n)*--clean none"):
         data.RowsConfig(rows=str(CASES / "think.jsonl"), clean="chatdoctor").load(
             data.PROFILES["cpu"]
         )
@@ -793,7 +798,7 @@ def clean(answer, question="What is it?", cleaning="chatdoctor"):
             [],
         ),
         ("Signs of it are fever and the following:", None, ["stops mid-sentence"]),
-        ("It is a [[viral]] infection of the nose.", None, ["wiki mark-up"]),
+        ("It is a [[viral]] infection of the nose.", None, ["wiki markup"]),
         ("See www.example.org for what to do next.", None, ["URL"]),
         ("Write to me at doc@example.org any time you like.", None, ["e-mail address"]),
         ("Call us on 555-867-5309 and we shall see.", None, ["phone number"]),
@@ -989,7 +994,7 @@ def test_a_dataset_of_the_hub_that_cannot_be_loaded_is_one_message(monkeypatch, 
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(data, "reaches_hub", lambda: False)
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UsageError, match=r"o/n: cannot be read .*No scripts.*the network.*--rows"):
+    with pytest.raises(UsageError, match=r"o/n: cannot be read .*No scripts.*the network"):
         load("o/n")
 
 
@@ -1105,14 +1110,15 @@ def test_at_most_so_many_rows_are_wanted_in_the_ratio_of_the_mix(mix, num_rows, 
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "message"),
     [
-        {"rows": "a.jsonl", "mix": "week4"},
-        {"rows": "a.jsonl", "conversational": "b.jsonl"},
+        ({"rows": "a.jsonl", "mix": "week4"}, "replaces the mix"),
+        ({"rows": "a.jsonl", "conversational": "b.jsonl"}, "replaces the mix"),
+        ({"mix": "week4", "answer_column": "a"}, "need your own rows"),
     ],
 )
-def test_flags_that_exclude_each_other_are_refused(flags):
-    with pytest.raises(ValueError, match="mix"):
+def test_flags_that_exclude_each_other_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
         data.RowsConfig(**flags)
 
 
@@ -1481,6 +1487,15 @@ LLAMA_1B |= {
 }
 
 
+@pytest.mark.parametrize("name", ["attention_bias", "mlp_bias"])
+def test_a_base_model_with_biases_is_refused(tmp_path, name):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", name: True} | LLAMA_1B)
+    )
+    with pytest.raises(UsageError, match=f"'{name}': True.*without biases"):
+        data.Architecture.read(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "name", ["meta-llama/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit"]
 )
@@ -1545,7 +1560,7 @@ def test_a_base_model_in_a_folder(tmp_path):
     profile = data.resolve_profile("cpu", str(tmp_path / "model"))
     assert (
         profile.base_model == profile.hub_id == str(tmp_path / "model")
-        and profile.licence == "other"
+        and profile.license == "other"
     )
     arch = profile.architecture
     assert (arch.head_dim, arch.num_key_value_heads, arch.tie_word_embeddings) == (64, 32, False)

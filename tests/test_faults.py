@@ -1,6 +1,7 @@
 """Failures of the environment: kills, full disks, truncated files, lack of memory, clocks, signals, secrets."""
 
 import ast
+import dataclasses
 import errno
 import json
 import os
@@ -126,7 +127,7 @@ def test_a_checkpoint_that_cannot_be_loaded_gives_way_to_the_one_before(tmp_path
     assert train.find_checkpoint(tmp_path)[1]["global_step"] == 10
     damage(tmp_path / "checkpoint-10" / name)
     assert train.find_checkpoint(tmp_path)[1]["global_step"] == 2
-    assert re.search(r"checkpoint-10 cannot be loaded \(.+\); the one before is used", capsys.readouterr().err)
+    assert re.search(r"checkpoint-10 cannot be loaded \(.+\)\. Using the previous one", capsys.readouterr().err)
     assert not (tmp_path / "checkpoint-10").exists()
 
 
@@ -134,7 +135,7 @@ def test_without_a_checkpoint_that_can_be_loaded_a_run_starts_over_and_keeps_wha
     assert train.find_checkpoint(tmp_path) == (None, {"complete": False})
     cut(put_checkpoint(tmp_path, 1) / "optimizer.pt")
     assert train.find_checkpoint(tmp_path)[0] is None
-    assert re.search(r"checkpoint-1 cannot be loaded \(.+\); the one before is used, or none", capsys.readouterr().err)
+    assert re.search(r"checkpoint-1 cannot be loaded \(.+\)\. Using the previous one, if there is", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged-checkpoint-1"]
 
 
@@ -170,7 +171,7 @@ def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes
     assert "Traceback" not in said
     assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "samples", "checkpoint-1"}
     other = call_script("train.py", *trained.flags, "--r", "8", "--seed", "1", cwd=tmp_path)
-    assert other.returncode == 3 and "contains a run with other values:" in other.stderr
+    assert other.returncode == 3 and "contains a run with different values:" in other.stderr
     assert "  r: 16 there, 8 now\n" in other.stderr and "  seed: 3407 there, 1 now\n" in other.stderr
 
     process = start_training(trained, tmp_path, "--save-minutes", "0")
@@ -342,6 +343,8 @@ def test_the_card_obeys_nothing_in_a_system_prompt(tmp_path):
     assert "<script" not in card and "\x1b" not in card
     assert "- system_prompt: &lt;/pre&gt;&lt;script&gt;" in card
     assert card.startswith("---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n")
+    local = dataclasses.replace(profile, base_model=str(tmp_path))
+    assert str(tmp_path) not in train.make_card(config, local, record)  # it may be private
 
 
 def test_a_process_that_nobody_reads_ends_without_a_word(tmp_path):

@@ -153,7 +153,7 @@ def test_rows_that_cannot_be_asked_keep_their_place_and_their_reason(tmp_path):
     rows = infer.read_questions(str(path))
     assert [not row.problem for row in rows] == [True, *[False] * 5]
     assert all("Expected text in a column question" in row.problem for row in rows[1:4])
-    assert rows[4].problem == "It is not a row of columns: 3" and "columns: broken JSON" in rows[5].problem
+    assert rows[4].problem == "expected columns, found 3" and "found broken JSON" in rows[5].problem
     assert [row.columns for row in rows[1:4]] == [{"question": "", "id": 7}, {"question": None}, {"id": 1}]
     assert rows[4].columns == {"record": "3"} and "broken JSON" in rows[5].columns["record"]
     (tmp_path / "q.csv").write_text("question\nWhat is croup, and how is it treated?\nWhat is flu?\n")
@@ -164,13 +164,13 @@ def test_rows_that_cannot_be_asked_keep_their_place_and_their_reason(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("q.md", b"one?", "has another suffix"),
+        ("q.md", b"one?", "has an unsupported file type"),
         ("q.txt", b"\n \n", "contains no questions"),
         ("q.txt", b"\xff", "not UTF-8 text"),
         ("q.csv", b"id\n1\n", "q.csv:2: The question is empty"),
         ("q.jsonl", b'{"question": ""}', "q.jsonl:1: The question is empty"),
         ("q.jsonl", b"[]", "contains no questions"),
-        ("q.jsonl", b"{", "q.jsonl:1: It is not a row of columns: broken JSON"),
+        ("q.jsonl", b"{", "q.jsonl:1: expected columns, found broken JSON"),
     ],
 )
 def test_other_question_files_are_refused(tmp_path, name, content, message):

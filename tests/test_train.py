@@ -63,11 +63,14 @@ def test_runs_on_other_base_models_have_their_own_names(monkeypatch):
     monkeypatch.setattr(data.Architecture, "read", lambda base_model: data.PROFILES["t4"].architecture)
     names = {resolve(base_model=name)[0].name for name in ("meta/Llama-3.2-1B", "meta/Llama-3.1-8B")}
     assert names == {"t4-Llama-3.2-1B-rebalanced-all-linear", "t4-Llama-3.1-8B-rebalanced-all-linear"}
+    long = resolve(base_model=f"o/mod\u00e8le{'x' * 90}", rows=f"{'y' * 90}.jsonl", pad="added")[0].name
+    assert len(long) <= 100 and long.startswith("t4-mod-lexx")
 
 
 def test_4_bits_are_for_a_gpu_and_can_be_switched_off():
     config, profile = resolve(profile="cpu", load_in_4bit=True)
     assert not config.load_in_4bit and not profile.load_in_4bit
+    assert resolve(num_probes=0)[0].metric_for_best_model == "eval_loss"  # there are no answers
     config, profile = resolve(load_in_4bit=False)
     assert not config.load_in_4bit and not profile.load_in_4bit
 
@@ -85,7 +88,7 @@ def test_4_bits_are_for_a_gpu_and_can_be_switched_off():
     ],
 )
 def test_steps_are_counted_as_the_trainer_counts_them(rows, flags, steps):
-    assert resolve(**flags)[0].count_steps(rows)[0] == steps
+    assert resolve(**flags)[0].count_steps(rows) == steps
 
 
 # --- The plan
@@ -252,9 +255,9 @@ def test_activations_are_recomputed_where_the_card_has_no_room_for_them(monkeypa
     card = types.SimpleNamespace(total_memory=gib * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
     profile = resolve()[1]
-    assert train.choose_checkpointing(profile, 16, rows).use_gradient_checkpointing == recompute
+    assert train.choose_checkpointing(profile, rows).use_gradient_checkpointing == recompute
     profile = resolve(profile="cpu")[1]
-    assert train.choose_checkpointing(profile, 4, rows) is profile
+    assert train.choose_checkpointing(profile, rows) is profile
 
 
 # --- The pad token
@@ -367,6 +370,32 @@ def test_evaluations_are_ordered_by_sound_answers_then_points_then_loss(monkeypa
     assert measure_quality_of(monkeypatch, 1, 1, 2.0)["eval_loss_per_byte"] == 4.0
 
 
+def test_held_out_questions_that_cannot_be_asked_are_not_asked(monkeypatch, tmp_path, small_model):
+    import unsloth
+
+    for name in ("for_inference", "for_training"):
+        monkeypatch.setattr(unsloth.FastLanguageModel, name, lambda *args, **kwargs: None)
+    asked = []
+
+    def answer(loaded, requests):
+        asked.extend(request.question for request in requests)
+        return [types.SimpleNamespace(text="a b") for _ in requests]
+
+    monkeypatch.setattr(infer, "answer_requests", answer)
+    monkeypatch.setattr(infer, "judge_answers", lambda loaded, answers: [])
+    rows = [make_row(question, "a c") for question in ("Why\x0cso?", "???", "word " * 980, "And why?")]
+    config, _ = resolve(profile="cpu", num_probes=1, output_dir=tmp_path, name="x")
+    config.folder.mkdir()
+    metrics = train.evaluate_answers(config, small_model, data.Mix([], rows), 0, 2.0)
+    assert asked == [small_model.probes[0].question, "And why?"] and metrics["eval_rouge_l"] == 0.5
+    train.evaluate_answers(config, small_model, data.Mix([], rows[:3]), 0, 2.0)  # none is left
+
+
+def test_a_copy_of_a_checkpoint_is_not_a_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-1-backup").mkdir()
+    assert train.find_checkpoint(tmp_path) == (None, {"complete": False})
+
+
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence():
     # "police killed the gunman" (Lin 2004): LCS "police the gunman", 3 words of 4 and 4.
     assert train.rouge_l("Police kill the gunman.", "police killed the gunman") == 0.75
@@ -457,7 +486,7 @@ def test_a_run_that_was_stopped_by_the_clock_and_asks_nothing_comes_to_the_same_
     assert {path.stat().st_mode & 0o777 for path in (folder / "adapter").iterdir()} == {0o644}
     # What it selects by: without answers only the loss is left.
     numbers = json.loads((folder / "run.json").read_text())["numbers"]
-    assert numbers["selected"] == {"answers": 4, "eval_loss": 4} and numbers["chosen"]["step"] == 4
+    assert numbers["selected"] == {"eval_loss": 4} and numbers["chosen"]["step"] == 4
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def make_kit_trainer(recipe, count, folder):
         rows, profile = take_rows(tokenizer, count), data.PROFILES["cpu"]
         recipe = dataclasses.replace(recipe, output_dir=folder)
         model = train.add_lora(model, recipe, profile, max(len(row["input_ids"]) for row in rows[0]))
-        args = train.make_sft_config(recipe, profile, recipe.count_steps(count)[1])
+        args = train.make_sft_config(recipe, profile)
         args.save_strategy, args.metric_for_best_model = "no", None
         trainer = train.make_trainer(model, tokenizer, args, *rows)
     return trainer, *rows
