@@ -341,7 +341,6 @@ def evaluate_answers(
             judged = infer.judge_answers(loaded, answers[:count])
         recompute = loaded.profile.use_gradient_checkpointing
         FastLanguageModel.for_training(loaded.model, use_gradient_checkpointing=recompute)
-        loaded.model.eval()  # as before, so that the Trainer logs this as an evaluation
         pairs = zip(answers[count:], references.values(), strict=False)
         scores = [rouge_l(answer.text, reference) for answer, reference in pairs]
         metrics["eval_rouge_l"] = sum(scores) / max(1, len(scores))
