@@ -142,9 +142,10 @@ class Architecture:
                 path = Path(hf_hub_download(base_model, path.name, local_files_only=is_offline))
             config = json.loads(path.read_text(encoding="utf-8"))
             sizes = {n: value for n, value in config.items() if value is not None}
-            found = {n: sizes.get(n) for n in ("model_type", "attention_bias", "mlp_bias")}
-            if found["model_type"] != "llama" or found["attention_bias"] or found["mlp_bias"]:
-                raise ValueError(f"{found}")
+            names = ("model_type", "attention_bias", "mlp_bias")
+            kind = {name: sizes[name] for name in names if sizes.get(name)}
+            if kind != {"model_type": "llama"}:
+                raise ValueError(f"{kind}")
             heads = sizes["num_attention_heads"]
             defaults = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
             sizes = defaults | {"tie_word_embeddings": False} | sizes

@@ -171,7 +171,7 @@ REFUSED = {
     "hub adapter offline": (["infer.py", "q?", "--adapter", "nobody/nothing"], "The adapter 'nobody/nothing' is not a folder"),
     "other base model": (
         ["infer.py", "q?", "--base", "--profile", "cpu", "--base-model", "bert"],
-        "bert: its config.json cannot be used (ValueError(\"model_type 'bert'\"))",
+        "bert: its config.json cannot be used (ValueError(\"{'model_type': 'bert'}\"))",
     ),
     "base model that is not there": (
         ["train.py", "--profile", "cpu", "--base-model", "none"],
