@@ -146,8 +146,7 @@ def make_study(config: AblateConfig) -> Study:
             del flags["mix"]
         if not config.rows or arm != "week4-rebalanced":  # without a mix, it equals `week4`
             arms[arm] = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    checks = infer.THRESHOLDS
-    settings = (arms, DECODING_ARMS, probes, system_prompt, sources, checks, profile.base_model)
+    settings = (arms, DECODING_ARMS, infer.THRESHOLDS, probes, system_prompt, sources)
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()
     return Study(config.folder, profile, arms, probes, system_prompt, digest)
 

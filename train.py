@@ -343,7 +343,7 @@ def evaluate_answers(
         FastLanguageModel.for_training(loaded.model, use_gradient_checkpointing=recompute)
         pairs = zip(answers[count:], references.values(), strict=False)
         scores = [rouge_l(answer.text, reference) for answer, reference in pairs]
-        metrics["eval_rouge_l"] = sum(scores) / max(1, len(scores))
+        metrics["eval_rouge_l"] = sum(scores) / len(scores) if scores else math.nan
         # Without what differs from run to run.
         records = (each.to_record() | {"adapter": None, "seconds": None} for each in judged)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -440,7 +440,7 @@ def select_metrics(log_history: list[Log]) -> list[Log]:
     return [{name: log[name] for name in sorted(log) if not volatile.search(name)} for log in logs]
 
 
-def make_sft_config(config: TrainConfig, profile: Profile) -> Any:
+def make_sft_config(config: TrainConfig, profile: Profile, steps: int) -> Any:
     """TRL's settings, with every value whose default differs between Unsloth's GPU and CPU code."""
     from unsloth import is_bfloat16_supported  # isort: skip
     from trl import SFTConfig
@@ -459,7 +459,8 @@ def make_sft_config(config: TrainConfig, profile: Profile) -> Any:
         gradient_accumulation_steps=ROWS_PER_STEP // batch,
         eval_accumulation_steps=None,
         learning_rate=config.learning_rate,
-        warmup_steps=0.03,
+        # Rounded down, since the first step of a warm-up has a learning rate of 0.
+        warmup_steps=int(0.03 * steps),
         weight_decay=0.01,
         fp16=not is_bfloat16_supported(),  # a T4 has no bf16
         bf16=is_bfloat16_supported(),
@@ -568,9 +569,7 @@ def prepare_trainer(
     rows = [data.encode_row(tokenizer, row) for row in mix.train]
     held_out = [data.encode_row(tokenizer, row) for row in mix.eval]
     held_out.sort(key=lambda row: len(row["input_ids"]))
-    args = make_sft_config(config, profile)
-    # Rounded down, since the first step of a warm-up has a learning rate of 0.
-    args.warmup_steps = int(0.03 * config.count_steps(len(rows)))
+    args = make_sft_config(config, profile, config.count_steps(len(rows)))
     evaluate = functools.partial(evaluate_answers, config, loaded, mix)
     trainer = make_trainer(model, tokenizer, args, rows, held_out, evaluate)
     if config.early_stopping_patience:

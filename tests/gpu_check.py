@@ -162,7 +162,7 @@ def make_kit_trainer(method, base_model, profile_name, folder):
     with infer.quiet_libraries():
         profile = train.choose_checkpointing(profile, longest)
         model = train.add_lora(model, config, profile, longest)
-        args = train.make_sft_config(config, profile)
+        args = train.make_sft_config(config, profile, NUM_STEPS)
         args.eval_strategy, args.save_strategy, args.metric_for_best_model = "no", "no", None
         args.eval_on_start = False
         return train.make_trainer(model, tokenizer, args, rows, held_out), rows

@@ -71,7 +71,7 @@ def examine():
 
     trl.SFTConfig = recording_config
     with contextlib.redirect_stdout(said):
-        config = train.make_sft_config(recipe, profile)
+        config = train.make_sft_config(recipe, profile, 100)
     trl.SFTConfig = config_class
     gpu_defaults = {name: each.default for name, each in inspect.signature(config_class.__init__).parameters.items()}
     stock_defaults = {

@@ -388,7 +388,8 @@ def test_held_out_questions_that_cannot_be_asked_are_not_asked(monkeypatch, tmp_
     config.folder.mkdir()
     metrics = train.evaluate_answers(config, small_model, data.Mix([], rows), 0, 2.0)
     assert asked == [small_model.probes[0].question, "And why?"] and metrics["eval_rouge_l"] == 0.5
-    train.evaluate_answers(config, small_model, data.Mix([], rows[:3]), 0, 2.0)  # none is left
+    metrics = train.evaluate_answers(config, small_model, data.Mix([], rows[:3]), 0, 2.0)
+    assert metrics["eval_rouge_l"] != metrics["eval_rouge_l"]  # NaN, since none is left
 
 
 def test_a_copy_of_a_checkpoint_is_not_a_checkpoint(tmp_path):

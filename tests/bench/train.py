@@ -120,7 +120,7 @@ def make_kit_trainer(recipe, count, folder):
         rows, profile = take_rows(tokenizer, count), data.PROFILES["cpu"]
         recipe = dataclasses.replace(recipe, output_dir=folder)
         model = train.add_lora(model, recipe, profile, max(len(row["input_ids"]) for row in rows[0]))
-        args = train.make_sft_config(recipe, profile)
+        args = train.make_sft_config(recipe, profile, recipe.count_steps(count))
         args.save_strategy, args.metric_for_best_model = "no", None
         trainer = train.make_trainer(model, tokenizer, args, *rows)
     return trainer, *rows
@@ -155,7 +155,7 @@ def make_plain_trainer(recipe, count, folder, bf16):
             gradient_accumulation_steps=train.ROWS_PER_STEP // recipe.per_device_train_batch_size,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="linear",
-            warmup_steps=0.03,
+            warmup_steps=int(0.03 * recipe.count_steps(count)),
             weight_decay=0.01,
             bf16=bf16,
             use_cpu=True,
