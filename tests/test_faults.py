@@ -190,7 +190,7 @@ def test_signals_end_the_step_and_save_and_the_same_line_comes_to_the_same_bytes
     cut(newest / "optimizer.pt")
     finished = run_script("tests.tiny_train", *trained.flags, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert f"{newest.relative_to(tmp_path)} cannot be loaded (File is not a zip file); the one before" in finished.stderr
+    assert f"{newest.relative_to(tmp_path)} cannot be loaded (File is not a zip file). Using the previous one" in finished.stderr
     for path in trained.folder.rglob("*"):
         name = path.relative_to(trained.folder)
         if path.is_file() and path.name != "run.json":
