@@ -93,6 +93,8 @@ class AblateConfig(data.RowsFlags):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected 1 to {most}.")
+        if self.answer not in (None, *ARMS):
+            raise ValueError(f"--answer {self.answer}: expected one of {', '.join(ARMS)}.")
         shard = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.shard)
         if not shard or int(shard[1]) >= int(shard[2]):
             raise ValueError(f"--shard {self.shard}: expected I/N with I from 0 to N - 1.")
@@ -681,17 +683,16 @@ def main(config: AblateConfig) -> int:
         return 0
     infer.handle_signals()
     part, parts = map(int, config.shard.split("/"))
-    arms = list(study.arms)[part::parts]
-    for arm in arms:
-        to_do = f"{len(study.missing(arm))} of {len(ARMS[arm])} cells to do"
-        print(f"{arm:<20}  {to_do}  {', '.join(ARMS[arm])}")
+    missing = {arm: study.missing(arm) for arm in list(study.arms)[part::parts]}
+    for arm, names in missing.items():
+        print(f"{arm:<20}  {len(names)} of {len(ARMS[arm])} cells to do  {', '.join(ARMS[arm])}")
         if config.dry_run and study.arms[arm]:
             print(f"python train.py {shlex.join(study.arms[arm])}")
-    left = sum(len(study.missing(arm)) for arm in arms)
+    left = sum(map(len, missing.values()))
     print(f"{left} cells of {len(study.probes)} questions to do, in {study.folder}", flush=True)
-    if config.dry_run or not arms:
+    if config.dry_run or not missing:
         return 0
-    run_study(study, arms, config.workers or study.profile.workers)
+    run_study(study, list(missing), config.workers or study.profile.workers)
     return write_report(study.folder)
 
 

@@ -188,6 +188,7 @@ REFUSED = {
     "no probes": (["ablate.py", "--num-probes", "0"], "--num-probes 0: expected 1 to 76"),
     "too many probes": (["ablate.py", "--num-probes", "77"], "--num-probes 77: expected 1 to 76"),
     "no workers": (["ablate.py", "--workers", "0"], "--workers 0: expected 1 to 64"),
+    "an arm of no study": (["ablate.py", "--answer", "nope"], "--answer nope: expected one of base,"),
     "no rows of a study": (["ablate.py", "--num-rows", "-9"], "--num-rows -9: expected 1 or more"),
     "shard without parts": (["ablate.py", "--shard", "1"], "--shard 1: expected I/N"),
     "shard that is not there": (["ablate.py", "--shard", "2/2"], "with I from 0 to N - 1"),
