@@ -691,30 +691,30 @@ _OPENING = re.compile(
     """,
     re.I | re.X,
 )
-# What follows the answer: a sentence of its own at the very end.
+# What follows the answer: a sentence of its own at the very end, or a signature. Any other one
+# with the anonymizer's name is a destroyed sentence.
 _SENTENCE_START = re.compile(r"(?<=[.!?)])\s+|\s{2,}|\n\s*")
 _CLOSING = re.compile(
-    r"""
-    (?:(?:I\ )?(?:do\ )?(?:hope|wish)(?:ing)?\b[^.!?\n]{0,140}
-      | take\ (?:good\ )?care\b[^.!?\n]{0,30}
-      | (?:with\ )?(?:(?:best|warm|kind)\ )*(?:regards|wishes)\b[^.!?\n]{0,30}
-      | (?:many\ )?(?:thanks|thank\ you)\b[^.!?\n]{0,100}
+    rf"""
+    (?P<persona>
+        (?:(?:with\ )?(?:(?:best|warm|kind)\ )*regards|thanks|thank\ you|yours\ \w+|sincerely)
+        [\s,.!-]*{_NAME}[.!\s]*$)
+  | (?!.*{_NAME})
+    (?:(?:I\ )?(?:do\ )?(?:hope|wish)(?:ing)?\b[^.!?\n]{{0,140}}
+      | take\ (?:good\ )?care\b[^.!?\n]{{0,30}}
+      | (?:with\ )?(?:(?:best|warm|kind)\ )*(?:regards|wishes)\b[^.!?\n]{{0,30}}
+      | (?:many\ )?(?:thanks|thank\ you)\b[^.!?\n]{{0,100}}
       | (?:for\ (?:any\ )?(?:more|further|other)
-          |if\ you\ (?:still\ )?have\ (?:any|more|further|other))\b[^.!?\n]{0,80}
-        (?:info|quer|doubt|question|concern|clarification|assistance|help|follow)[^.!?\n]{0,160}
+          |if\ you\ (?:still\ )?have\ (?:any|more|further|other))\b[^.!?\n]{{0,80}}
+        (?:info|quer|doubt|question|concern|clarification|assistance|help|follow)[^.!?\n]{{0,160}}
       | (?:(?:please|kindly|you\ can|you\ may|and|do|so)\ )*
-        (?:revert|get\ back|write\ back|let\ me\ know|feel\ free|not\ hesitate)\b[^.!?\n]{0,180}
-      | [^.!?\n]{0,60}consult\ an?\ [^.!?\n]{0,60}\ online\b[^.!?\n]{0,60}
+        (?:revert|get\ back|write\ back|let\ me\ know|feel\ free|not\ hesitate)\b[^.!?\n]{{0,180}}
+      | [^.!?\n]{{0,60}}consult\ an?\ [^.!?\n]{{0,60}}\ online\b[^.!?\n]{{0,60}}
       | (?:all\ the\ best|good\ luck|god\ bless|stay\ (?:healthy|safe|blessed)|get\ well\ soon
-          |be\ well|have\ a\ (?:nice|good|great|healthy)\ \w+)\b[^.!?\n]{0,30}
+          |be\ well|have\ a\ (?:nice|good|great|healthy)\ \w+)\b[^.!?\n]{{0,30}}
     )[.!?\s>*-]*$
     """,
-    re.I | re.X,
-)
-_SIGNATURE = re.compile(
-    r"(?:(?:with )?(?:(?:best|warm|kind) )*regards|thanks|thank you|yours \w+|sincerely)"
-    rf"[\s,.!-]*{_NAME}[.!\s]*$",
-    re.I,
+    re.I | re.X | re.S,
 )
 _CLOSING_WINDOW = 400  # characters at the end in which a closing is searched for, to save time
 _PLAIN_ASCII = re.compile(r"[ -%'-~\n]*")  # in which ftfy would find nothing to repair
@@ -746,15 +746,10 @@ def _strip_closing(text: str) -> tuple[str, list[str]]:
         starts = [(found.start(), found.end()) for found in _SENTENCE_START.finditer(text, window)]
         # A closing is one sentence, so it begins at one of the last places; a signature may be two.
         for end_before, start in [*reversed(starts[-4:]), (0, 0)]:
-            closing = _CLOSING.match(text, start)
-            if _SIGNATURE.match(text, start):
-                rules.append("persona removed")
-            elif closing and not _CHAT_DOCTOR.search(closing[0]):
-                rules.append("sign-off removed")  # with the name, it is a destroyed sentence
-            else:
-                continue
-            text = text[:end_before].rstrip()
-            break
+            if closing := _CLOSING.match(text, start):
+                rules.append("persona removed" if closing["persona"] else "sign-off removed")
+                text = text[:end_before].rstrip()
+                break
         else:
             return text, rules
 
