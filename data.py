@@ -835,7 +835,7 @@ def drop_repeats(
     seen: set[str | tuple[Message, ...]] = set()
     kept = []
     for row in sorted(rows, key=lambda row: row.key):
-        report, rule, action, probe = reports[row.source], None, "kept", None
+        report, probe = reports[row.source], None
         is_story = report.cleaning in INSTRUCTIONS
         words = _WORD.findall(row.question.casefold())
         content = " ".join(word for word in words if word not in _FILLER) or " ".join(words)
@@ -845,16 +845,14 @@ def drop_repeats(
             if frozenset(asked) - _FILLER in probe_keys or any(p in padded for p in probe_texts):
                 probe = text
         if report.cleaning != "none" and row.messages in seen:
-            rule, action = "identical to another row", "dropped"
+            report.log("identical to another row", row.place, probe or row.question, "dropped")
         elif probe and is_story:
-            rule, action = "asks a probe question", "dropped"
-        elif probe:
-            rule = "asks a probe question, may be memorized"
+            report.log("asks a probe question", row.place, probe, "dropped")
         elif is_story and content in seen:
-            rule, action = "repeats another question", "dropped"
-        if rule:
-            report.log(rule, row.place, probe or row.question, action)
-        if action == "kept":
+            report.log("repeats another question", row.place, row.question, "dropped")
+        else:
+            if probe:
+                report.log("asks a probe question, may be memorized", row.place, probe, "kept")
             seen |= {row.messages, content} if is_story else {row.messages}
             kept.append(row)
     return kept
