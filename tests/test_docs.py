@@ -37,7 +37,7 @@ def test_the_readme_and_the_report_are_short():
 # Most lines, and most functions and classes at module level. The goal is 3,000 lines and 45 each:
 # lower a number here when a script has become smaller, and raise one only by what others lose.
 MOST = {
-    "data.py": (1343, 45),
+    "data.py": (1336, 45),
     "infer.py": (1645, 60),
     "train.py": (873, 31),
     "ablate.py": (700, 28),
