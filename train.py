@@ -350,7 +350,8 @@ def evaluate_answers(
         (config.folder / "samples").mkdir(exist_ok=True)
         data.write_atomic(config.folder / "samples" / f"{step}.jsonl", lines)
     found = infer.measure_quality(judged)
-    tie_break = 1 / (1 + eval_loss) if math.isfinite(eval_loss) else 0.0
+    # NaN is never selected: diverged weights still give answers.
+    tie_break = 1 / (1 + eval_loss) if math.isfinite(eval_loss) else math.nan
     points = (found["points"] + tie_break) / (found["max_points"] + 1)
     metrics |= {f"eval_{name}": count for name, count in found.items()}
     return metrics | ({"eval_quality": found["sound"] + points} if found["answers"] else {})
@@ -405,12 +406,11 @@ def make_callback(config: TrainConfig, recipe: Log) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.update()
             now, limit = time.monotonic(), 0.95 * 3600 * (config.max_hours or math.inf)
-            is_last = state.global_step == state.max_steps
-            self.stops = not is_last and (bool(self.signals) or now - STARTED >= limit)
+            self.stops = bool(self.signals) or now - STARTED >= limit
             # A run that is killed in an evaluation resumes one step before it.
             before = (state.global_step + 1) % state.eval_steps == 0
-            due = now - self.saved >= 60 * config.save_minutes
-            control.should_save |= self.stops or before or due
+            is_due = before or now - self.saved >= 60 * config.save_minutes
+            control.should_save |= self.stops or is_due
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.saved = time.monotonic()
@@ -608,14 +608,13 @@ def run(config: TrainConfig, profile: Profile, mix: data.Mix, recipe: Log) -> Lo
     advice = f"Run the same command to resume {folder}."
     if callback.signals and not state["complete"]:
         raise infer.Interrupted(callback.signals[0], f"Interrupted. {advice}")
-    record = None
-    if state["complete"] or state.get("best_global_step"):
-        record = write_results(config, loaded, recipe, audit, state)
     if state["complete"]:
-        return record
-    steps = f"{state.get('global_step', 0)} of {trainer.state.max_steps} steps"
-    so_far = f" The best weights so far are in {folder / 'adapter'}." if record else ""
-    print(f"Stopped by --max-hours after {steps}. {advice}{so_far}")
+        return write_results(config, loaded, recipe, audit, state)
+    steps = f"{state['global_step']} of {state['max_steps']} steps"
+    print(f"Stopped by --max-hours after {steps}. {advice}")
+    if state["best_global_step"]:
+        write_results(config, loaded, recipe, audit, state)
+        print(f"The best weights so far are in {folder / 'adapter'}.")
     return None
 
 
@@ -624,7 +623,7 @@ def select_steps(folder: Path, state: Log) -> dict[str, Any]:
     metric selects. Raises UsageError if the loss of the selected one is not a number."""
     before, *lines = [log for log in select_metrics(state["log_history"]) if "eval_loss" in log]
     chosen = next((line for line in lines if line["step"] == state["best_global_step"]), None)
-    if not chosen or not math.isfinite(chosen["eval_loss"]):  # diverged weights still give answers
+    if not chosen or not math.isfinite(chosen["eval_loss"]):
         problem = "the eval loss is not a number, so there are no weights to select"
         advice = "Remove the folder, and lower --learning-rate."
         raise UsageError(f"{folder}: {problem}. {advice}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import signal
 import subprocess
@@ -364,9 +365,11 @@ def measure_quality_of(monkeypatch, sound, named, eval_loss):
 def test_evaluations_are_ordered_by_sound_answers_then_points_then_loss(monkeypatch):
     values = [
         measure_quality_of(monkeypatch, *case)["eval_quality"]
-        for case in ((9, 40, 0.1), (10, 19, 2.0), (10, 20, float("nan")), (10, 20, 2.5), (10, 20, 2.4), (11, 0, 9.0))
+        for case in ((9, 40, 0.1), (10, 19, 2.0), (10, 20, 2.5), (10, 20, 2.4), (11, 0, 9.0))
     ]
     assert values == sorted(set(values))
+    # Of diverged weights, which the Trainer must not select: no number is less than NaN.
+    assert all(math.isnan(measure_quality_of(monkeypatch, 12, 40, loss)["eval_quality"]) for loss in (math.nan, math.inf))
     assert measure_quality_of(monkeypatch, 1, 1, 2.0)["eval_loss_per_byte"] == 4.0
 
 
@@ -448,7 +451,7 @@ def read_metrics(folder):
 
 @pytest.mark.parametrize(("last", "best"), [(float("nan"), 4), (None, None)])
 def test_a_run_whose_selected_weights_have_no_loss_is_an_error(tmp_path, last, best):
-    """A diverged run may be selected by `answers` or `rouge_l`, which are numbers without a loss."""
+    """A diverged run may be selected by `rouge_l`, which is a number without a loss, or have no selected step."""
     logs = [{"step": 0, "eval_loss": 3.0}, *([{"step": 4, "eval_loss": last, "eval_quality": 1.5}] if last else [])]
     state = {"log_history": logs, "best_global_step": best, "complete": True}
     config = resolve(name="x", output_dir=tmp_path)[0]
