@@ -497,9 +497,16 @@ def test_a_run_that_was_stopped_by_the_clock_and_asks_nothing_comes_to_the_same_
 def test_early_stopping_ends_a_run_that_gets_worse(trained, tmp_path):
     flags = [*trained.flags, "--num-probes", "0", "--learning-rate", "0.2"]
     early = ["--metric-for-best-model", "eval_loss", "--early-stopping-patience", "1", "--eval-every", "0.25"]
-    ran = call_script("train.py", *flags, *early, "--output-dir", "a b", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
+    flags += [*early, "--output-dir", "a b"]
     folder = tmp_path / "a b" / "tiny"
+    # By the clock first, after an evaluation, whose weights can be used already.
+    stopped = call_script("train.py", *flags, "--max-hours", "0.0001", cwd=tmp_path)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "after 1 of 4 steps." in stopped.stdout and not (folder / "run.json").exists()
+    assert stopped.stdout.endswith("\nThe best weights so far are in a b/tiny/adapter.\n")
+    assert (folder / "adapter" / "adapter_model.safetensors").stat().st_size == 19_593_064
+    ran = call_script("train.py", *flags, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
     numbers = json.loads((folder / "run.json").read_text())["numbers"]
     assert numbers["steps"] < numbers["planned_steps"] == 4
     assert f"steps     {numbers['steps']} of 4 in " in ran.stdout
